@@ -1,0 +1,196 @@
+"""The FLUX.1 transformer, dev and schnell. Structure and state-dict names are those of the published single-file models.
+
+B batch, N image tokens, L text tokens, C hidden size, D head dim. `img` (B, N, in_channels) are packed latents,
+`txt` (B, L, context_in_dim) the T5 sequence, `y` (B, vec_in_dim) the pooled CLIP vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trainer.model.layers import (
+    FrozenLinear,
+    MLPEmbedder,
+    Modulation,
+    QKNorm,
+    SelfAttention,
+    add_gated,
+    attention,
+    modulated_norm,
+    rotation_table,
+    split_norm_rotate,
+    timestep_embedding,
+)
+from trainer.schema.checkpoint_header import FluxParams
+
+TIME_EMBEDDING_DIM = 256
+
+
+class DoubleStreamBlock(nn.Module):
+    """Image and text with weights of their own and one attention over both; text comes first in the joint sequence."""
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__()
+        dim, mlp_dim = params.hidden_size, round(params.hidden_size * params.mlp_ratio)
+        self.num_heads = params.num_heads
+        self.img_mod = Modulation(dim, double=True)
+        self.img_attn = SelfAttention(dim, params.num_heads, params.qkv_bias)
+        self.img_mlp = _mlp(dim, mlp_dim)
+        self.txt_mod = Modulation(dim, double=True)
+        self.txt_attn = SelfAttention(dim, params.num_heads, params.qkv_bias)
+        self.txt_mlp = _mlp(dim, mlp_dim)
+
+    def forward(
+        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """img (B, N, C), txt (B, L, C), vec (B, C), pe (., L + N, D/2) -> the new img and txt."""
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+
+        txt_qkv = self.txt_attn.qkv(modulated_norm(txt, txt_shift1, txt_scale1))
+        img_qkv = self.img_attn.qkv(modulated_norm(img, img_shift1, img_scale1))
+        query, key, value, _ = split_norm_rotate(
+            (txt_qkv, img_qkv), (self.txt_attn.norm, self.img_attn.norm), self.num_heads, pe
+        )
+        attended = attention(query, key, value, key_mask)
+        num_text = txt.shape[1]
+
+        img = add_gated(img, img_gate1, self.img_attn.proj(attended[:, num_text:]))
+        img = add_gated(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
+        txt = add_gated(txt, txt_gate1, self.txt_attn.proj(attended[:, :num_text]))
+        txt = add_gated(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """Attention and MLP side by side on the joint sequence, between one Linear in and one out."""
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__()
+        dim, mlp_dim = params.hidden_size, round(params.hidden_size * params.mlp_ratio)
+        self.num_heads = params.num_heads
+        self.modulation = Modulation(dim, double=False)
+        self.linear1 = FrozenLinear(dim, 3 * dim + mlp_dim)
+        self.linear2 = FrozenLinear(dim + mlp_dim, dim)
+        self.norm = QKNorm(dim // params.num_heads)
+
+    def forward(self, x: Tensor, vec: Tensor, pe: Tensor, key_mask: Tensor | None) -> Tensor:
+        """x (B, L + N, C), vec (B, C), pe (., L + N, D/2) -> the new x."""
+        shift, scale, gate = self.modulation(vec)
+        projection = self.linear1(modulated_norm(x, shift, scale))
+        query, key, value, mlp = split_norm_rotate((projection,), (self.norm,), self.num_heads, pe)
+        attended = attention(query, key, value, key_mask)
+        update = self.linear2(torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1))
+        return add_gated(x, gate, update)
+
+
+class LastLayer(nn.Module):
+    """Modulated norm and projection to the velocity of the packed latents."""
+
+    def __init__(self, dim: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = FrozenLinear(dim, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), FrozenLinear(dim, 2 * dim))
+
+    def forward(self, img: Tensor, vec: Tensor) -> Tensor:
+        """img (B, N, C), vec (B, C) -> (B, N, out_channels)."""
+        shift, scale = self.adaLN_modulation(vec).chunk(2, dim=-1)
+        return self.linear(modulated_norm(img, shift, scale))
+
+
+def _mlp(dim: int, mlp_dim: int) -> nn.Sequential:
+    return nn.Sequential(FrozenLinear(dim, mlp_dim), nn.GELU(approximate="tanh"), FrozenLinear(mlp_dim, dim))
+
+
+class Flux(nn.Module):
+    """The whole transformer. Nothing in it knows about LoRA, block swap or quantised storage: those are put on from outside."""
+
+    def __init__(self, params: FluxParams) -> None:
+        super().__init__()
+        if sum(params.axes_dim) * params.num_heads != params.hidden_size:
+            raise ValueError(f"axes_dim {params.axes_dim} times {params.num_heads} heads is not {params.hidden_size}")
+        self.params = params
+        self.gradient_checkpointing = False
+        dim = params.hidden_size
+        self.img_in = FrozenLinear(params.in_channels, dim)
+        self.time_in = MLPEmbedder(TIME_EMBEDDING_DIM, dim)
+        self.vector_in = MLPEmbedder(params.vec_in_dim, dim)
+        self.guidance_in = MLPEmbedder(TIME_EMBEDDING_DIM, dim) if params.guidance_embed else None
+        self.txt_in = FrozenLinear(params.context_in_dim, dim)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(params) for _ in range(params.depth))
+        self.single_blocks = nn.ModuleList(SingleStreamBlock(params) for _ in range(params.depth_single_blocks))
+        self.final_layer = LastLayer(dim, params.out_channels)
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Keep only each block's inputs for backward and run the block again there (non-reentrant)."""
+        self.gradient_checkpointing = enabled
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """All blocks in the order they run."""
+        yield from self.double_blocks
+        yield from self.single_blocks
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+        txt_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity (B, N, out_channels) at `timesteps` (B) in [0, 1].
+
+        `img_ids` (1 or B, N, 3) and `txt_ids` (1 or B, L, 3) are positions; `guidance` (B) is needed by dev and ignored by
+        schnell. `txt_attention_mask` (B, L) is non-zero for real tokens and hides the others as keys; None hides
+        nothing and is the fast way. Inputs are cast to the type of the weights.
+        """
+        if self.guidance_in is not None and guidance is None:
+            raise ValueError("this model has a guidance embedding; guidance is needed")
+        dtype = self._input_dtype()
+        vec = self.time_in(timestep_embedding(timesteps, TIME_EMBEDDING_DIM).to(dtype))
+        if self.guidance_in is not None and guidance is not None:
+            vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_EMBEDDING_DIM).to(dtype))
+        vec = vec + self.vector_in(y.to(dtype))
+        img = self.img_in(img.to(dtype))
+        txt = self.txt_in(txt.to(dtype))
+
+        pe = rotation_table(_joint_ids(txt_ids, img_ids), self.params.axes_dim, self.params.theta)
+        key_mask = None if txt_attention_mask is None else _key_mask(txt_attention_mask, img.shape[1])
+        num_text = txt.shape[1]
+        for block in self.double_blocks:
+            img, txt = cast("tuple[Tensor, Tensor]", self._run(block, img, txt, vec, pe, key_mask))
+        x = torch.cat((txt, img), dim=1)
+        for block in self.single_blocks:
+            x = cast("Tensor", self._run(block, x, vec, pe, key_mask))
+        return self.final_layer(x[:, num_text:], vec)
+
+    def _input_dtype(self) -> torch.dtype:
+        # No LoRA ever wraps this Linear, so that it has its weight at hand.
+        return self.final_layer.linear.weight.dtype
+
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> object:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+def _joint_ids(txt_ids: Tensor, img_ids: Tensor) -> Tensor:
+    """(1 or B, L, 3) and (1 or B, N, 3) -> (1 or B, L + N, 3), text first."""
+    batch = max(txt_ids.shape[0], img_ids.shape[0])
+    return torch.cat((txt_ids.expand(batch, -1, -1), img_ids.expand(batch, -1, -1)), dim=1)
+
+
+def _key_mask(txt_attention_mask: Tensor, num_image: int) -> Tensor:
+    """(B, L) -> (B, 1, 1, L + N): the same keys are visible to every head and query; image keys always are."""
+    visible = txt_attention_mask.bool()
+    image = visible.new_ones(visible.shape[0], num_image)
+    return torch.cat((visible, image), dim=1)[:, None, None, :]
