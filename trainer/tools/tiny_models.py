@@ -1,0 +1,142 @@
+"""Small models and pictures made from nothing, in the published file formats, and the demo's bundle of them.
+
+The demo and the tests train on these, so that both go through exactly the production path: the key names of the
+original FLUX.1 release for the transformer and the autoencoder, those of transformers for CLIP-L and T5, and
+tokenizer.json files. Only numpy and Pillow are needed, and everything together takes less than a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.tools.tiny_autoencoder import make_autoencoder
+from trainer.tools.tiny_networks import make_clip_l, make_flux, make_t5xxl
+from trainer.tools.tiny_pictures import make_images
+from trainer.tools.tiny_tokenizers import make_tokenizers
+
+__all__ = [
+    "DEMO_VERSION",
+    "DemoBundle",
+    "dataset_toml",
+    "make_autoencoder",
+    "make_clip_l",
+    "make_demo_bundle",
+    "make_flux",
+    "make_images",
+    "make_t5xxl",
+    "make_tokenizers",
+]
+
+DEMO_VERSION = 1
+_MARKER = "bundle.json"
+
+
+@dataclass(frozen=True)
+class DemoBundle:
+    """Paths of everything the demo trains on. All lie below `folder`."""
+
+    folder: Path
+    flux: Path
+    ae: Path
+    clip_l: Path
+    t5xxl: Path
+    clip_l_tokenizer: Path
+    t5xxl_tokenizer: Path
+    images: Path
+    dataset_config: Path
+    sample_prompts: Path
+
+    @classmethod
+    def at(cls, folder: Path) -> DemoBundle:
+        return cls(
+            folder=folder,
+            flux=folder / "models" / "flux1-demo.safetensors",
+            ae=folder / "models" / "ae.safetensors",
+            clip_l=folder / "models" / "clip_l.safetensors",
+            t5xxl=folder / "models" / "t5xxl.safetensors",
+            clip_l_tokenizer=folder / "models" / "clip_l_tokenizer",
+            t5xxl_tokenizer=folder / "models" / "t5xxl_tokenizer",
+            images=folder / "images",
+            dataset_config=folder / "dataset.toml",
+            sample_prompts=folder / "sample_prompts.txt",
+        )
+
+
+def make_demo_bundle(folder: Path) -> DemoBundle:
+    """Make the demo's models, pictures, dataset file and prompts in `folder`, unless they are there already.
+
+    The bundle is built beside `folder` and renamed into place with its marker file, so that a folder with the right
+    marker is a whole bundle. Anything else found there (half-made, of another version, or moved from another place,
+    since dataset.toml holds an absolute path) is replaced.
+    """
+    folder = folder.expanduser().resolve()
+    marker = json.dumps({"version": DEMO_VERSION, "folder": str(folder)}, ensure_ascii=False)
+    if _read_marker(folder) == marker:
+        return DemoBundle.at(folder)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    workplace = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _fill_bundle(DemoBundle.at(workplace / "new"), images_at=folder / "images")
+        (workplace / "new" / _MARKER).write_text(marker, encoding="utf-8")
+        try:
+            if folder.exists():
+                folder.rename(workplace / "old")
+            (workplace / "new").rename(folder)
+        except OSError:
+            # Someone else may have finished the same bundle in the meantime; theirs is as good.
+            if _read_marker(folder) != marker:
+                raise
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+    return DemoBundle.at(folder)
+
+
+def _read_marker(folder: Path) -> str | None:
+    try:
+        return (folder / _MARKER).read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+def _fill_bundle(bundle: DemoBundle, *, images_at: Path) -> None:
+    make_flux(bundle.flux, hidden=128, heads=4, context_in_dim=128, vec_in_dim=64, seed=11)
+    make_autoencoder(bundle.ae, ch=64, seed=12)
+    make_clip_l(bundle.clip_l, hidden=64, heads=4, seed=13)
+    make_t5xxl(bundle.t5xxl, d_model=128, d_kv=32, seed=14)
+    make_tokenizers(bundle.flux.parent)
+    make_images(bundle.images, 12)
+    bundle.dataset_config.write_text(
+        dataset_toml(images_at, resolution=256, num_repeats=5, batch_size=2), encoding="utf-8"
+    )
+    # Captions of two training pictures with different colours, so that the samples show what was learned.
+    captions = [path.read_text(encoding="utf-8").strip() for path in sorted(bundle.images.glob("*.txt"))]
+    prompts = [f"{captions[index]} --w 256 --h 256 --s 12 --d {index + 1}" for index in (0, 3)]
+    bundle.sample_prompts.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+
+
+def dataset_toml(images: Path, *, resolution: int, num_repeats: int = 1, batch_size: int = 1) -> str:
+    """A dataset file for one folder of captioned pictures, with aspect buckets."""
+    # A JSON string is also a TOML basic string as long as only ASCII control characters are escaped.
+    lines = (
+        "[general]",
+        "enable_bucket = true",
+        'caption_extension = ".txt"',
+        "",
+        "[[datasets]]",
+        f"resolution = {resolution}",
+        f"batch_size = {batch_size}",
+        "min_bucket_reso = 64",
+        f"max_bucket_reso = {2 * resolution}",
+        "",
+        "  [[datasets.subsets]]",
+        f"  image_dir = {json.dumps(os.fspath(images), ensure_ascii=False)}",
+        f"  num_repeats = {num_repeats}",
+        "",
+    )
+    return "\n".join(lines)
