@@ -5,6 +5,7 @@ B prompts, L tokens, C width of CLIP, D width of T5.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import urllib.error
@@ -73,6 +74,8 @@ class PromptTokenizer:
         self._backend = backend
         self._pad_token = pad_token
         self._pad_id = pad_id
+        self.identity = hashlib.sha256(backend.to_str().encode()).hexdigest()[:32]
+        """Tells this tokenizer from others, wherever it came from."""
 
     @property
     def vocab_size(self) -> int:

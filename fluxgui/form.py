@@ -1,0 +1,235 @@
+"""The form's values as a job for the trainer, or as problems at their fields. No gradio.
+
+The values are checked by the function that checks the command line, and the files are written by the functions that
+write every config file, so that the form cannot mean something else than what it shows.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, cast
+
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
+from trainer.schema.cli import check_files, to_argv, validate_options
+from trainer.schema.toml_io import dataset_to_toml, options_to_toml
+
+from fluxgui.fields import DATASET_NAMES, NOT_IN_PRESETS, Field, make_fields
+from fluxgui.pictures import CAPTION_SUFFIX, PictureFolder, check_folder
+from trainer.schema.base import Problem, UserError
+from trainer.schema.options import Options
+
+FormValues = Mapping[str, object]
+
+# Where the run folder has these files; the command line shown in the preview names them the same.
+DATASET_FILE: Final = "dataset.toml"
+PROMPTS_FILE: Final = "sample_prompts.txt"
+OUTPUT_FOLDER: Final = "checkpoints"
+_RUN_FOLDER_NAMES: Final = ("dataset_config", "sample_prompts", "output_dir")
+
+_NEEDED: Final[Mapping[str, str]] = {
+    "pretrained_model_name_or_path": "the FLUX.1 model",
+    "t5xxl": "the T5-XXL text encoder",
+    "clip_l": "the CLIP-L text encoder",
+    "ae": "the autoencoder",
+    "image_dir": "the folder of pictures",
+    "output_name": "a name",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run folder is written from."""
+
+    name: str
+    config_toml: str
+    dataset_toml: str
+    sample_prompts: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the form says. `job` is None while `problems` (to correct) or `missing` (still empty) hold anything.
+
+    `options` is there as soon as the values themselves are right, whatever the files are like.
+    """
+
+    options: Options | None
+    job: Job | None
+    problems: tuple[Problem, ...]
+    missing: tuple[str, ...]
+    pictures: PictureFolder | None
+    notes: tuple[str, ...]
+    command_line: str = ""
+    config_toml: str = ""
+    dataset_toml: str = ""
+
+    @property
+    def problem_by_field(self) -> dict[str, str]:
+        """The first problem of each field, as one text."""
+        texts: dict[str, str] = {}
+        for problem in self.problems:
+            if problem.field is not None:
+                texts.setdefault(problem.field, f"{problem.what}. {problem.hint or ''}".strip())
+        return texts
+
+
+def missing_text(name: str) -> str:
+    return _NEEDED[name]
+
+
+def read_form(values: FormValues) -> Reading:
+    """Check the whole form. Reads the headers of the model files and lists the folder of pictures, nothing more."""
+    fields = make_fields()
+    typed = {name: typed_value(field, values.get(name)) for name, field in fields.items()}
+    missing = tuple(name for name in _NEEDED if typed[name] is None)
+    problems: list[Problem] = []
+    more = _more_options(typed["more_options"], problems)
+    problems += _own_problems(typed)
+
+    prompts = cast("str | None", typed["sample_prompt_lines"])
+    chosen = {
+        name: value for name, value in typed.items() if name in Options.model_fields and value not in (None, False)
+    }
+    chosen |= {name: False for name in typed if typed[name] is False and fields[name].default is True}
+    chosen |= {"network_module": "networks.lora_flux", "dataset_config": DATASET_FILE, "output_dir": OUTPUT_FOLDER}
+    if prompts is not None:
+        chosen["sample_prompts"] = PROMPTS_FILE
+    for name in sorted(set(more) & (set(chosen) | set(fields))):
+        problems.append(Problem(f"{name} has its own place in the form", "More options", field="more_options"))
+    chosen |= {name: value for name, value in more.items() if name not in chosen}
+
+    options: Options | None = None
+    notes: tuple[str, ...] = ()
+    try:
+        parsed = validate_options(chosen, where="the form")
+        options, notes = parsed.options, parsed.notes
+    except UserError as error:
+        problems += [_at_field(problem, fields, more) for problem in error.problems if problem.field not in missing]
+    if options is not None:
+        problems += [
+            problem
+            for problem in check_files(options)
+            # The run folder has these, and it does not exist yet.
+            if problem.field not in _RUN_FOLDER_NAMES and problem.field not in missing
+        ]
+    pictures: PictureFolder | None = None
+    if typed["image_dir"] is not None:
+        found = check_folder(cast("Path", typed["image_dir"]))
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            pictures = found
+
+    reading = Reading(options, None, tuple(problems), missing, pictures, notes)
+    if options is None:
+        return reading
+    config_toml = options_to_toml(options.model_copy(update=dict.fromkeys(_RUN_FOLDER_NAMES)))
+    dataset_toml = dataset_to_toml(dataset_values(typed, pictures)) if pictures is not None else ""
+    reading = replace(reading, command_line=shell_command(options), config_toml=config_toml, dataset_toml=dataset_toml)
+    if problems or missing or pictures is None:
+        return reading
+    job = Job(
+        name=options.output_name or "lora",
+        config_toml=config_toml,
+        dataset_toml=dataset_toml,
+        sample_prompts=prompts + "\n" if prompts else "",
+    )
+    return replace(reading, job=job)
+
+
+def typed_value(field: Field, value: object) -> object:
+    """A component's value as the option's type; an empty box is None. What cannot be converted stays as it is,
+    for the check of the options to name."""
+    if isinstance(value, str):
+        value = value.strip()
+    if value is None or value == "":
+        return None
+    if field.kind == "path" and isinstance(value, str):
+        return Path(value).expanduser().absolute()
+    if field.kind in ("integer", "number") and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        number = _number(value)
+        return value if number is None else number
+    return value
+
+
+def _number(value: float | str) -> int | float | None:
+    """The number that was typed, whole where it is; None when it is none."""
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else number
+
+
+def _own_problems(typed: FormValues) -> list[Problem]:
+    """Problems with what goes into the dataset file only, which the check of the options does not see."""
+    problems: list[Problem] = []
+    repeats = typed["num_repeats"]
+    if repeats is not None and (not isinstance(repeats, int) or repeats < 1):
+        problems.append(Problem(f"{repeats} is not a number of repeats", hint="Give 1 or more.", field="num_repeats"))
+    if typed["resolution"] is None:
+        problems.append(Problem("no training size is given", hint="512 is a usual choice.", field="resolution"))
+    return problems
+
+
+def _more_options(text: object, problems: list[Problem]) -> dict[str, object]:
+    if text is None:
+        return {}
+    try:
+        parsed = tomlkit.parse(str(text)).unwrap()
+    except TOMLKitError as error:
+        problems.append(
+            Problem(
+                f"these lines are not TOML ({error})",
+                "More options",
+                'Write name = value, text in "quotes".',
+                "more_options",
+            )
+        )
+        return {}
+    values: dict[str, object] = {}
+    for name, value in parsed.items():
+        values |= value if isinstance(value, dict) else {name: value}
+    return values
+
+
+def _at_field(problem: Problem, fields: Mapping[str, Field], more: Mapping[str, object]) -> Problem:
+    """The problem at the field where its value was typed."""
+    if problem.field is not None and problem.field not in fields and problem.field in more:
+        return replace(problem, field="more_options")
+    return problem
+
+
+def dataset_values(typed: FormValues, pictures: PictureFolder) -> dict[str, object]:
+    """The dataset file's content: one dataset with one subset.
+
+    The trigger word goes before every caption. Where no picture has a caption it is the caption (`class_tokens`).
+    """
+    subset: dict[str, object] = {"image_dir": str(pictures.path), "num_repeats": typed["num_repeats"] or 1}
+    trigger = typed["trigger_word"]
+    if trigger is not None:
+        has_captions = len(pictures.without_caption) < len(pictures.images)
+        subset["caption_prefix" if has_captions else "class_tokens"] = trigger
+    dataset = {
+        key: typed[name]
+        for name, key in DATASET_NAMES.items()
+        if typed.get(name) is not None and typed[name] is not False
+    }
+    return {"general": {"caption_extension": CAPTION_SUFFIX}, "datasets": [{**dataset, "subsets": [subset]}]}
+
+
+def shell_command(options: Options) -> str:
+    """The equal command line, one option a line."""
+    words = ["python", "flux_train_network.py", *to_argv(options)]
+    return " \\\n  ".join([" ".join(words[:2]), *(shlex.quote(word) for word in words[2:])])
+
+
+def preset_values(values: FormValues) -> dict[str, object]:
+    """The part of the form that a preset keeps, by name; empty boxes are left out."""
+    fields = make_fields()
+    typed = {name: typed_value(field, values.get(name)) for name, field in fields.items() if name not in NOT_IN_PRESETS}
+    return {name: value for name, value in typed.items() if value is not None}

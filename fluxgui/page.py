@@ -1,0 +1,92 @@
+"""The whole page: a heading, the two tabs, and what leads from one to the other."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import gradio as gr
+from trainer.schema.folders import runs_dir
+from trainer.schema.run_folder import list_runs
+
+from fluxgui.demo import start_demo
+from fluxgui.form_parts import html_part
+from fluxgui.presets import start_values
+from fluxgui.runs import RunWatcher
+from fluxgui.runs_tab import SHOW_IN_ADDRESS, build_runs_tab
+from fluxgui.train_tab import build_train_tab
+from fluxgui.vram import detect_gpu
+from trainer.schema.base import UserError
+
+QUIETLY: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_limit": 8}
+TRAIN, RUNS = "train", "runs"
+
+PAGE_IN_ADDRESS: Final = """() => {
+    const url = new URL(location.href);
+    url.searchParams.set("page", "%s");
+    history.replaceState(null, "", url);
+}"""
+
+
+def build_page(watcher: RunWatcher) -> gr.Blocks:
+    with gr.Blocks(title="FluxGUI", fill_width=True) as page:
+        html_part('<div class="page-head"><h1>FluxGUI</h1><p>Trains LoRAs for FLUX.1 on your own pictures.</p></div>')
+        with gr.Column(visible=False, elem_classes="card", elem_id="welcome") as welcome:
+            html_part(
+                '<div class="card-title"><h2>First time here?</h2><p>The demo makes small models and twelve captioned '
+                "pictures, without a download, and trains on them for a minute or two. It shows everything that a real "
+                "run shows.</p></div>"
+            )
+            try_demo = gr.Button("Try the demo", variant="primary", elem_id="try-demo")
+        with gr.Tabs(elem_id="pages") as tabs:
+            with gr.Tab("Train", id=TRAIN) as train_page:
+                train = build_train_tab(detect_gpu())
+            with gr.Tab("Runs", id=RUNS) as runs_page:
+                runs = build_runs_tab(watcher)
+
+        started = train.parts["started"]
+        assert isinstance(started, gr.State)
+        show = runs.parts
+        look_inputs = [show["list"], runs.smoothing, show["shown"]]
+
+        def run_demo() -> str:
+            try:
+                return start_demo().path.name
+            except (OSError, UserError) as error:
+                raise gr.Error(f"The demo cannot be started: {error}", print_exception=False) from None
+
+        def go_to_runs() -> list[object]:
+            return [gr.update(selected=RUNS), gr.update(active=True), gr.update(visible=False)]
+
+        try_demo.click(run_demo, None, [started], show_progress="minimal", concurrency_limit=1)
+        (
+            started.change(go_to_runs, None, [tabs, show["timer"], welcome], **QUIETLY)
+            .then(runs.look, [started, runs.smoothing, show["shown"]], runs.outputs, **QUIETLY)
+            .then(None, [show["list"]], None, js=PAGE_IN_ADDRESS % RUNS)
+            .then(None, [show["list"]], None, js=SHOW_IN_ADDRESS)
+        )
+        runs_page.select(
+            lambda: gr.update(active=True), None, [show["timer"]], js=PAGE_IN_ADDRESS % RUNS, **QUIETLY
+        ).then(runs.look, look_inputs, runs.outputs, **QUIETLY)
+        train_page.select(lambda: gr.update(active=False), None, [show["timer"]], js=PAGE_IN_ADDRESS % TRAIN, **QUIETLY)
+
+        def arrive(remembered: dict[str, object] | None, smoothing: float, request: gr.Request) -> dict[Any, Any]:
+            """The page as the address says, with the form as this browser left it."""
+            asked = request.query_params
+            on_runs = asked.get("page") == RUNS
+            looked = dict(zip(runs.outputs, runs.look(asked.get("run"), smoothing, {}), strict=True))
+            first_visit = not list_runs(runs_dir())
+            return {
+                **looked,
+                **train.fill(remembered or start_values()),
+                tabs: gr.update(selected=RUNS if on_runs else TRAIN),
+                show["timer"]: gr.update(active=on_runs),
+                welcome: gr.update(visible=first_visit),
+            }
+
+        page.load(
+            arrive,
+            [train.parts["remembered"], runs.smoothing],
+            [*runs.outputs, *train.form.values(), tabs, welcome],
+            **QUIETLY,
+        ).then(train.check, train.inputs, train.outputs, **QUIETLY)
+    return page

@@ -1,0 +1,31 @@
+"""Presets as the form uses them: values by field name. No gradio."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from trainer.schema.presets import Preset, delete_preset, list_presets, load_preset, save_preset
+
+
+def presets_of_kind(kind: str) -> list[Preset]:
+    return [preset for preset in list_presets() if preset.kind == kind]
+
+
+def start_values() -> dict[str, object]:
+    """What the form holds on the first visit."""
+    return preset_form_values("character")
+
+
+def preset_form_values(name: str) -> dict[str, object]:
+    """A preset's values by field name. Raises `UserError` when it is gone or cannot be used."""
+    return dict(load_preset(name).values)
+
+
+def save_own(name: str, values: Mapping[str, object]) -> str:
+    """Keep `values` as the user's preset and give its name. Raises `UserError` for a name that cannot be used."""
+    return save_preset(name, values).name
+
+
+def delete_own(name: str) -> None:
+    """Raises `UserError` when it is gone already."""
+    delete_preset(name)

@@ -1,0 +1,227 @@
+"""The parts of a run's page as HTML. Pure: a state in, text out; everything that came from outside is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from itertools import groupby
+from pathlib import PurePath
+from typing import Final
+from urllib.parse import quote
+
+from trainer.schema.run_folder import RunStatus
+
+from fluxgui.run_state import Checkpoint, RunState, Sample
+
+STEPS_SHOWN: Final = 12
+"""Sample rows on the page; older ones are one click away."""
+
+PHASES: Final = {
+    "check": "checking files and pictures",
+    "waiting": "waiting for another run to finish",
+    "text": "encoding captions",
+    "latents": "encoding pictures",
+    "model": "loading the model",
+    "training": "training",
+    "sampling": "making samples",
+    "saving": "saving",
+}
+
+
+def file_url(run_id: str, kind: str, path: str) -> str:
+    """Address of a run's file, relative to the page; `server.py` answers it."""
+    return f"files/{quote(run_id, safe='')}/{kind}/{quote(PurePath(path).name, safe='')}"
+
+
+def one_line(name: str, status: RunStatus, state: RunState) -> str:
+    """A run in the list: name and status in words. Plain text."""
+    words = status_words(status, state)
+    if status.state in ("running", "paused") and state.num_steps:
+        words += f" {100 * state.step // state.num_steps} %"
+    return f"{name} · {words}"
+
+
+def status_words(status: RunStatus, state: RunState) -> str:
+    match status.state:
+        case "queued":
+            return "starting"
+        case "stuck":
+            return "no progress"
+        case "running" if state.phase == "waiting":
+            return "waiting"
+        case _:
+            return status.state
+
+
+def header(name: str, status: RunStatus, state: RunState) -> str:
+    """Name, status, what it is doing, progress bar, and the figures of the moment."""
+    words = status_words(status, state)
+    return (
+        f'<div class="run-head"><h2>{escape(name)}</h2>'
+        f'<span class="chip {status.state}" role="status">{escape(words)}</span></div>'
+        f'<p class="doing">{escape(_doing(status, state))}</p>{_progress(status, state)}{_facts(status, state)}'
+    )
+
+
+def _doing(status: RunStatus, state: RunState) -> str:
+    phase = PHASES.get(state.phase, state.phase) or "starting"
+    match status.state:
+        case "running" if state.phase in ("training", "sampling", "saving") and state.num_steps:
+            text = f"{phase.capitalize()}, step {state.step} of {state.num_steps}"
+            if state.num_epochs:
+                text += f", epoch {max(state.epoch, 1)} of {state.num_epochs}"
+            return text
+        case "running" if state.phase_total:
+            return f"{phase.capitalize()}, {state.phase_done} of {state.phase_total}"
+        case "running":
+            return phase.capitalize()
+        case "queued":
+            return status.detail or "The trainer is being started."
+        case "paused":
+            return f"Paused at step {state.step} of {state.num_steps}. Memory stays in use until the run is stopped."
+        case "completed":
+            return f"Completed: {state.step} steps."
+        case "stopped":
+            return f"Stopped on request after {state.step} of {state.num_steps} steps."
+        case "failed":
+            return f"Failed while {phase}; the reason is below."
+        case "crashed":
+            return f"Crashed while {phase}: the trainer ended without a word. The end of its log is below."
+        case _:
+            return status.detail
+
+
+def _progress(status: RunStatus, state: RunState) -> str:
+    if status.state == "completed":
+        done, total = 1, 1
+    elif state.num_steps and (state.step or state.phase in ("training", "sampling", "saving")):
+        done, total = state.step, state.num_steps
+    else:
+        done, total = state.phase_done, state.phase_total
+    percent = 100 * done / total if total else 0.0
+    moving = " moving" if status.state in ("running", "queued") and not total else ""
+    return (
+        f'<div class="bar {status.state}{moving}" role="progressbar" aria-label="Progress" aria-valuemin="0" '
+        f'aria-valuemax="100" aria-valuenow="{percent:.0f}"><div style="width:{percent:.1f}%"></div></div>'
+    )
+
+
+def _facts(status: RunStatus, state: RunState) -> str:
+    facts: list[tuple[str, str]] = []
+    if status.state == "running" and state.seconds_left is not None:
+        facts.append(("time left", duration(state.seconds_left)))
+    if state.loss is not None:
+        facts.append(("loss", f"{state.loss:.4f}"))
+    if state.step_seconds:
+        facts.append(("a step", f"{state.step_seconds:.2f} s"))
+    if state.learning_rate:
+        facts.append(("rate", f"{state.learning_rate:.3g}"))
+    if state.peak_bytes:
+        facts.append(("GPU memory peak", gib(state.peak_bytes)))
+    if state.host_bytes:
+        facts.append(("host memory", gib(state.host_bytes)))
+    if state.num_images:
+        facts.append(("pictures", str(state.num_images)))
+    if state.device:
+        facts.append(("device", state.device))
+    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
+    return f'<dl class="facts">{items}</dl>' if items else ""
+
+
+def messages(status: RunStatus, state: RunState, log_tail: str) -> str:
+    """Errors with what to do, a crash with the log's end, and warnings; empty when all is well."""
+    parts: list[str] = []
+    for error in state.errors if status.state in ("failed", "stuck", "crashed") else ():
+        where = f'<p class="where">{escape(error.where)}</p>' if error.where else ""
+        hint = f'<p class="hint">{escape(error.hint)}</p>' if error.hint else ""
+        parts.append(f'<div class="box bad" role="alert"><strong>{escape(error.message)}</strong>{where}{hint}</div>')
+    if status.state in ("crashed", "stuck") or (status.state == "failed" and not state.errors):
+        title = {
+            "crashed": "The trainer ended without saying why. The last lines of its log:",
+            "stuck": f"{status.detail or 'No progress for a while.'} The last lines of the log:",
+            "failed": "The run failed. The last lines of its log:",
+        }[status.state]
+        tail = "\n".join(log_tail.splitlines()[-15:]) or "The log is empty."
+        parts.append(
+            f'<div class="box bad" role="alert"><strong>{escape(title)}</strong>'
+            f'<pre class="log-tail">{escape(tail)}</pre></div>'
+        )
+    if state.warnings:
+        items = "".join(f"<li>{escape(text)}</li>" for text in state.warnings[-8:])
+        parts.append(f'<div class="box warn"><strong>Warnings</strong><ul>{items}</ul></div>')
+    return "".join(parts)
+
+
+def waiting(pending: Sequence[str], *, is_live: bool) -> str:
+    """What was asked for and not yet taken up, else what the buttons do."""
+    if pending:
+        return f'<p class="empty" role="status">Asked for: {escape(", ".join(pending))}. The trainer answers soon.</p>'
+    if not is_live:
+        return '<p class="empty">Start again makes a new run with the same settings, from the beginning.</p>'
+    return (
+        '<p class="empty">Stop ends the run after the current step and frees the memory. Pause keeps the memory. '
+        "Closing this page stops nothing.</p>"
+    )
+
+
+def samples(run_id: str, shown: Sequence[Sample]) -> str:
+    """A grid, newest step first, one column per prompt."""
+    if not shown:
+        return '<p class="empty">Samples appear here as the run makes them.</p>'
+    ordered = sorted(shown, key=lambda sample: (-sample.step, sample.index))
+    rows = [_sample_row(run_id, step, list(row)) for step, row in groupby(ordered, key=lambda sample: sample.step)]
+    older = "".join(rows[STEPS_SHOWN:])
+    more = f"<details><summary>{len(rows) - STEPS_SHOWN} earlier steps</summary>{older}</details>" if older else ""
+    return f'<div class="samples">{"".join(rows[:STEPS_SHOWN])}{more}</div>'
+
+
+def _sample_row(run_id: str, step: int, row: Sequence[Sample]) -> str:
+    pictures = "".join(
+        f'<a href="{file_url(run_id, "samples", sample.path)}" target="_blank" rel="noopener" '
+        f'title="{escape(sample.prompt)}">'
+        f'<img loading="lazy" src="{file_url(run_id, "samples", sample.path)}" '
+        f'alt="Sample of step {sample.step}: {escape(sample.prompt)}"><span>{escape(sample.prompt)}</span></a>'
+        for sample in row
+    )
+    title = f"step {step}" if step else "before training"
+    return f'<section><h4>{title}</h4><div class="row">{pictures}</div></section>'
+
+
+def checkpoints(run_id: str, shown: Sequence[Checkpoint]) -> str:
+    """Download links, newest first."""
+    if not shown:
+        return '<p class="empty">Nothing saved yet.</p>'
+    items = "".join(
+        f'<li><a class="download" download href="{file_url(run_id, "checkpoints", c.path)}">'
+        f"{escape(PurePath(c.path).name)}</a><span>step {c.step}, epoch {c.epoch}, {_megabytes(c.num_bytes)}"
+        f"{' <b>final</b>' if c.is_final else ''}</span></li>"
+        for c in sorted(shown, key=lambda c: (c.is_final, c.step), reverse=True)
+    )
+    return f'<ul class="checkpoints">{items}</ul>'
+
+
+def log(run_id: str, tail: str) -> str:
+    """The end of the worker's log, with a link to all of it."""
+    if not tail:
+        return '<p class="empty">The log is empty.</p>'
+    return (
+        f'<pre class="log-tail" tabindex="0" aria-label="End of the log">{escape(tail)}</pre>'
+        f'<p><a href="{file_url(run_id, "log", "worker.log")}" target="_blank" rel="noopener">the whole log</a></p>'
+    )
+
+
+def duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 100_000 else f"{num_bytes / 1e3:.1f} kB"

@@ -1,0 +1,160 @@
+"""The web server around the page: who may ask, what headers say, and a run's files by name.
+
+Nothing is served by path. A run's file is served when the run's events name it, and that is all there is beside gradio's
+own routes.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import mimetypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlsplit
+
+import gradio as gr
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import FileResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fluxgui.runs import RunWatcher, find_run, served_file
+from fluxgui.theme import STYLE, make_theme
+
+MAX_UPLOAD_BYTES: Final = 64 * 1024 * 1024
+LOCAL_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
+
+# Everything comes from this server. gradio's front end needs inline scripts and evaluates its own templates.
+CONTENT_POLICY: Final = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
+    "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
+)
+HEADERS: Final = {
+    "Content-Security-Policy": CONTENT_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+HEAD: Final = '<meta name="color-scheme" content="light dark">'
+
+
+@dataclass(frozen=True)
+class Login:
+    """One user; only digests are kept."""
+
+    user: bytes
+    password: bytes
+
+    @classmethod
+    def parse(cls, text: str) -> Login:
+        """From "user:password". Raises `ValueError` when either is missing or the password is short."""
+        user, colon, password = text.partition(":")
+        if not colon or not user:
+            raise ValueError("FLUXGUI_AUTH must be user:password")
+        if len(password) < 8:
+            raise ValueError("the password in FLUXGUI_AUTH must have at least 8 characters")
+        return cls(_digest(user), _digest(password))
+
+    def accepts(self, authorization: str | None) -> bool:
+        """Whether the value of an Authorization header names this user with this password (HTTP Basic)."""
+        scheme, _, encoded = (authorization or "").partition(" ")
+        if scheme.lower() != "basic":
+            return False
+        try:
+            user, _, password = base64.b64decode(encoded, validate=True).decode("utf-8").partition(":")
+        except (binascii.Error, UnicodeDecodeError):
+            return False
+        user_fits = hmac.compare_digest(_digest(user), self.user)
+        return hmac.compare_digest(_digest(password), self.password) and user_fits
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8")).digest()
+
+
+class Guard:
+    """Refuses requests that another site's page could have caused, and, with a login, everybody else's.
+
+    Without a login only this machine's names are answered, so that a foreign name that resolves to 127.0.0.1 leads nowhere.
+    """
+
+    def __init__(self, app: ASGIApp, login: Login | None) -> None:
+        self._app = app
+        self._login = login
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return  # no websockets here
+        headers = Headers(scope=scope)
+        refusal = self._refusal(headers)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                response_headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    response_headers[name] = value
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+    def _refusal(self, headers: Mapping[str, str]) -> PlainTextResponse | None:
+        host = headers.get("host", "")
+        if self._login is None and (urlsplit(f"//{host}").hostname or "") not in LOCAL_NAMES:
+            return PlainTextResponse("This page answers to localhost only.", status_code=421)
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return PlainTextResponse("Requests from other sites are refused.", status_code=403)
+        if self._login is not None and not self._login.accepts(headers.get("authorization")):
+            return PlainTextResponse(
+                "User and password, please.",
+                status_code=401,
+                headers={"WWW-Authenticate": 'Basic realm="FluxGUI", charset="UTF-8"'},
+            )
+        return None
+
+
+def make_server(page: gr.Blocks, watcher: RunWatcher, login: Login | None, *, port: int) -> ASGIApp:
+    """The whole application, ready for an ASGI server."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    def run_file(run_id: str, kind: str, name: str) -> FileResponse:
+        run = find_run(run_id)
+        path = served_file(watcher.look(run), kind, name) if run is not None else None
+        if path is None:
+            raise HTTPException(status_code=404, detail="There is no such file.")
+        if kind == "samples":
+            media_type = mimetypes.guess_type(path.name)[0]
+            return FileResponse(path, media_type=media_type, headers={"Cache-Control": "private, max-age=3600"})
+        if kind == "log":
+            return FileResponse(path, media_type="text/plain; charset=utf-8", headers={"Cache-Control": "no-store"})
+        return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+
+    app.add_api_route("/files/{run_id}/{kind}/{name}", run_file, methods=["GET"])
+    gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        server_name="127.0.0.1",
+        server_port=port,
+        theme=make_theme(),
+        css=STYLE.read_text(encoding="utf-8"),
+        head=HEAD,
+        footer_links=[],
+        run_history=False,
+        max_file_size=MAX_UPLOAD_BYTES,
+        show_error=True,
+        ssr_mode=False,
+        allowed_paths=[],
+    )
+    return Guard(app, login)

@@ -1,0 +1,53 @@
+"""Dataset descriptions with the reference's defaults, and small picture files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from trainer.schema.toml_io import DatasetConfig, DatasetSpec, SubsetSpec
+
+SUBSET = SubsetSpec(
+    image_dir=Path(),
+    num_repeats=1,
+    caption_extension=".txt",
+    class_tokens=None,
+    is_reg=False,
+    shuffle_caption=False,
+    keep_tokens=0,
+    caption_separator=",",
+    caption_prefix=None,
+    caption_suffix=None,
+    caption_dropout_rate=0.0,
+    flip_aug=False,
+    random_crop=False,
+    resize_interpolation=None,
+)
+
+DATASET = DatasetSpec(
+    resolution=(64, 64),
+    batch_size=1,
+    enable_bucket=True,
+    min_bucket_reso=32,
+    max_bucket_reso=128,
+    bucket_reso_steps=16,
+    bucket_no_upscale=False,
+    subsets=(),
+)
+
+
+def one_dataset(*subsets: SubsetSpec, like: DatasetSpec = DATASET) -> DatasetConfig:
+    return DatasetConfig((replace(like, subsets=subsets),))
+
+
+def picture(path: Path, width: int = 64, height: int = 64, *, seed: int = 0, caption: str | None = None) -> Path:
+    """A picture of noise, which no resize or crop leaves as it was, with its caption beside it."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return path

@@ -1,0 +1,104 @@
+"""What a run's page says, as HTML."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from fluxgui import run_view
+from fluxgui.loss_plot import MAX_POINTS, loss_plot
+from fluxgui.run_state import Checkpoint, RunError, RunState, Sample, StepPoint
+from trainer.schema.run_folder import RunStatus
+
+
+def polylines(html: str) -> dict[str, list[tuple[float, float]]]:
+    found = re.findall(r'<polyline class="(\w+)" points="([^"]*)"', html)
+    return {kind: [(float(x), float(y)) for x, y in (pair.split(",") for pair in text.split())] for kind, text in found}
+
+
+def test_text_from_outside_is_escaped_everywhere() -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    state = RunState(
+        device=evil,
+        phase=evil,
+        warnings=(evil,),
+        errors=(RunError(evil, evil, evil),),
+        samples=(Sample(1, f"samples/{evil}.png", evil, 0, 1),),
+        checkpoints=(Checkpoint(1, 1, f"checkpoints/{evil}.safetensors", 5, True),),
+    )
+    for status in (RunStatus("running"), RunStatus("failed"), RunStatus("crashed", evil), RunStatus("stuck", evil)):
+        page = "".join(
+            (
+                run_view.header(evil, status, state),
+                run_view.messages(status, state, evil),
+                run_view.waiting([evil], is_live=True),
+                run_view.samples(evil, state.samples),
+                run_view.checkpoints(evil, state.checkpoints),
+                run_view.log(evil, evil),
+            )
+        )
+        assert "<img src=x" not in page
+
+
+def test_a_crash_shows_the_end_of_the_log() -> None:
+    log = "\n".join(f"line {n}" for n in range(40))
+    text = run_view.messages(RunStatus("crashed"), RunState(phase="training"), log)
+    assert "line 39" in text
+    assert "line 25" in text
+    assert "line 24\n" not in text
+
+
+def test_a_failure_says_what_where_and_what_to_do() -> None:
+    state = RunState(errors=(RunError("the file is cut short", "Download it again.", "/models/ae.safetensors"),))
+    text = run_view.messages(RunStatus("failed"), state, "log")
+    for part in ("the file is cut short", "Download it again.", "/models/ae.safetensors"):
+        assert part in text
+
+
+def test_a_finished_run_shows_no_errors_of_earlier_attempts() -> None:
+    assert run_view.messages(RunStatus("completed"), RunState(errors=(RunError("old", "", ""),)), "log") == ""
+
+
+def test_progress_counts_steps_once_training_has_begun() -> None:
+    loading = RunState(phase="latents", phase_done=3, phase_total=12, num_steps=100)
+    assert 'aria-valuenow="25"' in run_view.header("x", RunStatus("running"), loading)
+    training = RunState(phase="training", num_steps=100, step=40)
+    assert 'aria-valuenow="40"' in run_view.header("x", RunStatus("running"), training)
+
+
+def test_samples_stand_newest_first_in_the_order_of_prompts() -> None:
+    shown = [Sample(step, f"samples/{step}-{i}.png", f"p{i}", i, 1) for step in (0, 10) for i in (1, 0)]
+    html = run_view.samples("run", shown)
+    assert re.findall(r'src="files/run/samples/([^"]+)"', html) == ["10-0.png", "10-1.png", "0-0.png", "0-1.png"]
+    assert "before training" in html
+
+
+def test_durations_read_like_words() -> None:
+    assert [run_view.duration(s) for s in (4.4, 75, 3700)] == ["4 s", "1 min 15 s", "1 h 01 min"]
+
+
+def test_the_plot_draws_raw_and_smoothed_losses_by_step() -> None:
+    points = tuple(StepPoint(n, 2.0 if n % 2 else 1.0) for n in range(1, 11))
+    lines = polylines(loss_plot(points, smoothing=0.5, num_steps=20))
+    assert [x for x, _ in lines["raw"]] == [50.0 * n for n in range(1, 11)]
+    assert {y for _, y in lines["raw"]} == {0.0, 300.0}
+    assert lines["smooth"][0][1] == 0.0
+    assert all(0 < y < 300 for _, y in lines["smooth"][1:])
+
+
+def test_without_smoothing_both_lines_are_one() -> None:
+    lines = polylines(loss_plot(tuple(StepPoint(n, 1 / n) for n in range(1, 9)), smoothing=0.0, num_steps=8))
+    assert lines["raw"] == lines["smooth"]
+
+
+def test_the_plot_of_a_long_run_stays_small_and_ignores_outliers() -> None:
+    points = tuple(StepPoint(n, 1e6 if n == 500 else 0.5 + 0.1 * math.sin(n / 9)) for n in range(1, 20_001))
+    html = loss_plot(points, smoothing=0.9, num_steps=20_000)
+    lines = polylines(html)
+    assert len(lines["raw"]) == MAX_POINTS
+    assert len(html) < 60_000
+
+
+def test_the_plot_waits_for_two_steps_and_bears_equal_losses() -> None:
+    assert "appears here" in loss_plot((StepPoint(1, 0.5),), smoothing=0.9, num_steps=9)
+    assert "polyline" in loss_plot((StepPoint(1, 0.5), StepPoint(2, 0.5)), smoothing=0.9, num_steps=9)

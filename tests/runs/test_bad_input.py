@@ -1,0 +1,168 @@
+"""Bad input: each its own clear message, exit code 2 or 3, before anything heavy loads, with nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.runs.commands import train
+from tests.tiny import TinyModels, make_tiny_dataset
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.slow]
+
+Arguments = dict[str, str]
+
+
+def missing_model(arguments: Arguments, folder: Path) -> None:
+    arguments["pretrained_model_name_or_path"] = str(folder / "nowhere.safetensors")
+
+
+def clip_given_as_t5(arguments: Arguments, folder: Path) -> None:
+    arguments["t5xxl"] = arguments["clip_l"]
+
+
+def truncated_file(arguments: Arguments, folder: Path) -> None:
+    whole = Path(arguments["ae"]).read_bytes()
+    (folder / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    arguments["ae"] = str(folder / "cut.safetensors")
+
+
+def empty_folder(arguments: Arguments, folder: Path) -> None:
+    for path in (folder / "images").iterdir():
+        path.unlink()
+
+
+def unreadable_image(arguments: Arguments, folder: Path) -> None:
+    picture = sorted((folder / "images").glob("*.png"))[0]
+    picture.write_bytes(picture.read_bytes()[:200])
+
+
+def output_is_a_file(arguments: Arguments, folder: Path) -> None:
+    (folder / "taken").write_text("", encoding="utf-8")
+    arguments["output_dir"] = str(folder / "taken" / "out")
+
+
+def unknown_dataset_key(arguments: Arguments, folder: Path) -> None:
+    config = folder / "dataset.toml"
+    config.write_text(config.read_text(encoding="utf-8").replace("num_repeats", "num_repeat"), encoding="utf-8")
+
+
+def odd_resolution(arguments: Arguments, folder: Path) -> None:
+    config = folder / "dataset.toml"
+    config.write_text(config.read_text(encoding="utf-8").replace("resolution = 64", "resolution = 500"), encoding="utf-8")
+
+
+def too_many_blocks(arguments: Arguments, folder: Path) -> None:
+    arguments["blocks_to_swap"] = "18"
+
+
+def unknown_option(arguments: Arguments, folder: Path) -> None:
+    arguments["learning_rat3"] = "1e-4"
+
+
+def unsupported_option(arguments: Arguments, folder: Path) -> None:
+    arguments["validation_split"] = "0.1"
+
+
+def unknown_network_key(arguments: Arguments, folder: Path) -> None:
+    arguments["network_args"] = "train_block=all"
+
+
+def bad_prompt_file(arguments: Arguments, folder: Path) -> None:
+    (folder / "prompts.csv").write_text("a cat", encoding="utf-8")
+    arguments["sample_prompts"] = str(folder / "prompts.csv")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code", "pieces"),
+    [
+        (missing_model, 3, ["nowhere.safetensors", "does not exist"]),
+        (clip_given_as_t5, 3, ["CLIP", "t5xxl"]),
+        (truncated_file, 3, ["cut.safetensors", "bytes"]),
+        (empty_folder, 3, ["images", "no pictures"]),
+        (unreadable_image, 3, [".png", "cannot be decoded"]),
+        (output_is_a_file, 3, ["taken", "output_dir"]),
+        (unknown_dataset_key, 2, ["num_repeat", "num_repeats"]),
+        (odd_resolution, 2, ["500", "multiple of 16", "496"]),
+        (too_many_blocks, 2, ["blocks_to_swap", "18", "largest allowed is 4"]),
+        (unknown_option, 2, ["learning_rat3", "learning_rate"]),
+        (unsupported_option, 2, ["validation_split", "not supported"]),
+        (unknown_network_key, 2, ["train_block", "train_blocks"]),
+        (bad_prompt_file, 3, ["prompts.csv"]),
+    ],
+)
+def test_bad_input_is_named_before_anything_heavy_loads(
+    tiny_models: TinyModels,
+    tmp_path: Path,
+    spoil: Callable[[Arguments, Path], None],
+    code: int,
+    pieces: list[str],
+) -> None:
+    config = make_tiny_dataset(tmp_path, count=2)
+    arguments = dict(argument.removeprefix("--").split("=", 1) for argument in tiny_models.arguments())
+    arguments |= {
+        "dataset_config": str(config),
+        "output_dir": str(tmp_path / "output"),
+        "output_name": "lora",
+        "network_module": "networks.lora_flux",
+        "max_train_steps": "1",
+    }
+    spoil(arguments, tmp_path)
+    finished = train(*(f"--{name}={value}" for name, value in arguments.items()))
+    assert finished.code == code, finished.output
+    for piece in pieces:
+        assert piece in finished.output
+    assert "Traceback" not in finished.output
+    assert not (tmp_path / "output").exists() or not list((tmp_path / "output").iterdir())
+
+
+def test_all_problems_are_reported_together(tiny_models: TinyModels, tmp_path: Path) -> None:
+    make_tiny_dataset(tmp_path, count=3)
+    for picture in sorted((tmp_path / "images").glob("*.png"))[:2]:
+        picture.write_bytes(b"no picture")
+    finished = train(
+        *tiny_models.arguments()[1:],
+        f"--pretrained_model_name_or_path={tmp_path / 'nowhere.safetensors'}",
+        f"--dataset_config={tmp_path / 'dataset.toml'}",
+        f"--output_dir={tmp_path / 'output'}",
+        "--network_module=networks.lora_flux",
+    )
+    assert finished.code == 3, finished.output
+    assert "nowhere.safetensors" in finished.output
+    for picture in sorted((tmp_path / "images").glob("*.png"))[:2]:
+        assert picture.name in finished.output
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_folder_without_permission_is_named(tiny_models: TinyModels, tmp_path: Path) -> None:
+    config = make_tiny_dataset(tmp_path, count=2)
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    finished = train(*tiny_models.arguments(), f"--dataset_config={config}", f"--output_dir={locked / 'out'}")
+    assert finished.code == 3
+    assert "locked" in finished.output
+
+
+def test_a_wrong_option_is_answered_without_loading_torch(tmp_path: Path) -> None:
+    started = time.monotonic()
+    finished = train("--no_such_option=1")
+    assert finished.code == 2
+    assert time.monotonic() - started < 2.0
+
+
+def test_a_picture_that_is_larger_than_its_header_says_is_found(tiny_models: TinyModels, tmp_path: Path) -> None:
+    """The whole picture is decoded, not only its header."""
+    config = make_tiny_dataset(tmp_path, count=2)
+    picture = sorted((tmp_path / "images").glob("*.png"))[0]
+    Image.new("RGB", (300, 300), "red").save(tmp_path / "whole.jpg", quality=95)
+    picture.unlink()
+    cut = (tmp_path / "images" / "cut.jpg")
+    cut.write_bytes((tmp_path / "whole.jpg").read_bytes()[:-200])
+    finished = train(*tiny_models.arguments(), f"--dataset_config={config}", f"--output_dir={tmp_path / 'out'}")
+    assert finished.code == 3
+    assert "cut.jpg" in finished.output

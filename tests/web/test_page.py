@@ -1,0 +1,311 @@
+"""The page in a real browser, with the real trainer behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from safetensors import safe_open
+
+from tests.fluxgui.sparse_flux import make_sparse_flux
+
+pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).parents[2]
+RUN_SECONDS = 240
+
+
+@dataclass
+class App:
+    """`app.py` as a process of its own, which a test may end and start again at the same address."""
+
+    home: Path
+    port: int
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def start(self) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "app.py", "--no-browser", "--port", str(self.port)],
+            cwd=ROOT,
+            env={**os.environ, "FLUXGUI_HOME": str(self.home), "OMP_NUM_THREADS": "2"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.processes.append(process)
+        assert process.stdout is not None
+        assert "FluxGUI is at" in process.stdout.readline()
+
+    def kill(self) -> None:
+        process = self.processes.pop()
+        process.kill()
+        process.communicate()
+
+    def runs(self) -> list[Path]:
+        return sorted((self.home / "runs").glob("2*"))
+
+    def events(self, run: Path) -> list[dict[str, object]]:
+        file = run / "events.jsonl"
+        return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+
+    def worker_pids(self) -> list[int]:
+        started = [event for run in self.runs() for event in self.events(run) if event["kind"] == "run_started"]
+        return [int(str(event["pid"])) for event in started]
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[App]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    app = App(tmp_path / "home", port)
+    app.start()
+    yield app
+    for process in app.processes:
+        process.kill()
+        process.communicate()
+    for pid in app.worker_pids():
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, app: App) -> Iterator[Page]:
+    """A page that fails the test when a script fails on it or when it asks another machine for anything."""
+    context = browser.new_context(accept_downloads=True, viewport={"width": 1280, "height": 1000})
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    failures: list[str] = []
+    page.on("pageerror", lambda error: failures.append(str(error)))
+    page.on("request", lambda r: failures.append(r.url) if not r.url.startswith((app.url, "data:", "blob:")) else None)
+    yield page
+    context.close()
+    assert failures == []
+
+
+def box(page: Page, name: str) -> Locator:
+    return page.locator(f"#field-{name}").locator("input, textarea").first
+
+
+def chip(page: Page) -> Locator:
+    return page.locator("#run-header .chip")
+
+
+def wait_until(what: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+def choose(page: Page, dropdown: str, text: str) -> None:
+    page.locator(f"{dropdown} input").click()
+    page.get_by_role("option", name=text, exact=True).click()
+
+
+def steps_done(app: App, run: Path) -> int:
+    return sum(event["kind"] == "step" for event in app.events(run))
+
+
+def use_demo_files(page: Page, app: App) -> None:
+    page.goto(app.url)
+    page.locator("#use-demo").click()
+    expect(box(page, "output_name")).to_have_value("demo")
+    expect(page.locator("#problems .good")).to_be_visible()
+
+
+def test_the_demo_from_the_first_visit_to_the_downloaded_file(app: App, page: Page, tmp_path: Path) -> None:
+    page.goto(app.url)
+    page.locator("#try-demo").click()
+    expect(page).to_have_url(re.compile(r"page=runs.*run=2"), timeout=15_000)
+    (run,) = app.runs()
+    expect(page.locator("#run-header h2")).to_have_text("demo")
+    expect(page.locator("#run-header .doing")).to_contain_text("Training, step", timeout=60_000)
+
+    # The buttons reach the worker.
+    page.locator("#run-pause").click()
+    expect(chip(page)).to_have_text("paused")
+    expect(page.locator("#run-pause")).to_have_text("Resume")
+    page.locator("#run-pause").click()
+    expect(chip(page)).to_have_text("running")
+    page.locator("#run-save").click()
+    expect(page.locator("#run-checkpoints a.download").first).to_be_visible()
+    page.locator("#run-sample").click()
+    expect(page.locator("#run-samples img").first).to_be_visible(timeout=60_000)
+
+    # The page dies; training does not, and a new page shows it again.
+    before = steps_done(app, run)
+    app.kill()
+    wait_until(lambda: steps_done(app, run) > before + 2, 60)
+    app.start()
+    page.reload()
+    expect(page.locator("#run-header h2")).to_have_text("demo")
+    expect(chip(page)).to_have_text(re.compile("running|completed"))
+
+    expect(chip(page)).to_have_text("completed", timeout=RUN_SECONDS * 1000)
+    plan = next(event for event in app.events(run) if event["kind"] == "plan")
+    assert steps_done(app, run) == plan["num_steps"]
+    expect(page.locator("#run-plot polyline.raw")).to_be_attached()
+    expect(page.locator("#run-plot polyline.smooth")).to_be_attached()
+    pictures = page.locator("#run-samples section img")
+    pictures.last.scroll_into_view_if_needed()
+    wait_until(lambda: bool(pictures.evaluate_all("all => all.length > 1 && all.every(i => i.naturalWidth == 256)")))
+
+    final = page.locator("#run-checkpoints li", has_text="final").locator("a.download")
+    with page.expect_download() as waiting:
+        final.click()
+    saved = tmp_path / waiting.value.suggested_filename
+    waiting.value.save_as(saved)
+    assert saved.name == "demo.safetensors"
+    with safe_open(saved, "pt") as file:
+        names = list(file.keys())
+        assert len(names) > 10
+        assert all(file.get_tensor(name).isfinite().all() for name in names)
+        assert any(file.get_tensor(name).abs().max() > 0 for name in names if "lora_up" in name)
+
+
+def test_a_killed_worker_is_shown_as_crashed_with_its_log(app: App, page: Page) -> None:
+    use_demo_files(page, app)
+    box(page, "max_train_epochs").fill("500")
+    expect(page.locator("#preview-config textarea")).to_have_value(re.compile("max_train_epochs = 500"))
+    page.locator("#start").dblclick()
+    expect(page.locator("#run-header .doing")).to_contain_text("Training, step", timeout=60_000)
+    assert len(app.runs()) == 1, "a double click starts one run"
+    (pid,) = app.worker_pids()
+    os.kill(pid, signal.SIGKILL)
+    expect(chip(page)).to_have_text("crashed")
+    expect(page.locator("#run-messages .log-tail")).to_contain_text("step")
+    expect(page.locator("#run-again")).to_be_visible()
+    expect(page.locator("#run-stop")).to_be_hidden()
+    page.reload()
+    expect(chip(page)).to_have_text("crashed")
+
+
+def test_stopping_asks_once_and_says_stopped(app: App, page: Page) -> None:
+    use_demo_files(page, app)
+    box(page, "max_train_epochs").fill("500")
+    expect(page.locator("#preview-config textarea")).to_have_value(re.compile("max_train_epochs = 500"))
+    page.locator("#start").click()
+    expect(page.locator("#run-header .doing")).to_contain_text("Training, step", timeout=60_000)
+    page.locator("#run-stop").click()
+    expect(page.locator("#run-stop-question")).to_contain_text("Stop demo at step")
+    page.locator("#run-stop-no").click()
+    expect(page.locator("#run-stop-question")).to_be_hidden()
+    expect(chip(page)).to_have_text("running")
+    page.locator("#run-stop").click()
+    page.locator("#run-stop-yes").click()
+    expect(chip(page)).to_have_text("stopped")
+
+
+def test_a_preset_is_the_same_after_a_restart(app: App, page: Page) -> None:
+    values = {"network_dim": "24", "network_alpha": "12", "learning_rate": "0.00035", "resolution": "384", "seed": "7"}
+    page.goto(app.url)
+    expect(box(page, "network_dim")).not_to_have_value("")
+    for name, value in values.items():
+        if name != "seed":
+            box(page, name).fill(value)
+    page.get_by_text("More settings", exact=True).click()
+    box(page, "seed").fill("7")
+    page.locator("#field-flip_aug input").check()
+    page.get_by_text("My presets", exact=True).click()
+    page.locator("#preset-name input, #preset-name textarea").fill("My cat")
+    page.locator("#preset-save").click()
+    expect(page.locator("#preset-own input")).to_have_value("My cat")
+    for name in values:
+        box(page, name).fill("1")
+    page.locator("#field-flip_aug input").uncheck()
+
+    app.kill()
+    app.start()
+    page.context.clear_cookies()
+    page.goto(app.url)
+    page.get_by_text("My presets", exact=True).click()
+    choose(page, "#preset-own", "My cat")
+    page.locator("#preset-load").click()
+    for name, value in values.items():
+        expect(box(page, name)).to_have_value(value)
+    expect(page.locator("#field-flip_aug input")).to_be_checked()
+
+    # Replacing and deleting ask first.
+    page.locator("#preset-name input, #preset-name textarea").fill("My cat")
+    page.locator("#preset-save").click()
+    expect(page.locator("#preset-replace-question")).to_contain_text("Replace the preset My cat?")
+    page.locator("#preset-replace-no").click()
+    page.locator("#preset-delete").click()
+    expect(page.locator("#preset-delete-question")).to_contain_text("Delete the preset My cat?")
+    page.locator("#preset-delete-yes").click()
+    expect(page.locator("#preset-own input")).to_have_value("")
+    wait_until(lambda: not list((app.home / "presets").glob("*.toml")))
+
+
+def test_the_estimate_picks_more_blocks_for_less_memory(app: App, page: Page) -> None:
+    flux = make_sparse_flux(app.home / "models" / "flux1-dev.safetensors")
+    page.goto(app.url)
+    expect(box(page, "network_dim")).not_to_have_value("")
+    page.locator("#find-models").click()
+    expect(box(page, "pretrained_model_name_or_path")).to_have_value(str(flux))
+    expect(page.locator("#field-pretrained_model_name_or_path")).to_contain_text("FLUX.1 dev")
+    choose(page, "#preset-vram", "24 GB")
+    picked: list[int] = []
+    for gigabytes in (24, 16, 12):
+        page.locator("#vram-gb input").fill(str(gigabytes))
+        page.locator("#estimate").click()
+        expect(page.locator("#estimate-result")).to_contain_text(f"of {gigabytes}.00 GiB")
+        picked.append(int(box(page, "blocks_to_swap").input_value()))
+    assert picked == sorted(set(picked)), "less memory takes more blocks"
+    expect(page.locator("#estimate-result table").first).to_contain_text("FLUX.1 weights")
+    expect(page.locator("#preview-config textarea")).to_have_value(re.compile(f"blocks_to_swap = {picked[-1]}"))
+
+
+def test_errors_stand_at_their_fields_in_plain_words(app: App, page: Page) -> None:
+    page.goto(app.url)
+    expect(box(page, "network_dim")).not_to_have_value("")
+    page.locator("#start").click()
+    for name in ("pretrained_model_name_or_path", "t5xxl", "clip_l", "ae", "image_dir"):
+        expect(page.locator(f"#field-{name}")).to_contain_text("Needed")
+    box(page, "pretrained_model_name_or_path").fill("/nowhere/flux.safetensors")
+    expect(page.locator("#field-pretrained_model_name_or_path")).to_contain_text("does not exist")
+    box(page, "network_dim").fill("0")
+    expect(page.locator("#field-network_dim")).to_contain_text("1024")
+    box(page, "learning_rate").fill("fast")
+    expect(page.locator("#field-learning_rate.field-bad")).to_contain_text("fast")
+    expect(page.locator("#problems")).to_contain_text("Learning rate")
+    box(page, "network_dim").fill("16")
+    expect(page.locator("#field-network_dim.field-bad")).to_have_count(0)
+    assert app.runs() == []
+    assert "Traceback" not in (page.text_content("body") or "")
+
+
+def test_a_form_is_kept_over_a_reload(app: App, page: Page) -> None:
+    page.goto(app.url)
+    expect(box(page, "network_dim")).not_to_have_value("")
+    box(page, "output_name").fill("my dog")
+    box(page, "network_dim").fill("48")
+    expect(page.locator("#preview-config textarea")).to_have_value(re.compile("network_dim = 48"))
+    page.wait_for_timeout(500)
+    page.reload()
+    expect(box(page, "network_dim")).to_have_value("48")
+    expect(box(page, "output_name")).to_have_value("my dog")

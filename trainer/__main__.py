@@ -1,0 +1,200 @@
+"""The trainer as a program: `python -m trainer --flags...`, or one of the commands below.
+
+Nothing heavy is imported before the options have been understood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+from trainer.schema.base import UserError
+from trainer.schema.checkpoint_header import flux_params, format_bytes, read_header
+from trainer.schema.cli import ParsedCommand, parse_command_line, validate_options
+from trainer.schema.folders import demo_dir
+from trainer.schema.options import Options
+from trainer.schema.options_data import parse_resolution
+from trainer.schema.run_folder import RunFolder
+from trainer.schema.toml_io import read_config_file
+
+EXIT_DONE, EXIT_OPTIONS, EXIT_INTERRUPTED = 0, 2, 130
+DEFAULT_SIDE: Final = 1024
+
+HELP: Final = """\
+python -m trainer --option=value ...     train a LoRA; --help lists the options
+python -m trainer demo --output_dir D    train the bundled demo; the LoRA and the samples are written to D
+python -m trainer check --option=...     check options, files and pictures as before training, and stop there
+python -m trainer estimate --option=...  print what memory the training needs; --vram_gb picks blocks_to_swap
+python -m trainer make-demo [--dir D]    write the demo's models and pictures
+python -m trainer run FOLDER             train what a run folder holds (the page starts this)
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command; returns the exit code: 0 done, 2 wrong options, 3 something to fix, 1 a bug."""
+    arguments = list(argv)
+    if arguments and arguments[0] in COMMANDS:
+        command, arguments = COMMANDS[arguments[0]], arguments[1:]
+    elif not arguments:
+        print(HELP)
+        return EXIT_OPTIONS
+    elif not arguments[0].startswith("-"):
+        print(f"{arguments[0]} is no command.\n\n{HELP}", file=sys.stderr)
+        return EXIT_OPTIONS
+    else:
+        command = train_from_flags
+    try:
+        return command(arguments)
+    except UserError as error:
+        print(f"error: {error}" if len(error.problems) == 1 else f"errors:\n{error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def train_from_flags(arguments: Sequence[str]) -> int:
+    parsed = parse_command_line(arguments)
+    # Quick checks without torch: most mistakes are answered in a fraction of a second.
+    from trainer.train.session import configure_console, is_main_process, run_guarded  # noqa: PLC0415
+
+    configure_console(parsed.options)
+    from trainer.train.reporting import Reporter  # noqa: PLC0415
+
+    reporter = Reporter(is_main=is_main_process())
+    reporter.install_signal_handlers()
+
+    def work() -> None:
+        from trainer.train.recipe import train  # noqa: PLC0415 - torch takes seconds to load
+
+        train(parsed, reporter)
+
+    return run_guarded(work, reporter)
+
+
+def train_run_folder(arguments: Sequence[str]) -> int:
+    from trainer.train.reporting import Reporter  # noqa: PLC0415
+    from trainer.train.session import run_in_folder  # noqa: PLC0415
+
+    parser = argparse.ArgumentParser(prog="python -m trainer run")
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args(arguments).folder
+
+    def work(run: RunFolder, reporter: Reporter) -> None:
+        parsed = options_of_run(run)
+        from trainer.train.recipe import train  # noqa: PLC0415 - torch takes seconds to load
+
+        train(parsed, reporter)
+
+    return run_in_folder(folder, work)
+
+
+def options_of_run(run: RunFolder) -> ParsedCommand:
+    """The options in a run folder; dataset, prompts and output are the folder's own where the file names none."""
+    values = read_config_file(run.config_toml)
+    values.setdefault("output_dir", str(run.checkpoints_dir))
+    if run.dataset_toml.is_file() and not {"train_data_dir", "dataset_config"} & set(values):
+        values["dataset_config"] = str(run.dataset_toml)
+    if run.sample_prompts_txt.is_file() and run.sample_prompts_txt.read_text(encoding="utf-8").strip():
+        values.setdefault("sample_prompts", str(run.sample_prompts_txt))
+    values["run_dir"] = str(run.path)
+    return validate_options(values, where=run.config_toml.name)
+
+
+def train_demo(arguments: Sequence[str]) -> int:
+    from trainer.tools.demo import demo_arguments  # noqa: PLC0415 - numpy and Pillow
+    from trainer.tools.tiny_models import make_demo_bundle  # noqa: PLC0415
+
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer demo",
+        description="Trains a LoRA on the bundled small models and pictures. Further options of the trainer may follow.",
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the LoRA and the samples")
+    known, rest = parser.parse_known_args(arguments)
+    output_dir: Path = known.output_dir
+    bundle = make_demo_bundle(demo_dir())
+    return train_from_flags([*demo_arguments(bundle), f"--output_dir={output_dir}", *rest])
+
+
+def make_demo(arguments: Sequence[str]) -> int:
+    from trainer.tools.tiny_models import make_demo_bundle  # noqa: PLC0415
+
+    parser = argparse.ArgumentParser(prog="python -m trainer make-demo")
+    parser.add_argument("--dir", type=Path, default=None, help="folder to make (default: in the data folder)")
+    folder: Path | None = parser.parse_args(arguments).dir
+    print(make_demo_bundle(folder or demo_dir()).folder)
+    return EXIT_DONE
+
+
+def check(arguments: Sequence[str]) -> int:
+    parsed = parse_command_line(arguments)
+    from trainer.train.check import check_run  # noqa: PLC0415
+    from trainer.train.reporting import Reporter  # noqa: PLC0415
+    from trainer.train.session import configure_console  # noqa: PLC0415
+
+    configure_console(parsed.options)
+    reporter = Reporter()
+    for note in parsed.notes:
+        reporter.note(note)
+    checked = check_run(parsed.options, reporter)
+    print(
+        f"{checked.index.num_images} pictures, {checked.schedule.num_epochs} epochs of "
+        f"{checked.schedule.steps_per_epoch} steps, {checked.schedule.num_steps} steps in total. No problems found."
+    )
+    return EXIT_DONE
+
+
+def estimate_memory(arguments: Sequence[str]) -> int:
+    from trainer.schema.memory import Estimate, estimate, pick_blocks_to_swap  # noqa: PLC0415
+
+    parser = argparse.ArgumentParser(prog="python -m trainer estimate", allow_abbrev=False)
+    parser.add_argument("--vram_gb", type=float, help="memory of the card in GiB: picks the smallest blocks_to_swap")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    known, rest = parser.parse_known_args(arguments)
+    options: Options = parse_command_line(rest).options
+    if options.pretrained_model_name_or_path is None:
+        raise UserError("no model is given", "--pretrained_model_name_or_path", "Give the FLUX.1 model.", exit_code=2)
+    params = flux_params(read_header(options.pretrained_model_name_or_path))
+    width, height = parse_resolution(options.resolution) if options.resolution else (DEFAULT_SIDE, DEFAULT_SIDE)
+    size = {"width": width, "height": height, "batch_size": options.train_batch_size}
+    result: Estimate
+    if known.vram_gb is not None:
+        result = pick_blocks_to_swap(params, options, **size, vram_bytes=round(known.vram_gb * 2**30))
+    else:
+        result = estimate(params, options, **size)
+    if known.json:
+        print(json.dumps(_estimate_fields(result), indent=1))
+        return EXIT_DONE
+    print(f"{width} x {height}, batch {options.train_batch_size}: {format_bytes(result.peak_bytes)} on the device,")
+    print(f"{format_bytes(result.host_peak_bytes)} of main memory, blocks_to_swap {result.blocks_to_swap}")
+    if result.fits is False:
+        print("This does not fit, even with every block swapped.")
+    for phase in result.phases:
+        print(f"\n{phase.name}: {format_bytes(phase.peak_bytes)}")
+        for part in phase.parts:
+            print(f"  {part.name:<42}{format_bytes(part.bytes):>12}")
+    return EXIT_DONE
+
+
+def _estimate_fields(result: object) -> Mapping[str, object]:
+    from dataclasses import asdict  # noqa: PLC0415
+
+    return asdict(result)  # pyright: ignore[reportArgumentType]
+
+
+COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType(
+    {
+        "run": train_run_folder,
+        "demo": train_demo,
+        "make-demo": make_demo,
+        "check": check,
+        "estimate": estimate_memory,
+    }
+)
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

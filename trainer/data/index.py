@@ -1,0 +1,454 @@
+"""Dataset folders to items: which pictures there are, their captions, sizes and buckets, and all that is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from trainer.data import buckets
+from trainer.data.buckets import Fit, Size
+from trainer.data.captions import tag_frequency
+from trainer.data.images import DECODE_ERRORS, ImageFacts, Picture, check_image, decode_failure, map_ahead
+from trainer.schema.base import Problem, UserError
+from trainer.schema.toml_io import DatasetConfig, DatasetSpec, SubsetSpec
+
+IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"))
+"""Endings of picture files, in any case. The reference takes .avif only where a plugin is installed."""
+
+OTHER_PICTURE_SUFFIXES = frozenset((".gif", ".tif", ".tiff", ".jxl", ".heic", ".heif"))
+"""Picture files that are not read; a folder that holds some gets a warning."""
+
+NUM_NAMES_SHOWN = 5
+
+Progress = Callable[[int, int], None]
+"""Told (done, total) after each piece of work; may raise to interrupt it."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of one dataset. `width` and `height` are those of the file as displayed.
+
+    `caption` is the stored text, before prefix, dropout and shuffling. `num_repeats` is how often it is drawn in an
+    epoch, which for regularisation pictures is set by the balance. `dataset` is the dataset's place in the file.
+    """
+
+    path: Path
+    digest: str
+    width: int
+    height: int
+    caption: str
+    subset: SubsetSpec
+    num_repeats: int
+    is_reg: bool
+    dataset: int
+    fit: Fit
+
+    @property
+    def bucket(self) -> Size:
+        """Width and height in pixels of the picture that is trained on."""
+        return self.fit.bucket
+
+    def picture(self, crop: Size, *, is_flipped: bool) -> Picture:
+        """This item's pixels with the bucket cut out at `crop` (left, top)."""
+        return Picture(
+            self.path,
+            self.digest,
+            self.fit.resized,
+            self.fit.bucket,
+            crop,
+            is_flipped,
+            self.subset.resize_interpolation,
+        )
+
+    def centre_pictures(self) -> tuple[Picture, ...]:
+        """The pictures to encode beforehand: cut from the middle, and mirrored too when the subset flips."""
+        crop = buckets.centre_crop(self.fit)
+        flips = (False, True) if self.subset.flip_aug else (False,)
+        return tuple(self.picture(crop, is_flipped=is_flipped) for is_flipped in flips)
+
+
+@dataclass(frozen=True)
+class SubsetSummary:
+    """What a subset holds, for the plan and the metadata. `tag_frequency` counts its captions' parts."""
+
+    spec: SubsetSpec
+    num_images: int
+    tag_frequency: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class DatasetSummary:
+    """What a dataset holds. Image counts include repeats, as the reference trainer's do.
+
+    `num_reg_images` counts all that were found, before the balance. `bucket_counts` is sorted by size and counts
+    draws in an epoch. `mean_aspect_error` is the mean |bucket width / height - picture width / height|, no repeats.
+    """
+
+    spec: DatasetSpec
+    subsets: tuple[SubsetSummary, ...]
+    num_train_images: int
+    num_reg_images: int
+    bucket_counts: Mapping[Size, int]
+    mean_aspect_error: float
+
+    @property
+    def num_batches(self) -> int:
+        """Batches in an epoch; each bucket's last one may be short."""
+        return sum(math.ceil(count / self.spec.batch_size) for count in self.bucket_counts.values())
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """Everything that training draws from."""
+
+    items: tuple[Item, ...]
+    datasets: tuple[DatasetSummary, ...]
+    missing_captions: tuple[Path, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def num_images(self) -> int:
+        """Items without repeats; a file in two datasets counts twice."""
+        return len(self.items)
+
+    @property
+    def num_batches_per_epoch(self) -> int:
+        return sum(dataset.num_batches for dataset in self.datasets)
+
+
+@dataclass(frozen=True)
+class _Caption:
+    """`text` is None when no caption file was found."""
+
+    text: str | None
+    has_more_lines: bool = False
+    is_empty_file: bool = False
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A subset and its picture files."""
+
+    dataset: int
+    spec: SubsetSpec
+    paths: tuple[Path, ...]
+
+
+def index_dataset(config: DatasetConfig, *, progress: Progress | None = None) -> DatasetIndex:
+    """Finds, decodes and measures every picture of `config`.
+
+    Raises one `UserError` with every problem: folders that are missing or hold no pictures, pictures that cannot be
+    decoded, captions that are not text, and sizes that fit no bucket. `progress` is told of each decoded file.
+    """
+    problems: list[Problem] = []
+    warnings: list[str] = []
+    found: list[_Found] = []
+    for position, dataset in enumerate(config.datasets):
+        problems.extend(_limit_problems(dataset))
+        found.extend(_find_pictures(position, dataset, problems, warnings))
+    paths = tuple(dict.fromkeys(path for subset in found for path in subset.paths))
+    facts = _check_images(paths, problems, progress)
+    captions = {subset: _read_captions(subset, problems) for subset in found}
+    items = _make_items(config, found, facts, captions, problems)
+    if problems:
+        raise UserError.many(problems, exit_code=3)
+    drawn = [_balance(position, items, warnings) for position in range(len(config.datasets))]
+    missing = tuple(dict.fromkeys(path for subset in found for path in _missing(subset, captions[subset])))
+    warnings.extend(_caption_warnings(found, captions, missing))
+    return DatasetIndex(
+        items=tuple(item for dataset in drawn for item in dataset),
+        datasets=tuple(
+            _summarise(dataset, [subset for subset in found if subset.dataset == position], items, drawn[position])
+            for position, dataset in enumerate(config.datasets)
+        ),
+        missing_captions=missing,
+        warnings=tuple(warnings),
+    )
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def _find_pictures(
+    position: int, dataset: DatasetSpec, problems: list[Problem], warnings: list[str]
+) -> Iterable[_Found]:
+    """The dataset's subsets with their files, sorted by name, folders inside them left out as in the reference."""
+    seen: set[Path] = set()
+    for subset in dataset.subsets:
+        folder = subset.image_dir
+        if subset.num_repeats < 1:
+            warnings.append(f"{folder} is left out: its num_repeats is {subset.num_repeats}")
+            continue
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
+            problems.append(Problem(f"the picture folder {folder} {what}", hint="Correct image_dir."))
+            continue
+        if folder.resolve() in seen:
+            warnings.append(f"{folder} is given twice in one dataset; only the first one is used")
+            continue
+        seen.add(folder.resolve())
+        try:
+            entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        except OSError as error:
+            problems.append(Problem(f"the picture folder {folder} cannot be read ({_reason(error)})"))
+            continue
+        files = [path for path in entries if path.is_file()]
+        paths = tuple(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
+        others = [path.name for path in files if path.suffix.lower() in OTHER_PICTURE_SUFFIXES]
+        if others:
+            warnings.append(f"{folder}: {len(others)} pictures of other formats are left out: {_names(others)}")
+        if paths:
+            yield _Found(position, subset, paths)
+        else:
+            problems.append(_no_pictures(folder, [path for path in entries if path.is_dir()]))
+
+
+def _no_pictures(folder: Path, inside: Sequence[Path]) -> Problem:
+    hint = f"Put pictures there ({', '.join(sorted(IMAGE_SUFFIXES))})."
+    if inside:
+        hint = f"Folders inside it, such as {inside[0].name}, are not searched; name each as a subset of its own."
+    return Problem(f"the picture folder {folder} holds no pictures", hint=hint)
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+def _check_images(paths: Sequence[Path], problems: list[Problem], progress: Progress | None) -> dict[Path, ImageFacts]:
+    facts: dict[Path, ImageFacts] = {}
+    with contextlib.closing(map_ahead(_facts_or_problem, paths)) as results:
+        for done, (path, result) in enumerate(zip(paths, results, strict=True), start=1):
+            if isinstance(result, Problem):
+                problems.append(result)
+            else:
+                facts[path] = result
+            if progress is not None:
+                progress(done, len(paths))
+    return facts
+
+
+def _facts_or_problem(path: Path) -> ImageFacts | Problem:
+    try:
+        return check_image(path)
+    except DECODE_ERRORS as error:
+        return Problem(f"{path}: cannot be decoded ({decode_failure(error)})", hint="Replace it or remove it.")
+
+
+# ---- captions --------------------------------------------------------------------------------------------------
+
+
+def _read_captions(subset: _Found, problems: list[Problem]) -> tuple[_Caption, ...]:
+    captions: list[_Caption] = []
+    for path in subset.paths:
+        file = _caption_file(path, subset.spec.caption_extension)
+        try:
+            captions.append(_Caption(None) if file is None else _read_caption(file))
+        except (UnicodeError, OSError) as error:
+            reason = "not UTF-8 text" if isinstance(error, UnicodeError) else _reason(error)
+            hint = "Save it as UTF-8." if isinstance(error, UnicodeError) else None
+            problems.append(Problem(f"{file}: the caption cannot be read ({reason})", hint=hint))
+            captions.append(_Caption(""))
+    return tuple(captions)
+
+
+def _caption_file(path: Path, extension: str) -> Path | None:
+    """The file beside the picture with its stem; or without the four numbers that face detection appends to names."""
+    extension = extension if extension.startswith(".") else f".{extension}"
+    parts = path.stem.split("_")
+    stems = [path.stem, "_".join(parts[:-4])] if len(parts) >= 5 else [path.stem]
+    candidates = (path.with_name(stem + extension) for stem in stems)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _read_caption(file: Path) -> _Caption:
+    """The first line without spaces around it. A file without any line, an error in the reference, is an empty one."""
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    if not any(line.strip() for line in lines):
+        return _Caption("", is_empty_file=True)
+    return _Caption(lines[0].strip(), has_more_lines=any(line.strip() for line in lines[1:]))
+
+
+def _missing(subset: _Found, captions: Sequence[_Caption]) -> list[Path]:
+    return [path for path, caption in zip(subset.paths, captions, strict=True) if caption.text is None]
+
+
+def _caption_warnings(
+    found: Sequence[_Found], captions: Mapping[_Found, Sequence[_Caption]], missing: Sequence[Path]
+) -> list[str]:
+    """One warning for each kind, with names."""
+    warnings: list[str] = []
+    pairs = [pair for subset in found for pair in zip(subset.paths, captions[subset], strict=True)]
+    num_paths = len({path for path, _ in pairs})
+    if missing:
+        extensions = sorted({subset.spec.caption_extension for subset in found})
+        text = (
+            f"{len(missing)} of {num_paths} pictures have no caption file ({', '.join(extensions)}) and train with "
+            f"their class tokens, or with an empty caption where there are none: {_names(p.name for p in missing)}"
+        )
+        num_other = sum(1 for path in missing if any(path.with_suffix(end).is_file() for end in (".txt", ".caption")))
+        if num_other:
+            text += f". {num_other} of them have a .txt or .caption file: is caption_extension right?"
+        warnings.append(text)
+    empty = list(dict.fromkeys(path.name for path, caption in pairs if caption.is_empty_file))
+    if empty:
+        warnings.append(f"{len(empty)} caption files are empty: {_names(empty)}")
+    longer = list(dict.fromkeys(path.name for path, caption in pairs if caption.has_more_lines))
+    if longer:
+        warnings.append(f"{len(longer)} caption files have several lines; the first one is used: {_names(longer)}")
+    return warnings
+
+
+def _names(names: Iterable[str]) -> str:
+    every = list(names)
+    shown = ", ".join(every[:NUM_NAMES_SHOWN])
+    rest = len(every) - NUM_NAMES_SHOWN
+    return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+# ---- items -----------------------------------------------------------------------------------------------------
+
+
+def _limit_problems(dataset: DatasetSpec) -> list[Problem]:
+    if not dataset.enable_bucket or dataset.bucket_no_upscale:
+        return []
+    shortest, longest = _limits(dataset)
+    problems: list[Problem] = []
+    if shortest > min(dataset.resolution):
+        problems.append(
+            Problem(
+                f"min_bucket_reso {dataset.min_bucket_reso} is above the resolution {min(dataset.resolution)}",
+                hint="Lower min_bucket_reso.",
+                field="min_bucket_reso",
+            )
+        )
+    if longest < max(dataset.resolution):
+        problems.append(
+            Problem(
+                f"max_bucket_reso {dataset.max_bucket_reso} is below the resolution {max(dataset.resolution)}",
+                hint="Raise max_bucket_reso.",
+                field="max_bucket_reso",
+            )
+        )
+    return problems
+
+
+def _limits(dataset: DatasetSpec) -> Size:
+    return buckets.side_limits(dataset.min_bucket_reso, dataset.max_bucket_reso, dataset.bucket_reso_steps)
+
+
+def _fitter(dataset: DatasetSpec) -> Callable[[Size], Fit]:
+    """What gives a picture of the dataset its bucket."""
+    if not dataset.enable_bucket:
+        return functools.partial(buckets.fit_to_nearest, sizes=(dataset.resolution,))
+    if dataset.bucket_no_upscale:
+        return functools.partial(
+            buckets.fit_without_upscale, resolution=dataset.resolution, step=dataset.bucket_reso_steps
+        )
+    shortest, longest = _limits(dataset)
+    sizes = buckets.bucket_sizes(dataset.resolution, shortest, longest, dataset.bucket_reso_steps)
+    return functools.partial(buckets.fit_to_nearest, sizes=sizes)
+
+
+def _make_items(
+    config: DatasetConfig,
+    found: Sequence[_Found],
+    facts: Mapping[Path, ImageFacts],
+    captions: Mapping[_Found, Sequence[_Caption]],
+    problems: list[Problem],
+) -> list[Item]:
+    fitters = [_fitter(dataset) for dataset in config.datasets]
+    items: list[Item] = []
+    for subset in found:
+        for path, caption in zip(subset.paths, captions[subset], strict=True):
+            fact = facts.get(path)
+            if fact is None:
+                continue
+            try:
+                fit = fitters[subset.dataset]((fact.width, fact.height))
+            except ValueError as error:
+                hint = "Turn off bucket_no_upscale, lower bucket_reso_steps, or remove the picture."
+                problems.append(Problem(f"{path}: {fact.width}x{fact.height} fits no bucket ({error})", hint=hint))
+                continue
+            text = caption.text if caption.text is not None else (subset.spec.class_tokens or "")
+            items.append(
+                Item(
+                    path=path,
+                    digest=fact.digest,
+                    width=fact.width,
+                    height=fact.height,
+                    caption=text,
+                    subset=subset.spec,
+                    num_repeats=subset.spec.num_repeats,
+                    is_reg=subset.spec.is_reg,
+                    dataset=subset.dataset,
+                    fit=fit,
+                )
+            )
+    for position in range(len(config.datasets)):
+        kinds = {subset.spec.is_reg for subset in found if subset.dataset == position}
+        if kinds == {True}:
+            problems.append(
+                Problem(f"dataset {position + 1} has only regularisation pictures", hint="Add pictures to train on.")
+            )
+    if not found and not problems:
+        problems.append(Problem("the dataset file names no picture folder", hint="Add a subset with an image_dir."))
+    return items
+
+
+def _balance(position: int, items: Sequence[Item], warnings: list[str]) -> list[Item]:
+    """The items of one dataset, those for regularisation last and drawn about as often as the others together.
+
+    The reference's rule: they join in order, with their repeats, until there are as many draws as of the others. When
+    they run out first, each gets one more repeat in turn. Those that are not needed are left out.
+    """
+    train = [item for item in items if item.dataset == position and not item.is_reg]
+    reg = [item for item in items if item.dataset == position and item.is_reg]
+    if not reg:
+        return train
+    wanted = sum(item.num_repeats for item in train)
+    used: list[Item] = []
+    draws = 0
+    for item in reg:
+        if draws >= wanted:
+            break
+        used.append(item)
+        draws += item.num_repeats
+    more, left_over = divmod(max(wanted - draws, 0), len(used))
+    used = [
+        replace(item, num_repeats=item.num_repeats + more + (1 if place < left_over else 0))
+        for place, item in enumerate(used)
+    ]
+    if len(used) < len(reg):
+        warnings.append(
+            f"{len(reg) - len(used)} of {len(reg)} regularisation pictures are not used: "
+            "there are fewer draws of training pictures in an epoch"
+        )
+    return train + used
+
+
+def _summarise(
+    spec: DatasetSpec, found: Sequence[_Found], items: Sequence[Item], drawn: Sequence[Item]
+) -> DatasetSummary:
+    counts: Counter[Size] = Counter()
+    for item in drawn:
+        counts[item.bucket] += item.num_repeats
+    errors = [abs(item.bucket[0] / item.bucket[1] - item.width / item.height) for item in drawn]
+
+    def captions(subset: _Found) -> list[str]:
+        return [item.caption for item in items if item.subset is subset.spec and item.dataset == subset.dataset]
+
+    return DatasetSummary(
+        spec=spec,
+        subsets=tuple(
+            SubsetSummary(subset.spec, len(subset.paths), tag_frequency(captions(subset))) for subset in found
+        ),
+        num_train_images=sum(len(s.paths) * s.spec.num_repeats for s in found if not s.spec.is_reg),
+        num_reg_images=sum(len(s.paths) * s.spec.num_repeats for s in found if s.spec.is_reg),
+        bucket_counts={size: counts[size] for size in sorted(counts)},
+        mean_aspect_error=sum(errors) / len(errors) if errors else 0.0,
+    )

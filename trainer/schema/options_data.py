@@ -1,0 +1,116 @@
+"""Option groups: the pictures and captions, and what is computed from them once and kept.
+
+The options of `DatasetOptions` are what a dataset file falls back on; `parse_resolution` reads the one that holds a size.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trainer.schema.base import Opt
+from trainer.schema.options_model import OptionGroup
+
+SIZE_STEP = 16
+"""Pixels: the AE reduces a side by 8, and FLUX takes 2 x 2 latents as one token."""
+
+
+class DatasetOptions(OptionGroup):
+    """Pictures and captions; a dataset file's own values win over these."""
+
+    dataset_config: Annotated[Path | None, Opt("Dataset file, .toml or .json.", "Dataset file", "basic")] = None
+    train_data_dir: Annotated[
+        Path | None, Opt("Folder with folders named like 10_mycat (repeats, words).", "Pictures", "advanced")
+    ] = None
+    reg_data_dir: Annotated[
+        Path | None, Opt("The same for regularisation pictures.", "Regularisation pictures", "expert")
+    ] = None
+    dataset_repeats: Annotated[
+        int, Field(ge=1), Opt("Repeats of a picture in an epoch where the dataset file says nothing.", "Repeats", "expert")
+    ] = 1
+    resolution: Annotated[
+        str | None,
+        Opt("Training size: 512, or width,height; a multiple of 16.", "Resolution", "basic", "pixels"),
+    ] = None
+    train_batch_size: Annotated[int, Field(ge=1), Opt("Pictures in one step.", "Batch size", "basic")] = 1
+    enable_bucket: Annotated[
+        bool, Opt("Train on each picture's own shape instead of cropping all to one.", "Aspect buckets", "advanced")
+    ] = False
+    min_bucket_reso: Annotated[
+        int, Field(ge=16), Opt("Shortest side of a bucket.", "Shortest side", "expert", "pixels")
+    ] = 256
+    max_bucket_reso: Annotated[
+        int, Field(ge=16), Opt("Longest side of a bucket.", "Longest side", "expert", "pixels")
+    ] = 1024
+    bucket_reso_steps: Annotated[
+        int, Field(ge=16), Opt("Sides of buckets are multiples of this.", "Bucket steps", "expert", "pixels")
+    ] = 64
+    bucket_no_upscale: Annotated[bool, Opt("Never enlarge a picture.", "Never enlarge", "advanced")] = False
+    resize_interpolation: Annotated[
+        Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"] | None,
+        Opt("How pictures are resized. Empty: area to shrink, lanczos to enlarge.", "Resizing", "expert"),
+    ] = None
+    caption_extension: Annotated[str, Opt("Ending of caption files.", "Caption files", "advanced")] = ".caption"
+    caption_extention: Annotated[
+        str | None, Opt("Misspelt old name of caption_extension.", "Caption files", "hidden")
+    ] = None
+    caption_separator: Annotated[str, Opt("What separates a caption's parts.", "Caption separator", "expert")] = ","
+    caption_prefix: Annotated[str | None, Opt("Put before every caption.", "Before captions", "advanced")] = None
+    caption_suffix: Annotated[str | None, Opt("Put after every caption.", "After captions", "advanced")] = None
+    shuffle_caption: Annotated[bool, Opt("Shuffle the parts of captions in every step.", "Shuffle captions")] = False
+    keep_tokens: Annotated[int, Field(ge=0), Opt("First parts that stay in place.", "Keep parts", "advanced")] = 0
+    caption_dropout_rate: Annotated[
+        float, Field(ge=0, le=1), Opt("How often a caption is left empty, 0 to 1.", "Caption dropout", "advanced")
+    ] = 0.0
+    flip_aug: Annotated[bool, Opt("Mirror pictures at random.", "Mirror", "advanced")] = False
+    random_crop: Annotated[bool, Opt("Crop at random instead of in the middle.", "Random crop", "advanced")] = False
+
+
+class CacheOptions(OptionGroup):
+    """What is computed once instead of in every step."""
+
+    cache_latents: Annotated[
+        bool, Opt("Encode pictures once and free the autoencoder.", "Keep encoded pictures", "advanced")
+    ] = False
+    cache_latents_to_disk: Annotated[
+        bool, Opt("Keep encoded pictures on disk for the next run too.", "Encoded pictures on disk", "advanced")
+    ] = False
+    vae_batch_size: Annotated[int, Field(ge=1), Opt("Pictures encoded at once.", "Encoding batch", "expert")] = 1
+    cache_text_encoder_outputs: Annotated[
+        bool, Opt("Encode captions once and free the text encoders.", "Keep encoded captions", "advanced")
+    ] = False
+    cache_text_encoder_outputs_to_disk: Annotated[
+        bool, Opt("Keep encoded captions on disk for the next run too.", "Encoded captions on disk", "advanced")
+    ] = False
+    text_encoder_batch_size: Annotated[
+        int | None, Field(ge=1), Opt("Captions encoded at once. Empty: the batch size.", "Caption batch", "expert")
+    ] = None
+
+
+def parse_resolution(value: object) -> tuple[int, int]:
+    """(width, height) in pixels from `512`, `"512"`, `"512,768"` or `[512, 768]`.
+
+    Raises `ValueError`, with a text that goes after the value ("must be ..."), also for sides that are no multiple of
+    16: FLUX has no place for a rest.
+    """
+    if isinstance(value, (list, tuple)):
+        parts = [str(part).strip() for part in value]  # pyright: ignore[reportUnknownVariableType]
+    else:
+        parts = [part.strip() for part in str(value).split(",")]
+    if len(parts) not in (1, 2) or not all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts):
+        raise ValueError("must be a size such as 512, or width,height such as 768,512")
+    width, height = int(parts[0]), int(parts[-1])
+    if width < SIZE_STEP or height < SIZE_STEP:
+        raise ValueError(f"must be at least {SIZE_STEP} pixels")
+    if width % SIZE_STEP or height % SIZE_STEP:
+        raise ValueError(f"must be a multiple of {SIZE_STEP}; {nearest_resolution(width, height)} is near")
+    return width, height
+
+
+def nearest_resolution(width: int, height: int) -> str:
+    """The allowed size closest to this one, as the option is written."""
+    sides = [max(SIZE_STEP, (side + SIZE_STEP // 2) // SIZE_STEP * SIZE_STEP) for side in (width, height)]
+    return str(sides[0]) if width == height else f"{sides[0]},{sides[1]}"

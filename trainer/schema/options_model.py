@@ -1,0 +1,123 @@
+"""Option groups: the model's files, the device and its memory, and the LoRA network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from trainer.schema.base import Opt
+
+
+class OptionGroup(BaseModel):
+    """Base of every group: immutable, and closed to names that are not options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+
+
+class ModelOptions(OptionGroup):
+    """Model files and tokenizers."""
+
+    pretrained_model_name_or_path: Annotated[
+        Path | None, Opt("The FLUX.1 transformer, a .safetensors file.", "FLUX.1 model", "basic")
+    ] = None
+    clip_l: Annotated[Path | None, Opt("The CLIP-L text encoder, a .safetensors file.", "CLIP-L", "basic")] = None
+    t5xxl: Annotated[Path | None, Opt("The T5-XXL text encoder, a .safetensors file.", "T5-XXL", "basic")] = None
+    ae: Annotated[Path | None, Opt("The FLUX autoencoder, a .safetensors file.", "Autoencoder", "basic")] = None
+    tokenizer_cache_dir: Annotated[
+        Path | None,
+        Opt("Folder where downloaded tokenizers are kept and looked up first.", "Tokenizer cache folder", "expert"),
+    ] = None
+    clip_l_tokenizer: Annotated[
+        str | None,
+        Opt(
+            "CLIP-L's tokenizer: a folder, a tokenizer.json, or a Hugging Face id. "
+            "Empty: openai/clip-vit-large-patch14.",
+            "CLIP-L tokenizer",
+            "expert",
+        ),
+    ] = None
+    t5xxl_tokenizer: Annotated[
+        str | None,
+        Opt(
+            "T5-XXL's tokenizer: a folder, a tokenizer.json, or a Hugging Face id. Empty: google/t5-v1_1-xxl.",
+            "T5-XXL tokenizer",
+            "expert",
+        ),
+    ] = None
+    clip_l_activation: Annotated[
+        Literal["quick_gelu", "gelu"],
+        Opt(
+            "CLIP-L's activation: quick_gelu is what CLIP-L was trained with, gelu what sd-scripts computes.",
+            "CLIP-L activation",
+            "expert",
+        ),
+    ] = "quick_gelu"
+    t5xxl_max_token_length: Annotated[
+        int | None,
+        Field(ge=1),
+        Opt("T5 tokens for each caption. Empty: 512, or 256 for schnell.", "T5 token length", "advanced", "tokens"),
+    ] = None
+    apply_t5_attn_mask: Annotated[
+        bool, Opt("Leave the padding of short captions out of T5's and FLUX's attention.", "Mask T5 padding")
+    ] = False
+    guidance_scale: Annotated[
+        float,
+        Opt("Guidance value given to FLUX.1 dev in training; 1 is usual for a LoRA.", "Training guidance"),
+    ] = 3.5
+
+
+class MemoryOptions(OptionGroup):
+    """Device, number formats and what trades time for memory."""
+
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "mps"],
+        Opt("Where to train; auto takes a GPU when there is one.", "Device", "advanced"),
+    ] = "auto"
+    mixed_precision: Annotated[
+        Literal["no", "fp16", "bf16"],
+        Opt("Number format of the frozen models and of the computation; no means 32 bit.", "Precision", "basic"),
+    ] = "no"
+    gradient_checkpointing: Annotated[
+        bool, Opt("Compute activations twice instead of keeping them: slower, much less memory.", "Save activations")
+    ] = False
+    blocks_to_swap: Annotated[
+        int | None,
+        Field(ge=0),
+        Opt("How many transformer blocks stay in main memory until needed.", "Blocks to swap", "basic", "blocks"),
+    ] = None
+
+
+class NetworkOptions(OptionGroup):
+    """The LoRA network."""
+
+    network_module: Annotated[
+        Literal["networks.lora_flux", "networks.lora"] | None,
+        Opt("The kind of network to train: networks.lora_flux.", "Network", "expert"),
+    ] = None
+    network_dim: Annotated[
+        int | None,
+        Field(ge=1, le=1024),
+        Opt("The LoRA's rank; 16 is a usual choice for a character. Empty: 4.", "Rank", "basic"),
+    ] = None
+    network_alpha: Annotated[
+        float,
+        Field(ge=0),
+        Opt("The LoRA's strength is alpha divided by rank; 0 means alpha = rank.", "Alpha", "basic"),
+    ] = 1
+    network_dropout: Annotated[
+        float | None,
+        Field(ge=0, lt=1),
+        Opt("Part of the LoRA's inner values dropped at random in each step.", "Dropout", "expert"),
+    ] = None
+    network_args: Annotated[
+        tuple[str, ...] | None,
+        Opt("More settings of the network, each as key=value.", "Network settings", "expert"),
+    ] = None
+    network_weights: Annotated[
+        Path | None, Opt("A LoRA file to start from.", "Start from LoRA", "advanced")
+    ] = None
+    network_train_unet_only: Annotated[
+        bool, Opt("Train FLUX only; otherwise CLIP-L gets a LoRA too.", "FLUX only")
+    ] = False

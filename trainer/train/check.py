@@ -1,0 +1,278 @@
+"""Everything that can be found wrong before a model is loaded, found at once.
+
+Options have been checked by themselves; here they meet the files, the device and the pictures.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from trainer.data.index import DatasetIndex, index_dataset
+from trainer.model.text_encoders import PromptTokenizer, load_clip_tokenizer, load_t5_tokenizer
+from trainer.schema.base import Problem, UserError
+from trainer.schema.checkpoint_header import (
+    FluxParams,
+    autoencoder_params,
+    clip_params,
+    flux_params,
+    read_header,
+    t5_params,
+)
+from trainer.schema.cli import check_files
+from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
+from trainer.schema.memory import max_blocks_to_swap
+from trainer.schema.options import Options
+from trainer.schema.toml_io import DatasetConfig, dataset_config
+from trainer.train.reporting import Reporter
+from trainer.train.sampling import SamplePrompt, read_sample_prompts
+
+T5_TOKENS_DEV, T5_TOKENS_SCHNELL = 512, 256
+EXIT_OPTIONS, EXIT_FIXABLE = 2, 3
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many steps there are. A micro-step is one batch; steps are optimizer steps."""
+
+    micro_steps_per_epoch: int
+    steps_per_epoch: int
+    num_epochs: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    clip_l: PromptTokenizer
+    t5xxl: PromptTokenizer
+    t5xxl_tokens: int
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """What the checks have read, so that nothing is read twice."""
+
+    options: Options
+    dataset: DatasetConfig
+    index: DatasetIndex
+    prompts: tuple[SamplePrompt, ...]
+    flux: FluxParams
+    spec: LoraSpec
+    tokenizers: Tokenizers
+    schedule: Schedule
+
+
+class _Findings:
+    """Collects problems; options outrank files in the exit code."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self._exit_code = EXIT_FIXABLE
+
+    def add(self, problem: Problem, exit_code: int = EXIT_FIXABLE) -> None:
+        if exit_code == EXIT_OPTIONS:
+            self._exit_code = EXIT_OPTIONS
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def attempt(self, work: Callable[[], _T]) -> _T | None:
+        """The value of `work`, or None with its problems noted."""
+        try:
+            return work()
+        except UserError as error:
+            for problem in error.problems:
+                self.add(problem, error.exit_code)
+            return None
+
+    def raise_if_any(self) -> None:
+        if self.problems:
+            raise UserError.many(self.problems, exit_code=self._exit_code)
+
+
+def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -> CheckedRun:
+    """Checks options, model files, tokenizers, prompts and every picture. Raises one `UserError` with all problems."""
+    reporter.phase("check")
+    findings = _Findings()
+    for problem in check_files(options):
+        findings.add(problem)
+    flux = None if _has_problem(findings, "pretrained_model_name_or_path") else _check_models(options, findings)
+    _check_device(options, findings)
+    spec = findings.attempt(
+        lambda: spec_from_network_args(
+            options.network_args or (),
+            network_dim=options.network_dim,
+            network_alpha=options.network_alpha,
+            network_dropout=options.network_dropout,
+        )
+    )
+    if flux is not None:
+        _check_against_model(options, spec, flux, findings)
+    tokenizers = _check_tokenizers(options, flux, findings)
+    prompts: tuple[SamplePrompt, ...] | None = ()
+    if options.sample_prompts is not None and not _has_problem(findings, "sample_prompts"):
+        path: Path = options.sample_prompts
+        prompts = findings.attempt(lambda: tuple(read_sample_prompts(path)))
+    index: DatasetIndex | None = None
+    dataset: DatasetConfig | None = None
+    if not _has_problem(findings, "dataset_config"):
+        dataset = findings.attempt(lambda: dataset_config(options))
+    if dataset is not None:
+        found: DatasetConfig = dataset
+        index = findings.attempt(lambda: index_dataset(found, progress=reporter.progress))
+    findings.raise_if_any()
+    if dataset is None or index is None or flux is None or spec is None or tokenizers is None or prompts is None:
+        raise AssertionError("a check failed without saying why")
+    for warning in index.warnings:
+        reporter.warning(warning)
+    return CheckedRun(
+        options=options,
+        dataset=dataset,
+        index=index,
+        prompts=prompts,
+        flux=flux,
+        spec=spec,
+        tokenizers=tokenizers,
+        schedule=make_schedule(options, index.num_batches_per_epoch, num_processes),
+    )
+
+
+def make_schedule(options: Options, num_batches_per_epoch: int, num_processes: int) -> Schedule:
+    """Epochs and steps by the reference trainer's arithmetic: epochs win over steps, a rest of an epoch's batches
+    makes a smaller last accumulation."""
+    micro_steps = math.ceil(num_batches_per_epoch / num_processes)
+    steps_per_epoch = math.ceil(micro_steps / options.gradient_accumulation_steps)
+    if options.max_train_epochs is not None:
+        return Schedule(micro_steps, steps_per_epoch, options.max_train_epochs, options.max_train_epochs * steps_per_epoch)
+    num_steps = options.max_train_steps
+    return Schedule(micro_steps, steps_per_epoch, math.ceil(num_steps / steps_per_epoch), num_steps)
+
+
+def _has_problem(findings: _Findings, field: str) -> bool:
+    return any(problem.field == field for problem in findings.problems)
+
+
+def _check_models(options: Options, findings: _Findings) -> FluxParams | None:
+    """The transformer's dimensions; notes where the four files don't belong together."""
+    if options.pretrained_model_name_or_path is None:
+        return None
+    path = options.pretrained_model_name_or_path
+    flux = findings.attempt(lambda: flux_params(read_header(path)))
+    if flux is None:
+        return None
+    if options.clip_l is not None and not _has_problem(findings, "clip_l"):
+        clip_file = options.clip_l
+        clip = findings.attempt(lambda: clip_params(read_header(clip_file)))
+        if clip is not None and clip.hidden_size != flux.vec_in_dim:
+            findings.add(_mismatch("CLIP-L", clip.hidden_size, flux.vec_in_dim, clip_file, "clip_l"))
+    if options.t5xxl is not None and not _has_problem(findings, "t5xxl"):
+        t5_file = options.t5xxl
+        t5 = findings.attempt(lambda: t5_params(read_header(t5_file)))
+        if t5 is not None and t5.d_model != flux.context_in_dim:
+            findings.add(_mismatch("T5", t5.d_model, flux.context_in_dim, t5_file, "t5xxl"))
+    if options.ae is not None and not _has_problem(findings, "ae"):
+        ae_file = options.ae
+        ae = findings.attempt(lambda: autoencoder_params(read_header(ae_file)))
+        if ae is not None and ae.z_channels * 4 != flux.in_channels:
+            findings.add(_mismatch("autoencoder", ae.z_channels * 4, flux.in_channels, ae_file, "ae"))
+    return flux
+
+
+def _mismatch(noun: str, given: int, wanted: int, path: Path, field: str) -> Problem:
+    return Problem(
+        f"this {noun} does not fit the FLUX.1 model: its outputs are {given} wide, the model takes {wanted}",
+        str(path),
+        "Use the files that were published together.",
+        field,
+    )
+
+
+def _check_device(options: Options, findings: _Findings) -> None:
+    where = f"--device={options.device}"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        findings.add(
+            Problem("no NVIDIA GPU can be used", where, "Check the driver and torch's CUDA build, or use auto.", "device"),
+            EXIT_OPTIONS,
+        )
+    if options.device == "mps" and not torch.backends.mps.is_available():
+        findings.add(Problem("no Apple GPU can be used", where, "Use auto or cpu.", "device"), EXIT_OPTIONS)
+    if options.optimizer_type == "AdamW8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        findings.add(
+            Problem(
+                "AdamW8bit needs the package bitsandbytes, which is not installed",
+                "--optimizer_type",
+                "Run python run.py setup, or use AdamW.",
+                "optimizer_type",
+            ),
+            EXIT_OPTIONS,
+        )
+
+
+def _check_against_model(options: Options, spec: LoraSpec | None, flux: FluxParams, findings: _Findings) -> None:
+    wanted = options.blocks_to_swap or 0
+    largest = max_blocks_to_swap(flux.depth, flux.depth_single_blocks)
+    if wanted > largest:
+        findings.add(
+            Problem(
+                f"blocks_to_swap is {wanted}, but this model has {flux.depth} double and {flux.depth_single_blocks} "
+                f"single blocks",
+                "--blocks_to_swap",
+                f"The largest allowed is {largest}.",
+                "blocks_to_swap",
+            ),
+            EXIT_OPTIONS,
+        )
+    if spec is None:
+        return
+    for kind, indices, count in (
+        ("double", spec.double_indices, flux.depth),
+        ("single", spec.single_indices, flux.depth_single_blocks),
+    ):
+        beyond = sorted(index for index in indices or () if index >= count)
+        if beyond:
+            findings.add(
+                Problem(
+                    f"train_{kind}_block_indices names block {beyond[0]}, but this model has {kind} blocks 0 to {count - 1}",
+                    "--network_args",
+                    field="network_args",
+                ),
+                EXIT_OPTIONS,
+            )
+
+
+def _check_tokenizers(options: Options, flux: FluxParams | None, findings: _Findings) -> Tokenizers | None:
+    """Loads both tokenizers: small, and the one thing that may have to be downloaded."""
+    clip = findings.attempt(
+        lambda: load_clip_tokenizer(options.clip_l_tokenizer, options.tokenizer_cache_dir, encoder_file=options.clip_l)
+    )
+    t5 = findings.attempt(
+        lambda: load_t5_tokenizer(options.t5xxl_tokenizer, options.tokenizer_cache_dir, encoder_file=options.t5xxl)
+    )
+    if clip is None or t5 is None:
+        return None
+    for name, tokenizer, path, reader in (
+        ("clip_l", clip, options.clip_l, clip_params),
+        ("t5xxl", t5, options.t5xxl, t5_params),
+    ):
+        if path is None or _has_problem(findings, name):
+            continue
+        file = path
+        read = reader
+        params = findings.attempt(lambda file=file, read=read: read(read_header(file)))
+        if params is not None and tokenizer.vocab_size > params.vocab_size:
+            findings.add(
+                Problem(
+                    f"the tokenizer has {tokenizer.vocab_size} tokens, but this encoder knows {params.vocab_size}",
+                    str(path),
+                    f"Give --{name}_tokenizer the encoder's own tokenizer.",
+                    f"{name}_tokenizer",
+                )
+            )
+    default = T5_TOKENS_SCHNELL if flux is not None and flux.is_schnell else T5_TOKENS_DEV
+    return Tokenizers(clip, t5, options.t5xxl_max_token_length or default)

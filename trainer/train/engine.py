@@ -1,0 +1,89 @@
+"""The machine a run uses: device, number formats, processes. accelerate is the engine below."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Final, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from trainer.schema.options import Options
+
+_DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One process's view of the machine.
+
+    `dtype` is the storage and compute format of the frozen models; LoRA parameters stay float32 and autocast brings the
+    two together.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    num_processes: int
+    reduce_mean: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def start(cls, options: Options) -> Engine:
+        """accelerate decides about device and processes, unless `--device` names the device."""
+        # Precision stays out of accelerate: on a CPU it drops fp16 without a word; autocast and scaler are our own.
+        accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision="no")
+        device = accelerator.device if options.device == "auto" else torch.device(options.device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", accelerator.local_process_index)
+
+        def reduce_mean(tensor: Tensor) -> Tensor:
+            return cast(Tensor, accelerator.reduce(tensor, reduction="mean"))
+
+        return cls(
+            device=device,
+            dtype=_DTYPES[options.mixed_precision],
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            reduce_mean=reduce_mean,
+        )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Mixed precision for a forward pass; nothing in float32."""
+        if self.dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Keeps small float16 gradients from vanishing; does nothing in the other formats."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+
+    def share(self, value: int) -> int:
+        """Rank 0's value on every rank."""
+        if self.num_processes == 1:
+            return value
+        values = [value]
+        broadcast_object_list(values)
+        return values[0]
+
+    def peak_bytes(self) -> int:
+        """The most device memory in use so far; 0 on a CPU, where it is the host's."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def free_cached_memory(self) -> None:
+        """Gives memory of freed models back, so that the next phase's peak starts low."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.device.type

@@ -1,0 +1,150 @@
+"""The latents phase: pictures to latents, beforehand when they are to be cached, else at every step.
+
+B batch, H W picture size, h w latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.data.batches import BatchPlan
+from trainer.data.cache import CacheRequest, TensorCache, file_identity, latent_key, latent_requests
+from trainer.data.images import map_ahead, read_pixels
+from trainer.model.autoencoder import AutoEncoder
+from trainer.model.weights import load_autoencoder
+from trainer.schema.base import UserError
+from trainer.schema.options import Options
+from trainer.train.check import CheckedRun
+from trainer.train.engine import Engine
+from trainer.train.reporting import Reporter
+
+
+class LatentSource(Protocol):
+    """Gives each batch's latents. `load` runs ahead in threads; `finish` makes (B, 16, h, w) float32 on the device."""
+
+    def load(self, plan: BatchPlan) -> Tensor: ...
+
+    def finish(self, loaded: Tensor, generator: torch.Generator) -> Tensor: ...
+
+
+def loaded_batches(source: LatentSource, plans: Sequence[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
+    """The plans with what their latents are made of, read ahead of use."""
+    return zip(plans, map_ahead(source.load, plans), strict=True)
+
+
+class CachedLatents:
+    """Latents that were encoded beforehand."""
+
+    def __init__(self, cache: TensorCache, identity: str, device: torch.device) -> None:
+        self._cache = cache
+        self._identity = identity
+        self._device = device
+
+    def load(self, plan: BatchPlan) -> Tensor:
+        keys = [latent_key(planned.picture, encoder=self._identity) for planned in plan.items]
+        return torch.stack([self._cache[key]["latents"] for key in keys])
+
+    def finish(self, loaded: Tensor, generator: torch.Generator) -> Tensor:
+        return loaded.to(self._device)
+
+
+class LiveLatents:
+    """Encodes at every step, with a fresh draw of the posterior, as the reference trainer does without a cache."""
+
+    def __init__(self, autoencoder: AutoEncoder, engine: Engine, *, batch_size: int) -> None:
+        self._autoencoder = autoencoder
+        self._engine = engine
+        self._batch_size = batch_size
+
+    def load(self, plan: BatchPlan) -> Tensor:
+        return torch.stack([read_pixels(planned.picture) for planned in plan.items])
+
+    def finish(self, loaded: Tensor, generator: torch.Generator) -> Tensor:
+        with torch.no_grad(), self._engine.autocast():
+            pieces = [
+                self._autoencoder.encode(images.to(self._engine.device), generator)
+                for images in loaded.split(self._batch_size)
+            ]
+        return finite_latents(torch.cat(pieces).float())
+
+
+def finite_latents(latents: Tensor) -> Tensor:
+    """`latents`, after making sure that the autoencoder's number format could hold them."""
+    if not torch.isfinite(latents).all():
+        raise UserError(
+            "the autoencoder gave values that are no numbers",
+            "--mixed_precision",
+            "Use --mixed_precision=bf16: fp16 cannot hold what this autoencoder computes.",
+            field="mixed_precision",
+        )
+    return latents
+
+
+def load_ae(options: Options, engine: Engine, device: torch.device) -> AutoEncoder:
+    if options.ae is None:
+        raise AssertionError("the checks demand the autoencoder")
+    return load_autoencoder(options.ae, engine.dtype, device)
+
+
+def prepare_latents(
+    checked: CheckedRun, engine: Engine, reporter: Reporter
+) -> tuple[LatentSource, AutoEncoder | None]:
+    """Where latents come from, and the autoencoder if it is loaded and still of use: for live encoding, or samples.
+
+    Next to cached latents it waits in main memory.
+    """
+    options = checked.options
+    reporter.phase("latents")
+    if not options.cache_latents:
+        autoencoder = load_ae(options, engine, engine.device)
+        return LiveLatents(autoencoder, engine, batch_size=options.vae_batch_size), autoencoder
+
+    if options.ae is None:
+        raise AssertionError("the checks demand the autoencoder")
+    identity = f"{file_identity(options.ae)}|{engine.dtype}"
+    cache = TensorCache("latents", on_disk=options.cache_latents_to_disk, warn=reporter.warning)
+    requests = latent_requests(checked.index, encoder=identity)
+    autoencoder: AutoEncoder | None = None
+    if missing := cache.missing(requests):
+        autoencoder = load_ae(options, engine, engine.device)
+        _encode(missing, cache, autoencoder, options, engine, reporter)
+        autoencoder = autoencoder.to("cpu") if checked.prompts else None
+        engine.free_cached_memory()
+    else:
+        reporter.note("all pictures are cached: the autoencoder is not needed for them")
+    return CachedLatents(cache, identity, engine.device), autoencoder
+
+
+def _encode(
+    missing: Sequence[CacheRequest[Tensor]],
+    cache: TensorCache,
+    autoencoder: AutoEncoder,
+    options: Options,
+    engine: Engine,
+    reporter: Reporter,
+) -> None:
+    def encode(keys: list[str], pictures: list[Tensor]) -> list[dict[str, Tensor]]:
+        images = torch.stack(pictures).to(engine.device)
+        with torch.no_grad(), engine.autocast():
+            moments = autoencoder.encode_moments(images)
+        # The posterior's draw is a function of the picture, so that a cache in memory and one on disk are the same.
+        shape = tuple(moments.chunk(2, dim=1)[0].shape[1:])
+        noise = torch.stack([_noise(key, shape) for key in keys])
+        latents = finite_latents(autoencoder.latents_from_moments(moments, noise.to(moments)).float())
+        return [{"latents": row} for row in latents]
+
+    cache.fill(
+        missing,
+        encode,
+        batch_size=options.vae_batch_size,
+        progress=reporter.progress,
+        check_commands=reporter.check_stop,
+    )
+
+
+def _noise(key: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int(key[:15], 16)))

@@ -1,0 +1,263 @@
+"""The step loop: micro-steps, accumulation, clipping, optimizer, schedule, and what falls due after a step.
+
+The loop knows no options, model or data. It is given the loss of a micro-batch as a callable and what to do when a
+save or a sample falls due.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from trainer.schema.base import UserError
+from trainer.train.optim import LearningRateSchedule
+from trainer.train.reporting import Reporter
+
+_BYTES_POLL_STEPS = 10
+"""Host memory is read every this many steps; reading it costs a system call."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long, how often. Steps are optimizer steps; `num_micro_steps` is the accumulation."""
+
+    num_steps: int
+    num_epochs: int
+    micro_steps_per_epoch: int
+    num_micro_steps: int
+    max_grad_norm: float
+    seed: int
+    save_every_n_steps: int | None
+    save_every_n_epochs: int | None
+    sample_every_n_steps: int | None
+    sample_every_n_epochs: int | None
+    sample_at_first: bool
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.micro_steps_per_epoch / self.num_micro_steps)
+
+
+@dataclass(frozen=True)
+class StepPosition:
+    """Where the run is after a step: `step` optimizer steps done, in `epoch` (1-based)."""
+
+    step: int
+    epoch: int
+
+
+def step_generator(seed: int, step: int, micro_step: int, rank: int) -> torch.Generator:
+    """The host generator of one micro-step: a function of its position, so resuming needs no stored state.
+
+    Different on every rank, unlike the reference, where all ranks draw the same noise.
+    """
+    mixed = (seed * 1_000_003 + step * 8_191 + micro_step * 127 + rank * 31_337 + 0x5EED) % (2**63)
+    return torch.Generator().manual_seed(mixed)
+
+
+class MeanLoss:
+    """The reference's `loss/average`: the mean over the last epoch's worth of steps, kept in constant time."""
+
+    def __init__(self, window: int) -> None:
+        self._values: deque[float] = deque(maxlen=max(window, 1))
+        self._sum = 0.0
+
+    def add(self, value: float) -> float:
+        if len(self._values) == self._values.maxlen:
+            self._sum -= self._values[0]
+        self._values.append(value)
+        self._sum += value
+        return self._sum / len(self._values)
+
+
+class GradientSync:
+    """Averages gradients over processes in one flat reduction; does nothing in a single process.
+
+    `reduce` is accelerate's mean reduction of one tensor. The stop flag travels along, so that every rank leaves the
+    loop at the same step.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor], num_processes: int) -> None:
+        self._reduce = reduce
+        self.num_processes = num_processes
+
+    def __call__(self, parameters: Sequence[nn.Parameter], *, stop: bool) -> bool:
+        if self.num_processes == 1:
+            return stop
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flag = torch.full((1,), float(stop), device=gradients[0].device)
+        flat = self._reduce(torch.cat([flag, *(g.detach().float().reshape(-1) for g in gradients)]))
+        offset = 1
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            count = gradient.numel()
+            parameter.grad = flat[offset : offset + count].view_as(gradient).to(gradient.dtype)
+            offset += count
+        return bool(flat[0].item() > 0)
+
+
+class TrainingLoop:
+    """Runs the steps. `micro_batches(epoch)` yields callables that give the loss of one micro-batch."""
+
+    def __init__(
+        self,
+        settings: LoopSettings,
+        *,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: LearningRateSchedule,
+        scaler: torch.amp.GradScaler,
+        sync: GradientSync,
+        reporter: Reporter,
+        rank: int,
+        micro_batches: Callable[[int], Iterator[Callable[[torch.Generator], Tensor]]],
+        save: Callable[[StepPosition, str], None],
+        sample: Callable[[StepPosition, bool], None],
+        peak_bytes: Callable[[], int],
+    ) -> None:
+        self._settings = settings
+        self._network = network
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._scaler = scaler
+        self._sync = sync
+        self._reporter = reporter
+        self._rank = rank
+        self._micro_batches = micro_batches
+        self._save = save
+        self._sample = sample
+        self._peak_bytes = peak_bytes
+        self._average = MeanLoss(settings.steps_per_epoch)
+        self._host_bytes = 0
+        self._process = psutil.Process()
+
+    def run(self) -> tuple[StepPosition, bool]:
+        """Trains to the end or to a requested stop. Returns the last position and whether the run was stopped."""
+        settings = self._settings
+        position = StepPosition(0, 1)
+        self._reporter.start_training(settings.num_steps, 0)
+        if settings.sample_at_first:
+            self._sample(position, False)
+            self._reporter.phase("training")
+        for epoch in range(1, settings.num_epochs + 1):
+            for position, stopped in self._epoch(epoch, position.step):
+                if stopped:
+                    return position, True
+                self._after_step(position)
+                if position.step >= settings.num_steps:
+                    break
+            self._after_epoch(position)
+            if position.step >= settings.num_steps:
+                break
+        return position, False
+
+    def _epoch(self, epoch: int, step: int) -> Iterator[tuple[StepPosition, bool]]:
+        settings = self._settings
+        remaining = settings.micro_steps_per_epoch
+        losses: list[Tensor] = []
+        started = time.monotonic()
+        paused = self._reporter.paused_seconds
+        stop = False
+        # The last group of an epoch may hold fewer micro-steps; its mean is over those that it has.
+        group = min(settings.num_micro_steps, remaining)
+        self._network.train()
+        for micro_batch in self._micro_batches(epoch):
+            stop = self._reporter.should_stop() or stop
+            if stop and self._sync.num_processes == 1:
+                yield StepPosition(step, epoch), True
+                return
+            generator = step_generator(settings.seed, step, len(losses), self._rank)
+            # Dropout draws from the global generators: seeded per micro-step, they too are a function of the position.
+            torch.manual_seed(generator.initial_seed())
+            loss = micro_batch(generator)
+            self._scaler.scale(loss / group).backward()
+            losses.append(loss.detach())
+            if len(losses) < group:
+                continue
+            remaining -= group
+            group = min(settings.num_micro_steps, remaining)
+            stop = self._update(StepPosition(step + 1, epoch), losses, started, paused, stop=stop)
+            step += 1
+            losses = []
+            yield StepPosition(step, epoch), stop
+            if stop:
+                return
+            started = time.monotonic()
+            paused = self._reporter.paused_seconds
+
+    def _update(
+        self, position: StepPosition, losses: Sequence[Tensor], started: float, paused: float, *, stop: bool
+    ) -> bool:
+        self._scaler.unscale_(self._optimizer)
+        stop = self._sync(self._parameters, stop=stop)
+        limit = self._settings.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(self._parameters, limit if limit > 0 else math.inf)
+        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._schedule.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._report(position, torch.stack(list(losses)).mean().item(), float(norm), rates, started, paused)
+        return stop
+
+    def _report(
+        self, position: StepPosition, loss: float, norm: float, rates: Sequence[float], started: float, paused: float
+    ) -> None:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} at step {position.step}",
+                hint="Lower learning_rate, or train with mixed_precision bf16. "
+                "A checkpoint saved before this step is still good.",
+            )
+        average = self._average.add(loss)
+        if position.step % _BYTES_POLL_STEPS == 1 or self._host_bytes == 0:
+            self._host_bytes = int(self._process.memory_info().rss)
+        scalars = {"loss/current": loss, "loss/average": average, "norm/grad_norm": norm}
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            scalars[f"lr/{group.get('name', 'unet')}"] = rate
+        self._reporter.step(
+            step=position.step,
+            epoch=position.epoch,
+            loss=loss,
+            loss_average=average,
+            lr=rates[0],
+            step_seconds=time.monotonic() - started - (self._reporter.paused_seconds - paused),
+            peak_bytes=self._peak_bytes(),
+            host_bytes=self._host_bytes,
+            grad_norm=norm if math.isfinite(norm) else None,
+            scalars=scalars,
+        )
+
+    def _after_step(self, position: StepPosition) -> None:
+        settings = self._settings
+        if settings.save_every_n_steps and position.step % settings.save_every_n_steps == 0:
+            self._save(position, "step")
+        if self._reporter.take_save_request():
+            self._save(position, "step")
+        due = (
+            settings.sample_every_n_epochs is None
+            and settings.sample_every_n_steps is not None
+            and position.step % settings.sample_every_n_steps == 0
+        )
+        if due or self._reporter.take_sample_request():
+            self._sample(position, False)
+            self._network.train()
+            self._reporter.phase("training")
+
+    def _after_epoch(self, position: StepPosition) -> None:
+        settings = self._settings
+        every = settings.save_every_n_epochs
+        if every and position.epoch % every == 0 and position.epoch < settings.num_epochs:
+            self._save(position, "epoch")
+        every = settings.sample_every_n_epochs
+        if every and position.epoch % every == 0:
+            self._sample(position, True)
+            self._network.train()
+            self._reporter.phase("training")

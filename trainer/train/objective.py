@@ -1,0 +1,127 @@
+"""One micro-step's loss: latents, noise, the model's velocity, the loss. Composed from the pure parts in `flow`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.model.flux import Flux
+from trainer.model.packing import image_ids, pack_latents, text_ids, unpack_latents
+from trainer.train import flow
+from trainer.train.conditioning import TextInputs, TextSource
+
+
+def predict_velocity(model: Flux, noisy: Tensor, timesteps: Tensor, text: TextInputs, guidance_scale: float) -> Tensor:
+    """The model's velocity for `noisy` (B, 16, h, w) at `timesteps` (B,) in [0, 1]; same shape as `noisy`."""
+    batch, _, height, width = noisy.shape
+    guidance = torch.full((batch,), guidance_scale, device=noisy.device, dtype=torch.float32)
+    packed = model(
+        img=pack_latents(noisy),
+        img_ids=image_ids(height // 2, width // 2, noisy.device).expand(batch, -1, -1),
+        txt=text.txt,
+        txt_ids=text_ids(text.txt.shape[1], noisy.device).expand(batch, -1, -1),
+        timesteps=timesteps,
+        y=text.vec,
+        guidance=guidance if model.params.guidance_embed else None,
+        txt_attention_mask=text.mask,
+    )
+    return unpack_latents(packed, height, width)
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """How noise, timestep, target and loss are formed; names and defaults are the reference trainer's."""
+
+    timestep_sampling: str
+    sigmoid_scale: float
+    discrete_flow_shift: float
+    weighting_scheme: str
+    logit_mean: float
+    logit_std: float
+    mode_scale: float
+    model_prediction_type: str
+    guidance_scale: float
+    loss_type: str
+    huber_schedule: str
+    huber_c: float
+    huber_scale: float
+    ip_noise_gamma: float | None
+    ip_noise_gamma_random_strength: bool
+
+
+class FlowObjective:
+    """Computes the loss of one batch. Holds the model and where text comes from; no optimizer, no schedule."""
+
+    def __init__(
+        self,
+        model: Flux,
+        text: TextSource,
+        settings: FlowSettings,
+        *,
+        autocast: Callable[[], AbstractContextManager[object]],
+        compute_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._text = text
+        self._settings = settings
+        self._autocast = autocast
+        self._compute_dtype = compute_dtype
+        self._device = device
+
+    def __call__(
+        self, latents: Tensor, captions: Sequence[str], loss_weights: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Mean loss of the batch.
+
+        `latents` (B, 16, h, w) float32 on the device, `loss_weights` (B,). `generator` is a host generator: noise is
+        drawn there in float32, so the same seed trains the same on every device. (The reference draws in the AE's
+        dtype when latents are not cached on disk, which makes the same settings train differently.)
+        """
+        settings = self._settings
+        text = self._text(captions)
+        noise = torch.randn(latents.shape, generator=generator).to(self._device)
+        sigmas = flow.sample_sigmas(
+            settings.timestep_sampling,
+            latents.shape[0],
+            latent_height=latents.shape[2],
+            latent_width=latents.shape[3],
+            sigmoid_scale=settings.sigmoid_scale,
+            discrete_flow_shift=settings.discrete_flow_shift,
+            weighting_scheme=settings.weighting_scheme,
+            logit_mean=settings.logit_mean,
+            logit_std=settings.logit_std,
+            mode_scale=settings.mode_scale,
+            generator=generator,
+        ).to(self._device)
+        noisy = flow.add_noise(
+            latents,
+            noise,
+            sigmas,
+            ip_noise_gamma=settings.ip_noise_gamma,
+            ip_noise_gamma_random_strength=settings.ip_noise_gamma_random_strength,
+            generator=generator,
+        )
+        # The gradient checkpoints of some blocks need an input that requires grad when nothing upstream trains.
+        with self._autocast():
+            velocity = predict_velocity(
+                self._model, noisy.to(self._compute_dtype), sigmas, text, settings.guidance_scale
+            ).float()
+        prediction, weighting = flow.apply_prediction_type(
+            settings.model_prediction_type, velocity, noisy, sigmas, settings.weighting_scheme
+        )
+        return flow.flow_loss(
+            prediction,
+            flow.velocity_target(latents, noise),
+            sigmas,
+            loss_type=settings.loss_type,
+            huber_schedule=settings.huber_schedule,
+            huber_c=settings.huber_c,
+            huber_scale=settings.huber_scale,
+            weighting=weighting,
+            loss_weights=loss_weights,
+        )

@@ -1,0 +1,309 @@
+"""Options to a trained LoRA: everything built and every phase, in order. The one place that knows options, model and data.
+
+What a phase needs is freed before the next one loads: text encoders, then autoencoder, then the transformer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.data.batches import BatchPlan, epoch_batches, share_of_rank
+from trainer.lora.lora import LoraNetwork
+from trainer.model.autoencoder import AutoEncoder
+from trainer.model.flux import Flux
+from trainer.model.weights import load_flux
+from trainer.offload.block_swap import BlockSwap, swapped_weight_names
+from trainer.offload.mover import make_mover
+from trainer.schema.cli import ParsedCommand
+from trainer.schema.optimizer_args import parse_optimizer_args
+from trainer.schema.options import Options
+from trainer.train.check import CheckedRun, check_run
+from trainer.train.conditioning import TextSource
+from trainer.train.engine import Engine
+from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
+from trainer.train.loop import GradientSync, LoopSettings, StepPosition, TrainingLoop
+from trainer.train.objective import FlowObjective, FlowSettings
+from trainer.train.optim import LearningRateSchedule, create_optimizer, optimizer_description
+from trainer.train.reporting import Reporter, StopRequested
+from trainer.train.sample_maker import SampleMaker
+from trainer.train.saver import LoraSaver, training_facts
+from trainer.train.session import DeviceLock
+from trainer.train.text_phase import PreparedText, prepare_text
+
+SEED_BITS = 31
+SAMPLE_FOLDER = "sample"
+TRACKER_NAME = "network_train"
+
+MicroBatch = Callable[[torch.Generator], Tensor]
+
+
+def train(command: ParsedCommand, reporter: Reporter) -> None:
+    """The whole job. Raises `UserError` for what the user can fix and `StopRequested` after a requested stop."""
+    options = command.options
+    for note in command.notes:
+        reporter.note(note)
+    engine = Engine.start(options)
+    checked = check_run(options, reporter, num_processes=engine.num_processes)
+    reporter.note(f"training on {engine.name()}, {engine.dtype}".replace("torch.", ""))
+    with _turn_on_device(options, engine, reporter):
+        _train_checked(checked, engine, reporter)
+
+
+def _turn_on_device(options: Options, engine: Engine, reporter: Reporter) -> AbstractContextManager[object]:
+    """Runs of the page take turns on a device; a command line trains at once, as whoever typed it expects."""
+    return contextlib.nullcontext() if options.run_dir is None else DeviceLock(str(engine.device), reporter)
+
+
+def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> None:
+    options = checked.options
+    started_at = time.time()
+    seed = options.seed if options.seed is not None else engine.share(secrets.randbits(SEED_BITS))
+    _announce_plan(checked, reporter)
+    _start_trackers(options, engine, reporter)
+    text = prepare_text(checked, engine, reporter)
+    latents, autoencoder = prepare_latents(checked, engine, reporter)
+
+    reporter.phase("model")
+    model = _load_model(checked, engine)
+    network = _attach_lora(checked, model, text, engine, seed)
+    reporter.note(f"LoRA on {network.num_modules} layers, rank {checked.spec.rank}, alpha {checked.spec.alpha}")
+    swap = _block_swap(options, model, engine, reporter)
+    optimizer = create_optimizer(
+        options.optimizer_type,
+        network.parameter_groups(_unet_rate(options), _text_encoder_rate(options)),
+        learning_rate=options.learning_rate,
+        arguments=parse_optimizer_args(options.optimizer_args),
+    )
+    save = LoraSaver(
+        network,
+        _output_dir(options),
+        options,
+        training_facts(
+            checked,
+            seed=seed,
+            session_id=secrets.randbits(32),
+            started_at=started_at,
+            optimizer=optimizer_description(optimizer, parse_optimizer_args(options.optimizer_args)),
+            num_processes=engine.num_processes,
+        ),
+        reporter,
+        engine.is_main,
+    )
+    sample = _sample_maker(checked, model, network, autoencoder, text.source, engine, reporter)
+    loop = TrainingLoop(
+        _loop_settings(checked, seed),
+        network=network,
+        optimizer=optimizer,
+        schedule=LearningRateSchedule(
+            optimizer,
+            options.lr_scheduler,
+            num_steps=checked.schedule.num_steps,
+            lr_warmup_steps=options.lr_warmup_steps,
+        ),
+        scaler=engine.scaler(),
+        sync=GradientSync(engine.reduce_mean, engine.num_processes),
+        reporter=reporter,
+        rank=engine.rank,
+        micro_batches=_micro_batches(checked, latents, _objective(checked, model, text.source, engine), engine, seed),
+        save=save,
+        sample=sample,
+        peak_bytes=engine.peak_bytes,
+    )
+    reporter.phase("training")
+    with swap:
+        position, was_stopped = loop.run()
+    if was_stopped:
+        if position.step > 0:
+            save(position, "step")
+        raise StopRequested
+    save(position, "final")
+
+
+def _announce_plan(checked: CheckedRun, reporter: Reporter) -> None:
+    schedule, index = checked.schedule, checked.index
+    reporter.plan(
+        num_images=index.num_images,
+        num_batches_per_epoch=schedule.micro_steps_per_epoch,
+        num_epochs=schedule.num_epochs,
+        num_steps=schedule.num_steps,
+        buckets=[
+            {"width": width, "height": height, "count": count}
+            for dataset in index.datasets
+            for (width, height), count in dataset.bucket_counts.items()
+        ],
+        first_step=0,
+    )
+    reporter.note(
+        f"{index.num_images} pictures, {schedule.num_epochs} epochs of {schedule.steps_per_epoch} steps, "
+        f"{schedule.num_steps} steps in total"
+    )
+
+
+def _start_trackers(options: Options, engine: Engine, reporter: Reporter) -> None:
+    """TensorBoard, in the folder that the reference trainer would use."""
+    if options.logging_dir is not None and engine.is_main:
+        moment = time.strftime("%Y%m%d%H%M%S")
+        tracker = options.log_tracker_name or TRACKER_NAME
+        reporter.use_tensorboard(options.logging_dir / f"{options.log_prefix or ''}{moment}" / tracker)
+
+
+def _load_model(checked: CheckedRun, engine: Engine) -> Flux:
+    """The transformer on the device, except what will be swapped, which never goes there as a whole."""
+    options = checked.options
+    if options.pretrained_model_name_or_path is None:
+        raise AssertionError("the checks demand the model")
+    stays_on_host = swapped_weight_names(checked.flux, options.blocks_to_swap or 0)
+    model = load_flux(
+        options.pretrained_model_name_or_path,
+        engine.dtype,
+        engine.device,
+        device_of=lambda name: "cpu" if name in stays_on_host else engine.device,
+    )
+    model.enable_gradient_checkpointing(options.gradient_checkpointing)
+    return model
+
+
+def _attach_lora(checked: CheckedRun, model: Flux, text: PreparedText, engine: Engine, seed: int) -> LoraNetwork:
+    clip = None if checked.options.network_train_unet_only else text.clip
+    network = LoraNetwork.attach(model, clip, checked.spec, torch.Generator().manual_seed(seed))
+    network.to(engine.device)
+    if checked.options.network_weights is not None:
+        network.load_file(checked.options.network_weights)
+    return network
+
+
+def _block_swap(
+    options: Options, model: Flux, engine: Engine, reporter: Reporter
+) -> AbstractContextManager[object]:
+    wanted = options.blocks_to_swap or 0
+    if wanted == 0:
+        return contextlib.nullcontext()
+    reporter.note(f"swapping {wanted} blocks between main memory and {engine.device.type}")
+    return BlockSwap(model.double_blocks, model.single_blocks, wanted, make_mover(engine.device))
+
+
+def _unet_rate(options: Options) -> float:
+    return options.learning_rate if options.unet_lr is None else options.unet_lr
+
+
+def _text_encoder_rate(options: Options) -> float:
+    return options.text_encoder_lr[0] if options.text_encoder_lr else options.learning_rate
+
+
+def _output_dir(options: Options) -> Path:
+    if options.output_dir is None:
+        raise AssertionError("the checks demand an output folder")
+    return options.output_dir
+
+
+def _sample_maker(
+    checked: CheckedRun,
+    model: Flux,
+    network: LoraNetwork,
+    autoencoder: AutoEncoder | None,
+    text: TextSource,
+    engine: Engine,
+    reporter: Reporter,
+) -> Callable[[StepPosition, bool], None]:
+    options = checked.options
+    kept = [autoencoder] if autoencoder is not None else []
+
+    def provide_autoencoder() -> AutoEncoder:
+        # Not loaded before when every latent came from the disk.
+        if not kept:
+            kept.append(load_ae(options, engine, torch.device("cpu")))
+        return kept[0]
+
+    maker = SampleMaker(
+        checked.prompts,
+        model=model,
+        network=network,
+        autoencoder=provide_autoencoder,
+        text=text,
+        autocast=engine.autocast,
+        device=engine.device,
+        folder=options.run_dir / "samples" if options.run_dir is not None else _output_dir(options) / SAMPLE_FOLDER,
+        output_name=options.output_name,
+        reporter=reporter,
+    )
+
+    def sample(position: StepPosition, is_epoch_end: bool) -> None:
+        if engine.is_main:
+            maker(position, is_epoch_end)
+
+    return sample
+
+
+def _loop_settings(checked: CheckedRun, seed: int) -> LoopSettings:
+    options, schedule = checked.options, checked.schedule
+    return LoopSettings(
+        num_steps=schedule.num_steps,
+        num_epochs=schedule.num_epochs,
+        micro_steps_per_epoch=schedule.micro_steps_per_epoch,
+        num_micro_steps=options.gradient_accumulation_steps,
+        max_grad_norm=options.max_grad_norm,
+        seed=seed,
+        save_every_n_steps=options.save_every_n_steps,
+        save_every_n_epochs=options.save_every_n_epochs,
+        sample_every_n_steps=options.sample_every_n_steps,
+        sample_every_n_epochs=options.sample_every_n_epochs,
+        sample_at_first=options.sample_at_first,
+    )
+
+
+def _objective(checked: CheckedRun, model: Flux, text: TextSource, engine: Engine) -> FlowObjective:
+    options = checked.options
+    return FlowObjective(
+        model,
+        text,
+        FlowSettings(
+            timestep_sampling=options.timestep_sampling,
+            sigmoid_scale=options.sigmoid_scale,
+            discrete_flow_shift=options.discrete_flow_shift,
+            weighting_scheme=options.weighting_scheme,
+            logit_mean=options.logit_mean,
+            logit_std=options.logit_std,
+            mode_scale=options.mode_scale,
+            model_prediction_type=options.model_prediction_type,
+            guidance_scale=options.guidance_scale,
+            loss_type=options.loss_type,
+            huber_schedule=options.huber_schedule,
+            huber_c=options.huber_c,
+            huber_scale=options.huber_scale,
+            ip_noise_gamma=options.ip_noise_gamma,
+            ip_noise_gamma_random_strength=options.ip_noise_gamma_random_strength,
+        ),
+        autocast=engine.autocast,
+        compute_dtype=engine.dtype,
+        device=engine.device,
+    )
+
+
+def _micro_batches(
+    checked: CheckedRun, latents: LatentSource, objective: FlowObjective, engine: Engine, seed: int
+) -> Callable[[int], Iterator[MicroBatch]]:
+    """For an epoch, one callable for each batch of this process, which gives the batch's loss."""
+
+    def loss_of(plan: BatchPlan, loaded: Tensor, generator: torch.Generator) -> Tensor:
+        return objective(
+            latents.finish(loaded, generator),
+            [planned.caption for planned in plan.items],
+            torch.tensor([planned.loss_weight for planned in plan.items], device=engine.device),
+            generator,
+        )
+
+    def micro_batches(epoch: int) -> Iterator[MicroBatch]:
+        plans = epoch_batches(checked.index, seed, epoch, prior_loss_weight=checked.options.prior_loss_weight)
+        for plan, loaded in loaded_batches(latents, share_of_rank(plans, engine.rank, engine.num_processes)):
+            yield partial(loss_of, plan, loaded)
+
+    return micro_batches

@@ -1,0 +1,116 @@
+"""Makes the sample pictures of a run: every prompt, each with its own seed, through the LoRA as it is now."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trainer.model.autoencoder import AutoEncoder
+from trainer.model.flux import Flux
+from trainer.train.conditioning import TextInputs, TextSource
+from trainer.train.loop import StepPosition
+from trainer.train.objective import predict_velocity
+from trainer.train.reporting import Reporter
+from trainer.train.sampling import SamplePrompt, draw_sample, sample_file_name, save_picture
+
+_SEED_BITS = 31
+
+
+class SampleMaker:
+    """Holds what sampling needs besides the moment. Does nothing without prompts."""
+
+    def __init__(
+        self,
+        prompts: Sequence[SamplePrompt],
+        *,
+        model: Flux,
+        network: nn.Module,
+        autoencoder: Callable[[], AutoEncoder],
+        text: TextSource,
+        autocast: Callable[[], AbstractContextManager[object]],
+        device: torch.device,
+        folder: Path,
+        output_name: str | None,
+        reporter: Reporter,
+    ) -> None:
+        self._prompts = prompts
+        self._model = model
+        self._network = network
+        self._autoencoder = autoencoder
+        self._text = text
+        self._autocast = autocast
+        self._device = device
+        self._folder = folder
+        self._output_name = output_name
+        self._reporter = reporter
+
+    def __call__(self, position: StepPosition, is_epoch_end: bool) -> None:
+        """All prompts once. The network is left in evaluation mode: dropout has no place in a picture."""
+        if not self._prompts:
+            self._reporter.warning("no sample is made: there are no sample prompts")
+            return
+        self._reporter.phase("sampling")
+        self._network.eval()
+        total = sum(prompt.num_steps for prompt in self._prompts)
+        done = 0
+        for index, prompt in enumerate(self._prompts):
+            seed = secrets.randbits(_SEED_BITS) if prompt.seed is None else prompt.seed
+            self._make_one(prompt, seed, index, position, is_epoch_end, done, total)
+            done += prompt.num_steps
+
+    def _make_one(
+        self, prompt: SamplePrompt, seed: int, index: int, position: StepPosition, is_epoch_end: bool, done: int, total: int
+    ) -> None:
+        with torch.no_grad():
+            text = self._text([prompt.prompt])
+            negative = self._text([prompt.negative_prompt]) if prompt.uses_negative_prompt else None
+
+        def predict(noisy: Tensor, timesteps: Tensor, text: TextInputs, guidance_scale: float, /) -> Tensor:
+            with self._autocast():
+                return predict_velocity(self._model, noisy, timesteps, text, guidance_scale)
+
+        def progress(step: int, _steps: int) -> None:
+            self._reporter.progress(done + step, total)
+
+        picture = draw_sample(
+            prompt,
+            seed=seed,
+            predict=predict,
+            decode=self._decode,
+            text=text,
+            negative_text=negative,
+            is_schnell=self._model.params.is_schnell,
+            device=self._device,
+            progress=progress,
+            check_commands=self._reporter.check_stop,
+        )
+        name = sample_file_name(
+            self._output_name,
+            step=position.step,
+            epoch=position.epoch if is_epoch_end else None,
+            index=index,
+            moment=time.time(),
+            seed=seed,
+        )
+        path = self._folder / name
+        save_picture(path, picture)
+        self._reporter.sample(
+            path, step=position.step, epoch=position.epoch, prompt=prompt.prompt, index=index, seed=seed
+        )
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """With the autoencoder on the device for just this long when it waits in main memory."""
+        autoencoder = self._autoencoder()
+        home = next(autoencoder.parameters()).device
+        try:
+            autoencoder.to(self._device)
+            with self._autocast():
+                return autoencoder.decode(latents)
+        finally:
+            autoencoder.to(home)
