@@ -150,7 +150,7 @@ def option_field(name: str) -> Field:
     info = Options.model_fields[name]
     opt = next(entry for entry in info.metadata if isinstance(entry, Opt))
     kind, choices, optional = _kind(info.annotation)
-    label = f"{opt.label} ({opt.unit})" if opt.unit else opt.label
+    label = f"{opt.label} ({opt.unit})" if opt.unit and opt.unit not in opt.label.lower() else opt.label
     return Field(name, kind, label, opt.help, info.get_default(), choices, optional)
 
 

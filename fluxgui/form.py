@@ -7,20 +7,20 @@ write every config file, so that the form cannot mean something else than what i
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, cast
 
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
-from trainer.schema.cli import check_files, to_argv, validate_options
-from trainer.schema.toml_io import dataset_to_toml, options_to_toml
 
 from fluxgui.fields import DATASET_NAMES, NOT_IN_PRESETS, Field, make_fields
 from fluxgui.pictures import CAPTION_SUFFIX, PictureFolder, check_folder
 from trainer.schema.base import Problem, UserError
+from trainer.schema.cli import check_files, to_argv, validate_options
 from trainer.schema.options import Options
+from trainer.schema.toml_io import dataset_to_toml, options_to_toml
 
 FormValues = Mapping[str, object]
 
@@ -73,8 +73,15 @@ class Reading:
         texts: dict[str, str] = {}
         for problem in self.problems:
             if problem.field is not None:
-                texts.setdefault(problem.field, f"{problem.what}. {problem.hint or ''}".strip())
+                texts.setdefault(problem.field, _sentence(problem))
         return texts
+
+
+def _sentence(problem: Problem) -> str:
+    """Problem and remedy as they stand at a field. Names of options keep their small first letter."""
+    what = problem.what.rstrip(".")
+    starts_with_name = "_" in what.partition(" ")[0]
+    return f"{what if starts_with_name else what[:1].upper() + what[1:]}. {problem.hint or ''}".strip()
 
 
 def missing_text(name: str) -> str:
@@ -92,7 +99,10 @@ def read_form(values: FormValues) -> Reading:
 
     prompts = cast("str | None", typed["sample_prompt_lines"])
     chosen = {
-        name: value for name, value in typed.items() if name in Options.model_fields and value not in (None, False)
+        name: value
+        for name, value in typed.items()
+        # Not by ==, to which 0 and False are the same.
+        if name in Options.model_fields and value is not None and value is not False
     }
     chosen |= {name: False for name in typed if typed[name] is False and fields[name].default is True}
     chosen |= {"network_module": "networks.lora_flux", "dataset_config": DATASET_FILE, "output_dir": OUTPUT_FOLDER}
@@ -109,13 +119,12 @@ def read_form(values: FormValues) -> Reading:
         options, notes = parsed.options, parsed.notes
     except UserError as error:
         problems += [_at_field(problem, fields, more) for problem in error.problems if problem.field not in missing]
-    if options is not None:
-        problems += [
-            problem
-            for problem in check_files(options)
-            # The run folder has these, and it does not exist yet.
-            if problem.field not in _RUN_FOLDER_NAMES and problem.field not in missing
-        ]
+    problems += [
+        problem
+        for problem in _file_problems(options, chosen, problems)
+        # The run folder has these, and it does not exist yet.
+        if problem.field not in _RUN_FOLDER_NAMES and problem.field not in missing
+    ]
     pictures: PictureFolder | None = None
     if typed["image_dir"] is not None:
         found = check_folder(cast("Path", typed["image_dir"]))
@@ -163,6 +172,18 @@ def _number(value: float | str) -> int | float | None:
     except ValueError:
         return None
     return int(number) if number.is_integer() else number
+
+
+def _file_problems(options: Options | None, chosen: FormValues, found: Sequence[Problem]) -> list[Problem]:
+    """What is wrong with the files, also while other values are wrong, so that everything is shown at once."""
+    if options is None:
+        wrong = {problem.field for problem in found}
+        try:
+            rest = {name: value for name, value in chosen.items() if name not in wrong}
+            options = validate_options(rest, where="the form").options
+        except UserError:
+            return []
+    return check_files(options)
 
 
 def _own_problems(typed: FormValues) -> list[Problem]:

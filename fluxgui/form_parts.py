@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, Final
 
 import gradio as gr
 from gradio.blocks import Block
@@ -14,6 +14,7 @@ from gradio.components import Component
 from fluxgui.fields import Field
 
 UNSET = "(default)"
+PLAIN: Final = gr.InputHTMLAttributes(autocomplete="off", spellcheck=False)
 
 
 def html_part(value: str = "", *, elem_id: str | None = None) -> gr.HTML:
@@ -63,12 +64,11 @@ def build_field(field: Field) -> Component:
             return gr.Dropdown(choices, value=str(field.default or ""), filterable=False, **common)
         case "integer" | "number":
             # A text box: it can be empty, takes 1e-4, and a slip of the finger on the wheel changes nothing.
-            keyboard = gr.InputHTMLAttributes(inputmode="numeric" if field.kind == "integer" else "decimal")
-            return gr.Textbox(value=shown_number(field.default), max_lines=1, html_attributes=keyboard, **common)
+            return gr.Textbox(value=shown_number(field.default), max_lines=1, html_attributes=PLAIN, **common)
         case "lines":
             return gr.Textbox(value="", lines=3, max_lines=12, **common)
         case "text" | "path":
-            return gr.Textbox(value=str(field.default or ""), max_lines=1, **common)
+            return gr.Textbox(value=str(field.default or ""), max_lines=1, html_attributes=PLAIN, **common)
 
 
 def build_fields(names: Iterable[str], fields: Mapping[str, Field]) -> dict[str, Component]:

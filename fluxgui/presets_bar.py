@@ -41,7 +41,7 @@ def build_presets_bar() -> PresetsBar:
         card = gr.Dropdown(
             choices("vram"),
             value=None,
-            label="Memory of the card",
+            label="Memory of the card (VRAM)",
             info="Fills in the settings that save memory.",
             filterable=False,
             min_width=140,

@@ -78,7 +78,8 @@ class TrainTab:
     more: gr.Accordion
 
     @property
-    def inputs(self) -> set[Block]:
+    def inputs(self) -> set[Any]:
+        """Components whose values every handler of the form takes."""
         return {*self.form.values(), *(self.parts[name] for name in ("marks", "strict", "vram_gb"))}
 
     @property
@@ -285,7 +286,7 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
     form: dict[str, Component] = {}
     parts: dict[str, Component] = {}
     with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=540):
             with gr.Column(elem_classes="card"):
                 html_part(
                     train_view.title("1 · Model", "Four files in the .safetensors format; each is recognised at once.")

@@ -9,14 +9,23 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 from trainer.schema.base import UserError
-from trainer.schema.checkpoint_header import flux_params, format_bytes, read_header
+from trainer.schema.checkpoint_header import (
+    autoencoder_params,
+    clip_params,
+    flux_params,
+    format_bytes,
+    read_header,
+    t5_params,
+)
 from trainer.schema.cli import ParsedCommand, parse_command_line, validate_options
 from trainer.schema.folders import demo_dir
+from trainer.schema.memory import OtherModels, estimate, pick_blocks_to_swap
 from trainer.schema.options import Options
 from trainer.schema.options_data import parse_resolution
 from trainer.schema.run_folder import RunFolder
@@ -149,8 +158,6 @@ def check(arguments: Sequence[str]) -> int:
 
 
 def estimate_memory(arguments: Sequence[str]) -> int:
-    from trainer.schema.memory import Estimate, estimate, pick_blocks_to_swap  # noqa: PLC0415
-
     parser = argparse.ArgumentParser(prog="python -m trainer estimate", allow_abbrev=False)
     parser.add_argument("--vram_gb", type=float, help="memory of the card in GiB: picks the smallest blocks_to_swap")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -160,14 +167,17 @@ def estimate_memory(arguments: Sequence[str]) -> int:
         raise UserError("no model is given", "--pretrained_model_name_or_path", "Give the FLUX.1 model.", exit_code=2)
     params = flux_params(read_header(options.pretrained_model_name_or_path))
     width, height = parse_resolution(options.resolution) if options.resolution else (DEFAULT_SIDE, DEFAULT_SIDE)
-    size = {"width": width, "height": height, "batch_size": options.train_batch_size}
-    result: Estimate
+    batch_size = options.train_batch_size
+    models = _other_models(options)
     if known.vram_gb is not None:
-        result = pick_blocks_to_swap(params, options, **size, vram_bytes=round(known.vram_gb * 2**30))
+        vram_bytes = round(known.vram_gb * 2**30)
+        result = pick_blocks_to_swap(
+            params, options, width=width, height=height, batch_size=batch_size, vram_bytes=vram_bytes, models=models
+        )
     else:
-        result = estimate(params, options, **size)
+        result = estimate(params, options, width=width, height=height, batch_size=batch_size, models=models)
     if known.json:
-        print(json.dumps(_estimate_fields(result), indent=1))
+        print(json.dumps(asdict(result), indent=1))
         return EXIT_DONE
     print(f"{width} x {height}, batch {options.train_batch_size}: {format_bytes(result.peak_bytes)} on the device,")
     print(f"{format_bytes(result.host_peak_bytes)} of main memory, blocks_to_swap {result.blocks_to_swap}")
@@ -180,10 +190,15 @@ def estimate_memory(arguments: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-def _estimate_fields(result: object) -> Mapping[str, object]:
-    from dataclasses import asdict  # noqa: PLC0415
-
-    return asdict(result)  # pyright: ignore[reportArgumentType]
+def _other_models(options: Options) -> OtherModels | None:
+    """The encoders' own sizes when all three files are given; None stands for the published ones."""
+    if options.t5xxl is None or options.clip_l is None or options.ae is None:
+        return None
+    return OtherModels(
+        t5_params(read_header(options.t5xxl)),
+        clip_params(read_header(options.clip_l)),
+        autoencoder_params(read_header(options.ae)),
+    )
 
 
 COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType(

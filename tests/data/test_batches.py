@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -62,8 +61,23 @@ def test_batches_of_different_sizes_and_datasets_are_mixed(index: DatasetIndex) 
     assert len(firsts) > 3
 
 
+def test_the_company_of_a_picture_changes_from_epoch_to_epoch(index: DatasetIndex) -> None:
+    pairs = {
+        tuple(sorted(each.item.path.name for each in plan.items))
+        for epoch in range(40)
+        for plan in epoch_batches(index, 1, epoch)
+        if plan.size == (64, 64) and len(plan.items) == 2 and plan.items[0].item.dataset == 0
+    }
+    assert len(pairs) == 6
+
+
 def test_repeats_of_one_item_are_drawn_independently(index: DatasetIndex) -> None:
     planned = [each for epoch in range(40) for plan in epoch_batches(index, 5, epoch) for each in plan.items]
+    first_epoch = [each for plan in epoch_batches(index, 5, 0) for each in plan.items if each.item in index.items[:7]]
+    mixed = {each.item.path for each in first_epoch if each.is_flipped} & {
+        each.item.path for each in first_epoch if not each.is_flipped
+    }
+    assert len(mixed) >= 3
     flips = [each.is_flipped for each in planned if each.item.subset.flip_aug]
     assert sum(flips) / len(flips) == pytest.approx(0.5, abs=0.05)
     assert not any(each.is_flipped for each in planned if each.item.is_reg)

@@ -135,6 +135,15 @@ def test_one_wrong_byte_in_a_png_is_found_out(tmp_path: Path) -> None:
         check_image(path)
 
 
+def test_a_wrong_checksum_in_a_png_is_found_out(tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png", 64, 64)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IEND") - 5] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(DECODE_ERRORS):
+        check_image(path)
+
+
 def test_a_picture_that_vanishes_during_the_run_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone\.png: cannot be decoded \(no such file or directory\)"):
         read_pixels(as_picture(tmp_path / "gone.png"))

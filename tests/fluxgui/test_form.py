@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import tomlkit
-from trainer.schema.cli import parse_command_line
-from trainer.schema.toml_io import read_config_file, read_dataset_config
 
 from fluxgui import train_view
 from fluxgui.fields import ALL_NAMES, DATASET_NAMES, NOT_IN_PRESETS, make_fields
@@ -20,7 +18,9 @@ from fluxgui.presets import delete_own, preset_form_values, presets_of_kind, sav
 from tests.fluxgui.sparse_flux import make_sparse_flux
 from tests.tiny import TinyModels
 from trainer.schema.base import UserError
+from trainer.schema.cli import parse_command_line
 from trainer.schema.options import Options
+from trainer.schema.toml_io import read_config_file, read_dataset_config
 from trainer.tools.tiny_pictures import make_images
 
 
@@ -209,7 +209,7 @@ def test_numbers_are_shown_as_people_write_them(value: object, text: str) -> Non
 
 
 def test_a_preset_gives_back_what_was_saved(filled: dict[str, object]) -> None:
-    filled |= {"network_dim": "24", "learning_rate": "3.5e-4", "gradient_checkpointing": False, "blocks_to_swap": ""}
+    filled |= {"network_dim": "24", "learning_rate": "0.00035", "gradient_checkpointing": False, "blocks_to_swap": ""}
     filled |= {"max_train_epochs": "", "max_train_steps": "777", "sample_prompt_lines": "a\nb", "enable_bucket": True}
     save_own("Mine", preset_values(filled))
     loaded = preset_form_values("Mine")

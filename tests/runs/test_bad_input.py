@@ -54,7 +54,9 @@ def unknown_dataset_key(arguments: Arguments, folder: Path) -> None:
 
 def odd_resolution(arguments: Arguments, folder: Path) -> None:
     config = folder / "dataset.toml"
-    config.write_text(config.read_text(encoding="utf-8").replace("resolution = 64", "resolution = 500"), encoding="utf-8")
+    config.write_text(
+        config.read_text(encoding="utf-8").replace("resolution = 64", "resolution = 500"), encoding="utf-8"
+    )
 
 
 def too_many_blocks(arguments: Arguments, folder: Path) -> None:
@@ -161,7 +163,7 @@ def test_a_picture_that_is_larger_than_its_header_says_is_found(tiny_models: Tin
     picture = sorted((tmp_path / "images").glob("*.png"))[0]
     Image.new("RGB", (300, 300), "red").save(tmp_path / "whole.jpg", quality=95)
     picture.unlink()
-    cut = (tmp_path / "images" / "cut.jpg")
+    cut = tmp_path / "images" / "cut.jpg"
     cut.write_bytes((tmp_path / "whole.jpg").read_bytes()[:-200])
     finished = train(*tiny_models.arguments(), f"--dataset_config={config}", f"--output_dir={tmp_path / 'out'}")
     assert finished.code == 3

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class Facts:
 
 
 @contextmanager
-def worker_process(run: RunFolder) -> Iterator[subprocess.Popen[str]]:
+def worker_process(run: RunFolder) -> Generator[subprocess.Popen[str], None, None]:
     """Another process that holds the run's lock."""
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom trainer.schema.run_folder import RunFolder, WorkerLock\n"
@@ -328,7 +328,7 @@ def test_a_run_that_ends_between_the_two_looks_has_not_crashed(tmp_path: Path) -
 
 def test_a_run_with_a_worker_and_a_fresh_heartbeat_runs_or_is_paused(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    write_heartbeat(run, written=1000, progressed=400)
+    write_heartbeat(run, written=1000, progressed=900)
     with worker_process(run):
         assert probe(run, Facts(), clock=lambda: 1001.0) == RunStatus("running")
         assert probe(run, Facts(outcome="stopped"), clock=lambda: 1001.0) == RunStatus("running")

@@ -273,7 +273,7 @@ def _seal(key: str, entry: Entry) -> str:
     for name in sorted(entry):
         tensor = entry[name]
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
     return f"{key} {value:08x}"
 
 

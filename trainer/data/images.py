@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
+import math
 import os
 import struct
 import zlib
@@ -23,6 +25,10 @@ from torch import Tensor
 
 from trainer.data.buckets import Size
 from trainer.schema.base import UserError
+
+# Pillow loads the plugins of rarer formats when it first meets one. Two threads that do so at the same time can both
+# fail to know the format.
+Image.init()
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -49,8 +55,11 @@ DECODE_ERRORS = (
 )
 """What Pillow's decoders raise for broken files."""
 
-_AREA_ROWS = 256
-"""Rows of a picture that are averaged at once, which bounds the memory for large pictures."""
+_BAND_ROWS = 32
+"""New rows that are averaged at once."""
+
+_SMALLEST_SHARE = 1e-6
+"""Less of a pixel than this is a rounding error."""
 
 _FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -156,27 +165,38 @@ def resize(image: Image.Image, size: Size, method: str | None) -> Pixels:
 def _average_areas(pixels: Pixels, size: Size) -> Pixels:
     """Each new pixel is the mean of the area that it covers, parts of old pixels counted as parts."""
     width, height = size
-    rows = [
-        _average_along(pixels[start : start + _AREA_ROWS], width, axis=1)
-        for start in range(0, pixels.shape[0], _AREA_ROWS)
-    ]
-    return np.rint(_average_along(np.concatenate(rows), height, axis=0)).astype(np.uint8)
+    rows, columns = _taps(pixels.shape[0], height), _taps(pixels.shape[1], width)
+    averaged = np.empty((height, width, 3), dtype=np.uint8)
+    # In bands that stay in the processor's cache.
+    for top in range(0, height, _BAND_ROWS):
+        band = slice(top, top + _BAND_ROWS)
+        narrow = functools.reduce(np.add, (pixels[tap.positions[band]] * tap.weights[band, None, None] for tap in rows))
+        averaged[band] = np.rint(
+            functools.reduce(np.add, (narrow[:, tap.positions] * tap.weights[:, None] for tap in columns))
+        )
+    return averaged
 
 
-def _average_along(values: npt.NDArray[np.generic], length: int, *, axis: int) -> npt.NDArray[np.float64]:
-    old_length = values.shape[axis]
-    if old_length == length:
-        return values.astype(np.float64)
-    edges = np.arange(length + 1) * (old_length / length)
-    whole = np.minimum(np.floor(edges).astype(np.int64), old_length - 1)
-    part_shape = [1] * values.ndim
-    part_shape[axis] = -1
-    part = (edges - whole).reshape(part_shape)
-    sums = np.cumsum(values, axis=axis, dtype=np.uint32 if values.dtype == np.uint8 else np.float64)
-    own = np.take(values, whole, axis=axis).astype(np.float64)
-    # The integral up to an edge: all whole pixels before it, and the part of its own pixel.
-    integral = np.take(sums, whole, axis=axis).astype(np.float64) - own * (1.0 - part)
-    return np.diff(integral, axis=axis) * (length / old_length)
+@dataclass(frozen=True)
+class _Tap:
+    """One old pixel for each new pixel of an axis, and the share of it in the new pixel's mean."""
+
+    positions: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+
+
+def _taps(old_length: int, new_length: int) -> list[_Tap]:
+    scale = old_length / new_length
+    starts = np.arange(new_length) * scale
+    first = np.floor(starts).astype(np.int64)
+    taps: list[_Tap] = []
+    for offset in range(math.ceil(scale) + 1):
+        positions = first + offset
+        covered = np.minimum(starts + scale, positions + 1) - np.maximum(starts, positions)
+        weights = (covered.clip(min=0) / scale).astype(np.float32)
+        if weights.max() > _SMALLEST_SHARE:
+            taps.append(_Tap(positions.clip(max=old_length - 1), weights))
+    return taps
 
 
 def read_pixels(picture: Picture) -> Tensor:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar
 
 from trainer.schema.base import Problem, UserError, nearest
 
@@ -139,7 +139,8 @@ def spec_from_network_args(
     dropout = number("network_dropout", network_dropout)
     rank_dropout = number("rank_dropout", text("rank_dropout"))
     module_dropout = number("module_dropout", text("module_dropout"))
-    train_blocks = attempt("train_blocks", lambda: _train_blocks(text("train_blocks")), "all")
+    every: TrainBlocks = "all"
+    train_blocks = attempt("train_blocks", lambda: _train_blocks(text("train_blocks")), every)
     double = attempt("train_double_block_indices", lambda: parse_indices(text("train_double_block_indices")), None)
     single = attempt("train_single_block_indices", lambda: parse_indices(text("train_single_block_indices")), None)
     type_dims = {key: attempt(key, lambda key=key: _rank(values[key]), 0) for key in _TYPE_DIMS if key in values}
@@ -231,7 +232,7 @@ def _train_blocks(raw: str | None) -> TrainBlocks:
         return "all"
     if raw not in ("all", "single", "double"):
         raise ValueError(f"is {raw}; it must be all, single or double")
-    return cast(TrainBlocks, raw)
+    return raw
 
 
 def _in_dims(raw: str | None) -> tuple[int, int, int, int, int] | None:

@@ -360,7 +360,7 @@ def estimate(
     phases = [sums.text_phase(), sums.latents_phase(), sums.training_phase()]
     if sums.makes_samples:
         phases.append(sums.sampling_phase())
-    text_on_host = vram_bytes is not None and sums.caches_text and phases[0].peak_bytes > _usable(vram_bytes)
+    text_on_host = vram_bytes is not None and sums.caches_text and not _text_fits(phases[0], vram_bytes)
     host_bytes = HOST_PROCESS_BYTES + sums.swapped_bytes
     if sums.is_cpu:
         host_bytes += max(phase.peak_bytes for phase in phases)
@@ -374,6 +374,17 @@ def estimate(
         return result
     fits = result.peak_bytes <= _usable(vram_bytes)
     return dataclasses.replace(result, fits=fits, reason="" if fits else _why_not(result, options, vram_bytes))
+
+
+def text_encoders_fit(
+    flux: FluxParams, options: Options, *, vram_bytes: int, batch_size: int, models: OtherModels | None = None
+) -> bool:
+    """Whether captions that are cached can be encoded on a card of `vram_bytes`.
+
+    Where not, the trainer encodes them on the CPU, and `estimate` counts them there.
+    """
+    sums = _Sums(flux, options, models or usual_models(flux), 0, 0, batch_size, 0)
+    return _text_fits(sums.text_phase(), vram_bytes)
 
 
 def pick_blocks_to_swap(
@@ -411,6 +422,10 @@ def pick_blocks_to_swap(
 
 def _phase(name: PhaseName, parts: list[Part]) -> Phase:
     return Phase(name, tuple(parts), sum(part.bytes for part in parts))
+
+
+def _text_fits(text_phase: Phase, vram_bytes: int) -> bool:
+    return text_phase.peak_bytes <= _usable(vram_bytes)
 
 
 def _usable(vram_bytes: int) -> int:
@@ -522,9 +537,10 @@ class _Sums:
         tokens = self.num_image + self.num_text
         forward = _forward_per_token(self.flux) * tokens * self.flux.hidden_size * self.value_bytes
         work = max(forward, self._decode_work())
-        return self._phase(
-            "sampling", self._resident(with_gradients=False), self._part("activations of sampling and decoding", work)
-        )
+        resident = self._resident(with_gradients=False)
+        if self.caches_latents:  # waits in host memory between samples
+            resident.append(self._autoencoder_weights())
+        return self._phase("sampling", resident, self._part("activations of sampling and decoding", work))
 
     def _phase(self, name: PhaseName, weights: list[Part], *work: Part) -> Phase:
         passing = sum(part.bytes for part in work)
@@ -546,7 +562,7 @@ class _Sums:
             parts.append(self._t5_weights())
         if not self.caches_text or self.trains_clip:
             parts.append(self._clip_weights())
-        if not self.caches_latents or self.makes_samples:
+        if not self.caches_latents:
             parts.append(self._autoencoder_weights())
         return [part for part in parts if part.bytes]
 

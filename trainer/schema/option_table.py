@@ -34,7 +34,9 @@ class OptionStatus:
     refused_values: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
-def _inert(reason: str, value_type: ValueType = "flag", *, default: object = None, choices: tuple[str, ...] = ()) -> OptionStatus:
+def _inert(
+    reason: str, value_type: ValueType = "flag", *, default: object = None, choices: tuple[str, ...] = ()
+) -> OptionStatus:
     return _entry("inert", reason, value_type, default, choices)
 
 
@@ -50,7 +52,13 @@ def _refused(
 
 
 def _entry(
-    status: Status, reason: str, value_type: ValueType, default: object, choices: tuple[str, ...], *, is_list: bool = False
+    status: Status,
+    reason: str,
+    value_type: ValueType,
+    default: object,
+    choices: tuple[str, ...],
+    *,
+    is_list: bool = False,
 ) -> OptionStatus:
     off: object = False if value_type == "flag" else default
     return OptionStatus(status, value_type, reason, choices, is_list, off)
@@ -66,7 +74,9 @@ _VALIDATION: Final = "validation is not supported yet; leave it out"
 _DEEPSPEED: Final = "DeepSpeed is not supported yet; --blocks_to_swap saves memory on one device"
 _DDP: Final = "training on several devices is not supported yet; leave it out"
 _WANDB: Final = "Weights & Biases is not supported yet; use --log_with=tensorboard"
-_SCHEDULE: Final = "its schedule is not supported yet; use --lr_scheduler constant, constant_with_warmup, cosine or linear"
+_SCHEDULE: Final = (
+    "its schedule is not supported yet; use --lr_scheduler constant, constant_with_warmup, cosine or linear"
+)
 _CAPTION: Final = "it is not supported yet; write the captions out as they should be used"
 
 SAMPLERS: Final = (
@@ -137,7 +147,8 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "it belongs to --torch_compile, which is not supported yet",
             "text",
             default="inductor",
-            choices=DYNAMO_BACKENDS,
+            # "no" is what kohya_ss writes into its files; the reference checks no choices there.
+            choices=(*DYNAMO_BACKENDS, "no"),
         ),
         # Data.
         "cache_info": _refused("it is not supported yet; captions and sizes are read from the files"),
@@ -213,12 +224,20 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "lr_decay_steps": _refused(_SCHEDULE, "steps", default=0),
         "lr_scheduler_timescale": _refused(_SCHEDULE, "integer"),
         "lr_scheduler_min_lr_ratio": _refused(_SCHEDULE, "number"),
+        "lr_scheduler_num_cycles": _inert(
+            "only schedules that are not supported yet have cycles", "integer", default=1
+        ),
+        "lr_scheduler_power": _inert(
+            "only the polynomial schedule, which is not supported yet, has one", "number", default=1
+        ),
         "fused_backward_pass": _refused("it works for Adafactor only, which is not supported yet; leave it out"),
         # Network and model.
         "network_train_text_encoder_only": _refused("it is not supported yet; FLUX's own LoRA is always trained"),
         "dim_from_weights": _refused("it is not supported yet; give the file's rank with --network_dim"),
         "scale_weight_norms": _refused("it is not supported yet; leave it out", "number"),
-        "base_weights": _refused("it is not supported yet; merge the LoRA into the model beforehand", "text", is_list=True),
+        "base_weights": _refused(
+            "it is not supported yet; merge the LoRA into the model beforehand", "text", is_list=True
+        ),
         "base_weights_multiplier": _refused(
             "it is not supported yet; merge the LoRA into the model beforehand", "number", is_list=True
         ),
@@ -288,7 +307,8 @@ REFUSED_VALUES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
         "network_module": {
             **dict.fromkeys(("networks.oft_flux", "lycoris.kohya"), _NETWORK),
             **dict.fromkeys(
-                ("networks.lora_fa", "networks.dylora", "networks.oft", "networks.lora_sd3", "networks.loha"), _NETWORK_SD
+                ("networks.lora_fa", "networks.dylora", "networks.oft", "networks.lora_sd3", "networks.loha"),
+                _NETWORK_SD,
             ),
         },
     }

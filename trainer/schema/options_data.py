@@ -9,13 +9,47 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from trainer.schema.base import Opt
 from trainer.schema.options_model import OptionGroup
 
 SIZE_STEP = 16
 """Pixels: the AE reduces a side by 8, and FLUX takes 2 x 2 latents as one token."""
+
+
+def parse_resolution(value: object) -> tuple[int, int]:
+    """(width, height) in pixels from `512`, `"512"`, `"512,768"` or `[512, 768]`.
+
+    Raises `ValueError`, with a text that goes after the value ("must be ..."), also for sides that are no multiple of
+    16: FLUX has no place for a rest.
+    """
+    if isinstance(value, (list, tuple)):
+        parts = [str(part).strip() for part in value]  # pyright: ignore[reportUnknownVariableType]
+    else:
+        parts = [part.strip() for part in str(value).split(",")]
+    if len(parts) not in (1, 2) or not all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts):
+        raise ValueError("must be a size such as 512, or width,height such as 768,512")
+    width, height = int(parts[0]), int(parts[-1])
+    if width < SIZE_STEP or height < SIZE_STEP:
+        raise ValueError(f"must be at least {SIZE_STEP} pixels")
+    if width % SIZE_STEP or height % SIZE_STEP:
+        raise ValueError(f"must be a multiple of {SIZE_STEP}; {nearest_resolution(width, height)} is near")
+    return width, height
+
+
+def nearest_resolution(width: int, height: int) -> str:
+    """The allowed size closest to this one, as the option is written."""
+    sides = [max(SIZE_STEP, (side + SIZE_STEP // 2) // SIZE_STEP * SIZE_STEP) for side in (width, height)]
+    return str(sides[0]) if width == height else f"{sides[0]},{sides[1]}"
+
+
+def plain_resolution(value: object) -> object:
+    """A resolution in the one way that it is kept, `512` or `512,768`. Raises `ValueError` as `parse_resolution` does."""
+    if value is None:
+        return None
+    width, height = parse_resolution(value)
+    return str(width) if width == height else f"{width},{height}"
 
 
 class DatasetOptions(OptionGroup):
@@ -29,10 +63,13 @@ class DatasetOptions(OptionGroup):
         Path | None, Opt("The same for regularisation pictures.", "Regularisation pictures", "expert")
     ] = None
     dataset_repeats: Annotated[
-        int, Field(ge=1), Opt("Repeats of a picture in an epoch where the dataset file says nothing.", "Repeats", "expert")
+        int,
+        Field(ge=1),
+        Opt("Repeats of a picture in an epoch where the dataset file says nothing.", "Repeats", "expert"),
     ] = 1
     resolution: Annotated[
         str | None,
+        BeforeValidator(plain_resolution),
         Opt("Training size: 512, or width,height; a multiple of 16.", "Resolution", "basic", "pixels"),
     ] = None
     train_batch_size: Annotated[int, Field(ge=1), Opt("Pictures in one step.", "Batch size", "basic")] = 1
@@ -53,11 +90,15 @@ class DatasetOptions(OptionGroup):
         Literal["lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area"] | None,
         Opt("How pictures are resized. Empty: area to shrink, lanczos to enlarge.", "Resizing", "expert"),
     ] = None
-    caption_extension: Annotated[str, Opt("Ending of caption files.", "Caption files", "advanced")] = ".caption"
+    caption_extension: Annotated[
+        str, Field(min_length=1), Opt("Ending of caption files.", "Caption files", "advanced")
+    ] = ".caption"
     caption_extention: Annotated[
         str | None, Opt("Misspelt old name of caption_extension.", "Caption files", "hidden")
     ] = None
-    caption_separator: Annotated[str, Opt("What separates a caption's parts.", "Caption separator", "expert")] = ","
+    caption_separator: Annotated[
+        str, Field(min_length=1), Opt("What separates a caption's parts.", "Caption separator", "expert")
+    ] = ","
     caption_prefix: Annotated[str | None, Opt("Put before every caption.", "Before captions", "advanced")] = None
     caption_suffix: Annotated[str | None, Opt("Put after every caption.", "After captions", "advanced")] = None
     shuffle_caption: Annotated[bool, Opt("Shuffle the parts of captions in every step.", "Shuffle captions")] = False
@@ -88,29 +129,3 @@ class CacheOptions(OptionGroup):
     text_encoder_batch_size: Annotated[
         int | None, Field(ge=1), Opt("Captions encoded at once. Empty: the batch size.", "Caption batch", "expert")
     ] = None
-
-
-def parse_resolution(value: object) -> tuple[int, int]:
-    """(width, height) in pixels from `512`, `"512"`, `"512,768"` or `[512, 768]`.
-
-    Raises `ValueError`, with a text that goes after the value ("must be ..."), also for sides that are no multiple of
-    16: FLUX has no place for a rest.
-    """
-    if isinstance(value, (list, tuple)):
-        parts = [str(part).strip() for part in value]  # pyright: ignore[reportUnknownVariableType]
-    else:
-        parts = [part.strip() for part in str(value).split(",")]
-    if len(parts) not in (1, 2) or not all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts):
-        raise ValueError("must be a size such as 512, or width,height such as 768,512")
-    width, height = int(parts[0]), int(parts[-1])
-    if width < SIZE_STEP or height < SIZE_STEP:
-        raise ValueError(f"must be at least {SIZE_STEP} pixels")
-    if width % SIZE_STEP or height % SIZE_STEP:
-        raise ValueError(f"must be a multiple of {SIZE_STEP}; {nearest_resolution(width, height)} is near")
-    return width, height
-
-
-def nearest_resolution(width: int, height: int) -> str:
-    """The allowed size closest to this one, as the option is written."""
-    sides = [max(SIZE_STEP, (side + SIZE_STEP // 2) // SIZE_STEP * SIZE_STEP) for side in (width, height)]
-    return str(sides[0]) if width == height else f"{sides[0]},{sides[1]}"

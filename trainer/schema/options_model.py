@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from trainer.schema.base import Opt
 
@@ -13,7 +13,15 @@ from trainer.schema.base import Opt
 class OptionGroup(BaseModel):
     """Base of every group: immutable, and closed to names that are not options."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+    # Deferred, as the groups are never used alone: building their validators would take most of the import.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, defer_build=True
+    )
+
+
+def split_words(value: object) -> object:
+    """The words of a text where a list is asked for; anything else as it is."""
+    return tuple(value.split()) if isinstance(value, str) else value
 
 
 class ModelOptions(OptionGroup):
@@ -87,6 +95,7 @@ class MemoryOptions(OptionGroup):
         Field(ge=0),
         Opt("How many transformer blocks stay in main memory until needed.", "Blocks to swap", "basic", "blocks"),
     ] = None
+    split_mode: Annotated[bool, Opt("Old name of --blocks_to_swap=18.", "Split mode", "hidden")] = False
 
 
 class NetworkOptions(OptionGroup):
@@ -113,11 +122,10 @@ class NetworkOptions(OptionGroup):
     ] = None
     network_args: Annotated[
         tuple[str, ...] | None,
+        BeforeValidator(split_words),
         Opt("More settings of the network, each as key=value.", "Network settings", "expert"),
     ] = None
-    network_weights: Annotated[
-        Path | None, Opt("A LoRA file to start from.", "Start from LoRA", "advanced")
-    ] = None
-    network_train_unet_only: Annotated[
-        bool, Opt("Train FLUX only; otherwise CLIP-L gets a LoRA too.", "FLUX only")
-    ] = False
+    network_weights: Annotated[Path | None, Opt("A LoRA file to start from.", "Start from LoRA", "advanced")] = None
+    network_train_unet_only: Annotated[bool, Opt("Train FLUX only; otherwise CLIP-L gets a LoRA too.", "FLUX only")] = (
+        False
+    )

@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from trainer.schema.base import Opt
-from trainer.schema.options_model import OptionGroup
+from trainer.schema.options_model import OptionGroup, split_words
 
 SavePrecision = Literal["float", "fp16", "bf16"]
+
+
+def _listed_numbers(value: object) -> object:
+    """One number, or a text with several, as the list that it stands for."""
+    if isinstance(value, str):
+        return tuple(value.replace(",", " ").split())
+    return (value,) if isinstance(value, (int, float)) else value
+
+
+def _optimizer_name(value: object) -> object:
+    """Known optimizers are spelt in any case; empty is the default."""
+    names = {"": "AdamW", "adamw": "AdamW", "adamw8bit": "AdamW8bit"}
+    return names.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
+def _lower_case(value: object) -> object:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def _steps_or_part(value: object) -> int | float:
+    """A whole number of steps, or a part of the run below 1, from `100`, `0.1` or `10%`."""
+    mistake = ValueError("must be a whole number of steps, or a part of the run such as 0.1 or 10%")
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise mistake
+    try:
+        if isinstance(value, str) and value.strip().endswith("%"):
+            number = float(value.strip()[:-1]) / 100
+            if number >= 1:
+                raise mistake
+        else:
+            number = float(value)
+    except ValueError:
+        raise mistake from None
+    if not math.isfinite(number) or number < 0 or (number >= 1 and not number.is_integer()):
+        raise mistake
+    return int(number) if number.is_integer() else number
 
 
 class CourseOptions(OptionGroup):
@@ -43,16 +80,19 @@ class OptimizerOptions(OptionGroup):
     ] = None
     text_encoder_lr: Annotated[
         tuple[Annotated[float, Field(ge=0)], ...] | None,
+        BeforeValidator(_listed_numbers),
         Field(max_length=2),
         Opt("Rate of CLIP-L's LoRA. Empty: the learning rate.", "CLIP-L learning rate", "advanced"),
     ] = None
     optimizer_type: Annotated[
         Literal["AdamW", "AdamW8bit"],
+        BeforeValidator(_optimizer_name),
         Opt("AdamW8bit keeps the optimizer's state in 8 bit: less memory.", "Optimizer", "advanced"),
     ] = "AdamW"
     use_8bit_adam: Annotated[bool, Opt("Old name of --optimizer_type=AdamW8bit.", "8-bit AdamW", "hidden")] = False
     optimizer_args: Annotated[
         tuple[str, ...] | None,
+        BeforeValidator(split_words),
         Opt("More settings of the optimizer, each as key=value: weight_decay=0.01.", "Optimizer settings", "expert"),
     ] = None
     max_grad_norm: Annotated[
@@ -60,19 +100,16 @@ class OptimizerOptions(OptionGroup):
     ] = 1.0
     lr_scheduler: Annotated[
         Literal["constant", "constant_with_warmup", "cosine", "linear"],
+        BeforeValidator(_lower_case),
         Opt("How the learning rate changes over the run.", "Schedule", "advanced"),
     ] = "constant"
     lr_warmup_steps: Annotated[
         int | float,
-        Field(ge=0),
-        Opt("Steps until the full rate; below 1 a part of the run, such as 0.1 or 10%.", "Warm-up", "advanced", "steps"),
+        BeforeValidator(_steps_or_part),
+        Opt(
+            "Steps until the full rate; below 1 a part of the run, such as 0.1 or 10%.", "Warm-up", "advanced", "steps"
+        ),
     ] = 0
-    lr_scheduler_num_cycles: Annotated[
-        int, Field(ge=1), Opt("Cycles of a schedule with restarts.", "Schedule cycles", "expert")
-    ] = 1
-    lr_scheduler_power: Annotated[
-        float, Opt("Power of a polynomial schedule.", "Schedule power", "expert")
-    ] = 1
 
 
 class FlowOptions(OptionGroup):
@@ -200,10 +237,12 @@ class MetadataOptions(OptionGroup):
     metadata_thumbnail: Annotated[
         str | None, Opt("Picture file, or data URL, shown for the LoRA.", "Thumbnail", "expert")
     ] = None
-    metadata_merged_from: Annotated[str | None, Opt("Models that this one was merged from.", "Merged from", "expert")] = (
+    metadata_merged_from: Annotated[
+        str | None, Opt("Models that this one was merged from.", "Merged from", "expert")
+    ] = None
+    metadata_trigger_phrase: Annotated[str | None, Opt("Words that call the LoRA up.", "Trigger phrase", "expert")] = (
         None
     )
-    metadata_trigger_phrase: Annotated[str | None, Opt("Words that call the LoRA up.", "Trigger phrase", "expert")] = None
     metadata_preprocessor: Annotated[str | None, Opt("Preparation of the pictures.", "Preprocessor", "expert")] = None
     metadata_is_negative_embedding: Annotated[
         str | None, Opt("For embeddings; unused for a LoRA.", "Negative embedding", "expert")

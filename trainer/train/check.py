@@ -149,7 +149,9 @@ def make_schedule(options: Options, num_batches_per_epoch: int, num_processes: i
     micro_steps = math.ceil(num_batches_per_epoch / num_processes)
     steps_per_epoch = math.ceil(micro_steps / options.gradient_accumulation_steps)
     if options.max_train_epochs is not None:
-        return Schedule(micro_steps, steps_per_epoch, options.max_train_epochs, options.max_train_epochs * steps_per_epoch)
+        return Schedule(
+            micro_steps, steps_per_epoch, options.max_train_epochs, options.max_train_epochs * steps_per_epoch
+        )
     num_steps = options.max_train_steps
     return Schedule(micro_steps, steps_per_epoch, math.ceil(num_steps / steps_per_epoch), num_steps)
 
@@ -197,7 +199,9 @@ def _check_device(options: Options, findings: _Findings) -> None:
     where = f"--device={options.device}"
     if options.device == "cuda" and not torch.cuda.is_available():
         findings.add(
-            Problem("no NVIDIA GPU can be used", where, "Check the driver and torch's CUDA build, or use auto.", "device"),
+            Problem(
+                "no NVIDIA GPU can be used", where, "Check the driver and torch's CUDA build, or use auto.", "device"
+            ),
             EXIT_OPTIONS,
         )
     if options.device == "mps" and not torch.backends.mps.is_available():

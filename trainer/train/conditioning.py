@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import CLIPTextModel, T5EncoderModel
 
 from trainer.model.text_encoders import PromptTokenizer, encode_clip, encode_t5
 
@@ -39,7 +40,7 @@ class TextSource(Protocol):
 class ClipEncoder:
     """CLIP-L with its tokenizer: captions to pooled vectors (B, C)."""
 
-    def __init__(self, model: nn.Module, tokenizer: PromptTokenizer, device: torch.device) -> None:
+    def __init__(self, model: CLIPTextModel, tokenizer: PromptTokenizer, device: torch.device) -> None:
         self.model = model
         self._tokenizer = tokenizer
         self._device = device
@@ -53,7 +54,13 @@ class T5Encoder:
     """T5-XXL with its tokenizer: captions to (B, L, D) and their mask (B, L), always padded to `max_length`."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: PromptTokenizer, device: torch.device, *, max_length: int, apply_mask: bool
+        self,
+        model: T5EncoderModel,
+        tokenizer: PromptTokenizer,
+        device: torch.device,
+        *,
+        max_length: int,
+        apply_mask: bool,
     ) -> None:
         self.model = model
         self._tokenizer = tokenizer

@@ -37,9 +37,9 @@ class Engine:
         """accelerate decides about device and processes, unless `--device` names the device."""
         # Precision stays out of accelerate: on a CPU it drops fp16 without a word; autocast and scaler are our own.
         accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision="no")
-        device = accelerator.device if options.device == "auto" else torch.device(options.device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", accelerator.local_process_index)
+        device = cast(torch.device, accelerator.device)
+        if options.device not in ("auto", device.type):
+            device = torch.device(options.device)
 
         def reduce_mean(tensor: Tensor) -> Tensor:
             return cast(Tensor, accelerator.reduce(tensor, reduction="mean"))

@@ -90,9 +90,7 @@ def load_ae(options: Options, engine: Engine, device: torch.device) -> AutoEncod
     return load_autoencoder(options.ae, engine.dtype, device)
 
 
-def prepare_latents(
-    checked: CheckedRun, engine: Engine, reporter: Reporter
-) -> tuple[LatentSource, AutoEncoder | None]:
+def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> tuple[LatentSource, AutoEncoder | None]:
     """Where latents come from, and the autoencoder if it is loaded and still of use: for live encoding, or samples.
 
     Next to cached latents it waits in main memory.

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import psutil
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from trainer.schema.base import UserError
 from trainer.train.optim import LearningRateSchedule
-from trainer.train.reporting import Reporter
+from trainer.train.reporting import Reporter, StopRequested
 
 _BYTES_POLL_STEPS = 10
 """Host memory is read every this many steps; reading it costs a system call."""
@@ -117,7 +118,7 @@ class TrainingLoop:
         reporter: Reporter,
         rank: int,
         micro_batches: Callable[[int], Iterator[Callable[[torch.Generator], Tensor]]],
-        save: Callable[[StepPosition, str], None],
+        save: Callable[[StepPosition, Literal["step", "epoch"]], None],
         sample: Callable[[StepPosition, bool], None],
         peak_bytes: Callable[[], int],
     ) -> None:
@@ -135,28 +136,34 @@ class TrainingLoop:
         self._sample = sample
         self._peak_bytes = peak_bytes
         self._average = MeanLoss(settings.steps_per_epoch)
+        self._position = StepPosition(0, 1)
         self._host_bytes = 0
         self._process = psutil.Process()
 
     def run(self) -> tuple[StepPosition, bool]:
         """Trains to the end or to a requested stop. Returns the last position and whether the run was stopped."""
+        try:
+            return self._run()
+        except StopRequested:  # between two steps of a sample
+            return self._position, True
+
+    def _run(self) -> tuple[StepPosition, bool]:
         settings = self._settings
-        position = StepPosition(0, 1)
         self._reporter.start_training(settings.num_steps, 0)
         if settings.sample_at_first:
-            self._sample(position, False)
-            self._reporter.phase("training")
+            self._sample_now(is_epoch_end=False)
         for epoch in range(1, settings.num_epochs + 1):
-            for position, stopped in self._epoch(epoch, position.step):
+            for position, stopped in self._epoch(epoch, self._position.step):
+                self._position = position
                 if stopped:
-                    return position, True
-                self._after_step(position)
-                if position.step >= settings.num_steps:
+                    return self._position, True
+                self._after_step()
+                if self._position.step >= settings.num_steps:
                     break
-            self._after_epoch(position)
-            if position.step >= settings.num_steps:
+            self._after_epoch()
+            if self._position.step >= settings.num_steps:
                 break
-        return position, False
+        return self._position, False
 
     def _epoch(self, epoch: int, step: int) -> Iterator[tuple[StepPosition, bool]]:
         settings = self._settings
@@ -235,29 +242,34 @@ class TrainingLoop:
             scalars=scalars,
         )
 
-    def _after_step(self, position: StepPosition) -> None:
-        settings = self._settings
-        if settings.save_every_n_steps and position.step % settings.save_every_n_steps == 0:
-            self._save(position, "step")
-        if self._reporter.take_save_request():
-            self._save(position, "step")
+    def _after_step(self) -> None:
+        settings, step = self._settings, self._position.step
+        is_asked = self._reporter.take_save_request()
+        if is_asked or (settings.save_every_n_steps and step % settings.save_every_n_steps == 0):
+            self._save_now("step")
         due = (
             settings.sample_every_n_epochs is None
             and settings.sample_every_n_steps is not None
-            and position.step % settings.sample_every_n_steps == 0
+            and step % settings.sample_every_n_steps == 0
         )
-        if due or self._reporter.take_sample_request():
-            self._sample(position, False)
-            self._network.train()
-            self._reporter.phase("training")
+        is_asked = self._reporter.take_sample_request()
+        if due or is_asked:
+            self._sample_now(is_epoch_end=False)
 
-    def _after_epoch(self, position: StepPosition) -> None:
-        settings = self._settings
+    def _after_epoch(self) -> None:
+        settings, epoch = self._settings, self._position.epoch
         every = settings.save_every_n_epochs
-        if every and position.epoch % every == 0 and position.epoch < settings.num_epochs:
-            self._save(position, "epoch")
+        if every and epoch % every == 0 and epoch < settings.num_epochs:
+            self._save_now("epoch")
         every = settings.sample_every_n_epochs
-        if every and position.epoch % every == 0:
-            self._sample(position, True)
-            self._network.train()
-            self._reporter.phase("training")
+        if every and epoch % every == 0:
+            self._sample_now(is_epoch_end=True)
+
+    def _save_now(self, kind: Literal["step", "epoch"]) -> None:
+        self._save(self._position, kind)
+        self._reporter.phase("training")
+
+    def _sample_now(self, *, is_epoch_end: bool) -> None:
+        self._sample(self._position, is_epoch_end)
+        self._network.train()
+        self._reporter.phase("training")

@@ -106,7 +106,13 @@ class FlowObjective:
             ip_noise_gamma_random_strength=settings.ip_noise_gamma_random_strength,
             generator=generator,
         )
-        # The gradient checkpoints of some blocks need an input that requires grad when nothing upstream trains.
+        return self.loss(latents, noise, sigmas, noisy, text, loss_weights)
+
+    def loss(
+        self, latents: Tensor, noise: Tensor, sigmas: Tensor, noisy: Tensor, text: TextInputs, loss_weights: Tensor
+    ) -> Tensor:
+        """The loss when everything random is drawn: `noisy` are the `latents` with `noise` at levels `sigmas` (B,)."""
+        settings = self._settings
         with self._autocast():
             velocity = predict_velocity(
                 self._model, noisy.to(self._compute_dtype), sigmas, text, settings.guidance_scale

@@ -181,9 +181,7 @@ def _attach_lora(checked: CheckedRun, model: Flux, text: PreparedText, engine: E
     return network
 
 
-def _block_swap(
-    options: Options, model: Flux, engine: Engine, reporter: Reporter
-) -> AbstractContextManager[object]:
+def _block_swap(options: Options, model: Flux, engine: Engine, reporter: Reporter) -> AbstractContextManager[object]:
     wanted = options.blocks_to_swap or 0
     if wanted == 0:
         return contextlib.nullcontext()

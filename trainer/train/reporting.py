@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from tqdm import tqdm
 
@@ -66,7 +66,7 @@ class Reporter:
         self._heartbeat = heartbeat
         self._is_main = is_main
         self._scalars: ScalarWriter | None = None
-        self._bar: tqdm[object] | None = None
+        self._bar: tqdm[NoReturn] | None = None
         self._stop = threading.Event()
         self._signals = 0
         self._save_asked = False

@@ -65,7 +65,14 @@ class SampleMaker:
             done += prompt.num_steps
 
     def _make_one(
-        self, prompt: SamplePrompt, seed: int, index: int, position: StepPosition, is_epoch_end: bool, done: int, total: int
+        self,
+        prompt: SamplePrompt,
+        seed: int,
+        index: int,
+        position: StepPosition,
+        is_epoch_end: bool,
+        done: int,
+        total: int,
     ) -> None:
         with torch.no_grad():
             text = self._text([prompt.prompt])

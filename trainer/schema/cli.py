@@ -1,0 +1,193 @@
+"""The command line, and the same checks for values from a form, a preset or a run's config file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, cast
+
+from trainer.schema.base import Problem, UserError, nearest
+from trainer.schema.cli_help import help_text
+from trainer.schema.file_checks import check_files as check_files
+from trainer.schema.options import STATUS, Given, Options, read_options, shown
+from trainer.schema.toml_io import non_default_values, read_config_sections
+
+_HELP: Final = ("-h", "--help")
+_EXIT_OPTIONS: Final = 2
+
+
+@dataclass(frozen=True)
+class ParsedCommand:
+    """Checked options. `explicit` holds the names that were given; `notes` are lines for the user, in order."""
+
+    options: Options
+    explicit: frozenset[str]
+    notes: tuple[str, ...]
+
+
+def parse_command_line(argv: Sequence[str]) -> ParsedCommand:
+    """Options from the words of a command line, with `--config_file` below them.
+
+    As in the reference trainer names may be shortened while they stay unambiguous, and the last of repeated options
+    counts. `--help` writes the help and exits. Raises `UserError` (exit code 2) with every problem.
+    """
+    words = list(argv)
+    problems: list[Problem] = []
+    given, asks_for_help = _split_words(words, problems)
+    if asks_for_help:
+        sys.stdout.write(help_text())
+        raise SystemExit(0)
+    notes: list[str] = []
+    config_file = given.pop("config_file", None)
+    if config_file is not None and config_file.value != "":
+        given = {**_config_values(Path(str(config_file.value)), problems, notes), **given}
+    return _finished(given, problems, notes)
+
+
+def validate_options(values: Mapping[str, object], *, where: str) -> ParsedCommand:
+    """The same checks for values by name, which `where` names the place of. An unknown name is an error here."""
+    problems: list[Problem] = []
+    given: dict[str, Given] = {}
+    for name, value in values.items():
+        if name == "config_file" and value is not None:
+            what, hint = "config_file has no effect here", "Give it on the command line."
+            problems.append(Problem(what, where, hint, name))
+        elif name in STATUS:
+            given[name] = Given(value, where)
+        else:
+            problems.append(_unknown(name, where))
+    return _finished(given, problems, [])
+
+
+def to_argv(options: Options) -> list[str]:
+    """The words of a command line that gives the same options: every option that is not at its default."""
+    words: list[str] = []
+    for name, value in non_default_values(options).items():
+        if STATUS[name].value_type == "flag":
+            words.append(f"--{name}")
+        elif STATUS[name].is_list:
+            words += [f"--{name}", *(shown(item) for item in cast("tuple[object, ...]", value))]
+        else:
+            words.append(f"--{name}={shown(value) if value != '' else ''}")
+    return words
+
+
+def _finished(given: Mapping[str, Given], problems: Sequence[Problem], notes: Iterable[str]) -> ParsedCommand:
+    reading = read_options(given)
+    found = [*problems, *reading.problems]
+    if found or reading.options is None:
+        raise UserError.many(found, exit_code=_EXIT_OPTIONS)
+    return ParsedCommand(reading.options, reading.explicit, (*notes, *reading.notes))
+
+
+def _unknown(name: str, where: str, *, dashes: str = "") -> Problem:
+    near = nearest(name, STATUS)
+    hint = f"Did you mean {dashes}{near}?" if near else "--help lists the options."
+    return Problem(f"{dashes}{name} is not a known option", where, hint, name)
+
+
+def _config_values(path: Path, problems: list[Problem], notes: list[str]) -> dict[str, Given]:
+    """The known options of an options file; an unknown one is a note, as other programs write such files too."""
+    given: dict[str, Given] = {}
+    try:
+        sections = read_config_sections(path)
+    except UserError as error:
+        problems += error.problems
+        return given
+    for section, values in sections:
+        where = f"{path}, [{section}]" if section else str(path)
+        for name, value in values.items():
+            if name == "config_file":
+                notes.append(f"config_file in {where} has no effect: only the command line can name an options file")
+            elif name in STATUS:
+                given[name] = Given(value, where)
+            else:
+                near = nearest(name, STATUS)
+                asks = f"; did you mean {near}?" if near else ""
+                notes.append(f"{name} in {where} is not a known option and has no effect{asks}")
+    return given
+
+
+# ----------------------------------------------------------------------------------------------------------- words
+
+
+def _split_words(words: Sequence[str], problems: list[Problem]) -> tuple[dict[str, Given], bool]:
+    """Options by full name from the words, and whether help is asked for."""
+    given: dict[str, Given] = {}
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        if word in _HELP or (len(word) > 3 and "--help".startswith(word)):
+            return {}, True
+        if not _is_option(word):
+            problems.append(
+                Problem(f'"{word}" belongs to no option', "the command line", _stray_hint(words, position - 1))
+            )
+            continue
+        typed, equals, attached = word.partition("=")
+        name = _full_name(typed, problems)
+        values: list[str] = []
+        if name is None:
+            # What follows was meant for it.
+            while position < len(words) and not equals and not _is_option(words[position]):
+                position += 1
+            continue
+        status = STATUS[name]
+        if equals:
+            values = [attached]
+        elif status.value_type != "flag":
+            limit = len(words) if status.is_list else position + 1
+            while position < min(limit, len(words)) and not _is_option(words[position]):
+                values.append(words[position])
+                position += 1
+        if status.value_type == "flag":
+            if equals:
+                what = f"{name} is a switch and takes no value, but {shown(attached)} is given"
+                problems.append(Problem(what, typed, f"Write --{name} to turn it on, or leave it out.", name))
+            given[name] = Given(True, typed)
+        elif status.is_list:
+            given[name] = Given(tuple(values), f"--{name}")
+        elif not values:
+            problems.append(Problem(f"{name} needs a value", f"--{name}", f"Write --{name}=...", name))
+        else:
+            given[name] = Given(values[0], f"--{name}")
+    return given, False
+
+
+def _is_option(word: str) -> bool:
+    """Whether a word names an option, as argparse decides: not a number, and no spaces in a name of its own."""
+    if not word.startswith("-") or word == "-":
+        return False
+    try:
+        float(word)
+    except ValueError:
+        return " " not in word.partition("=")[0]
+    return False
+
+
+def _full_name(typed: str, problems: list[Problem]) -> str | None:
+    """The option that was typed in full or shortened; our own options never make the reference's ambiguous."""
+    name = typed.removeprefix("--")
+    if typed.startswith("--") and name in STATUS:
+        return name
+    if typed.startswith("--") and name:
+        longer = [known for known in STATUS if known.startswith(name)]
+        matches = [known for known in longer if not STATUS[known].is_ours] or longer
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            what = f"{typed} is not unique: {', '.join(f'--{match}' for match in sorted(matches))}"
+            problems.append(Problem(what, "the command line", "Write the option in full.", name))
+            return None
+    problems.append(_unknown(typed.lstrip("-"), "the command line", dashes="--"))
+    return None
+
+
+def _stray_hint(words: Sequence[str], position: int) -> str | None:
+    before = words[position - 1].removeprefix("--") if position else ""
+    if before in STATUS and STATUS[before].value_type == "flag":
+        return f"--{before} is a switch and takes no value."
+    return "A value with spaces needs quotes."
