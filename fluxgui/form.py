@@ -20,6 +20,7 @@ from fluxgui.pictures import CAPTION_SUFFIX, PictureFolder, check_folder
 from trainer.schema.base import Problem, UserError
 from trainer.schema.cli import check_files, to_argv, validate_options
 from trainer.schema.options import Options
+from trainer.schema.options_data import parse_resolution
 from trainer.schema.toml_io import dataset_to_toml, options_to_toml
 
 FormValues = Mapping[str, object]
@@ -28,6 +29,8 @@ FormValues = Mapping[str, object]
 DATASET_FILE: Final = "dataset.toml"
 PROMPTS_FILE: Final = "sample_prompts.txt"
 OUTPUT_FOLDER: Final = "checkpoints"
+DEFAULT_SIDE: Final = 512
+"""Shown in the preview of dataset.toml, in pixels, as long as no size is given."""
 _RUN_FOLDER_NAMES: Final = ("dataset_config", "sample_prompts", "output_dir")
 
 _NEEDED: Final[Mapping[str, str]] = {
@@ -105,6 +108,8 @@ def read_form(values: FormValues) -> Reading:
         if name in Options.model_fields and value is not None and value is not False
     }
     chosen |= {name: False for name in typed if typed[name] is False and fields[name].default is True}
+    if isinstance(chosen.get("max_train_epochs"), int) and isinstance(chosen.get("max_train_steps"), int):
+        del chosen["max_train_steps"]  # epochs win; both boxes may be filled
     chosen |= {"network_module": "networks.lora_flux", "dataset_config": DATASET_FILE, "output_dir": OUTPUT_FOLDER}
     if prompts is not None:
         chosen["sample_prompts"] = PROMPTS_FILE
@@ -228,7 +233,7 @@ def _at_field(problem: Problem, fields: Mapping[str, Field], more: Mapping[str, 
 def dataset_values(typed: FormValues, pictures: PictureFolder) -> dict[str, object]:
     """The dataset file's content: one dataset with one subset.
 
-    The trigger word goes before every caption. Where no picture has a caption it is the caption (`class_tokens`).
+    `typed` must have passed the check of the options. The trigger word goes before every caption. Where no picture has a caption it is the caption (`class_tokens`).
     """
     subset: dict[str, object] = {"image_dir": str(pictures.path), "num_repeats": typed["num_repeats"] or 1}
     trigger = typed["trigger_word"]
@@ -240,6 +245,8 @@ def dataset_values(typed: FormValues, pictures: PictureFolder) -> dict[str, obje
         for name, key in DATASET_NAMES.items()
         if typed.get(name) is not None and typed[name] is not False
     }
+    width, height = parse_resolution(typed["resolution"] or DEFAULT_SIDE)
+    dataset["resolution"] = width if width == height else [width, height]
     return {"general": {"caption_extension": CAPTION_SUFFIX}, "datasets": [{**dataset, "subsets": [subset]}]}
 
 

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     path = "/"
     if arguments.demo:
         try:
-            path = f"/?page=runs&run={start_demo().path.name}"
+            path = f"/?tab=runs&run={start_demo().path.name}"
         except UserError as error:
             return _fail(str(error), EXIT_FIXABLE)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any, Final
 
 import gradio as gr
-from trainer.schema.folders import runs_dir
-from trainer.schema.run_folder import list_runs
 
 from fluxgui.demo import start_demo
 from fluxgui.form_parts import html_part
@@ -16,13 +14,15 @@ from fluxgui.runs_tab import SHOW_IN_ADDRESS, build_runs_tab
 from fluxgui.train_tab import build_train_tab
 from fluxgui.vram import detect_gpu
 from trainer.schema.base import UserError
+from trainer.schema.folders import runs_dir
+from trainer.schema.run_folder import list_runs
 
 QUIETLY: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_limit": 8}
 TRAIN, RUNS = "train", "runs"
 
 PAGE_IN_ADDRESS: Final = """() => {
     const url = new URL(location.href);
-    url.searchParams.set("page", "%s");
+    url.searchParams.set("tab", "%s");
     history.replaceState(null, "", url);
 }"""
 
@@ -72,7 +72,7 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         def arrive(remembered: dict[str, object] | None, smoothing: float, request: gr.Request) -> dict[Any, Any]:
             """The page as the address says, with the form as this browser left it."""
             asked = request.query_params
-            on_runs = asked.get("page") == RUNS
+            on_runs = asked.get("tab") == RUNS
             looked = dict(zip(runs.outputs, runs.look(asked.get("run"), smoothing, {}), strict=True))
             first_visit = not list_runs(runs_dir())
             return {

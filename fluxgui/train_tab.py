@@ -75,7 +75,8 @@ class TrainTab:
     form: Mapping[str, Component]
     parts: Mapping[str, Component]
     presets: PresetsBar
-    more: gr.Accordion
+    folds: tuple[tuple[frozenset[str], gr.Accordion], ...]
+    """Parts of the form that can be closed, with the names of the fields inside."""
 
     @property
     def inputs(self) -> set[Any]:
@@ -84,7 +85,7 @@ class TrainTab:
 
     @property
     def outputs(self) -> list[Element]:
-        return [*self.form.values(), *self.parts.values(), self.more]
+        return [*self.form.values(), *self.parts.values(), *(fold for _, fold in self.folds)]
 
     def values(self, data: Data) -> dict[str, object]:
         """The form's values by field name."""
@@ -112,6 +113,10 @@ class TrainTab:
             for name in self.form
             if marks.get(name, "") != shown.get(name, "")
         }
+        for names, fold in self.folds:
+            # A problem in a closed part would be invisible. Opened once for it, the part can be closed again.
+            if any(marks.get(name, "")[:1] == "!" and name not in shown for name in names):
+                updates[fold] = gr.update(open=True)
         return updates | {
             parts["marks"]: marks,
             parts["problems"]: train_view.problems(reading, {name: field.label for name, field in self.fields.items()}),
@@ -178,11 +183,9 @@ class TrainTab:
         reading = read_form(values)
         job = reading.job
         if job is None:
-            first = next(iter(reading.problem_by_field), next(iter(reading.missing), None))
             gr.Warning(f"Not started: {_first_reason(reading)}")
             strict = {**data, self.parts["strict"]: True}
-            opened = {self.more: gr.update(open=True)} if first in MORE_NAMES else {}
-            return {**self.show(reading, values, strict), **opened, self.parts["strict"]: True}
+            return {**self.show(reading, values, strict), self.parts["strict"]: True}
         try:
             run = create_and_start(
                 job.name,
@@ -295,7 +298,7 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
                 with gr.Row():
                     find = gr.Button("Look in the models folder", size="sm", elem_id="find-models")
                     demo_files = gr.Button("Use the demo's files", size="sm", elem_id="use-demo")
-                with gr.Accordion("Tokenizers", open=False):
+                with gr.Accordion("Tokenizers", open=False) as tokenizers:
                     form |= build_fields(TOKENIZERS, fields)
             with gr.Column(elem_classes="card"):
                 html_part(train_view.title("2 · Pictures"))
@@ -318,7 +321,7 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
                 form |= build_fields(LEARNING, fields)
                 form |= build_fields(SAMPLES[:1], fields) | build_fields(SAMPLES[1:], fields)
                 form |= build_fields(SAVING, fields)
-                with gr.Accordion("Memory", open=True):
+                with gr.Accordion("Memory", open=True) as memory:
                     form |= build_fields(MEMORY, fields)
                 with gr.Accordion("More settings", open=False) as more:
                     for heading, names in (
@@ -356,7 +359,8 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
         "started": gr.State(None),
         "remembered": gr.BrowserState({}, storage_key="fluxgui-form", secret="fluxgui"),
     }
-    tab = TrainTab(fields, form, parts, presets, more)
+    folds = ((frozenset(TOKENIZERS), tokenizers), (frozenset(MEMORY), memory), (MORE_NAMES, more))
+    tab = TrainTab(fields, form, parts, presets, folds)
     _connect(tab, start=start, estimate=estimate, find=find, demo_files=demo_files)
     return tab
 

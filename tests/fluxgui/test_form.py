@@ -84,6 +84,7 @@ def test_the_job_means_what_the_form_shows(filled: dict[str, object], tmp_path: 
     options = read_form(filled).options
     assert options is not None
     read = read_dataset_config(dataset, options).datasets[0]
+    assert tomlkit.parse(job.dataset_toml).unwrap()["datasets"][0]["resolution"] == 128
     assert (read.resolution, read.batch_size, read.enable_bucket) == ((128, 128), 2, True)
     assert (read.min_bucket_reso, read.max_bucket_reso) == (64, 256)
     subset = read.subsets[0]

@@ -228,25 +228,30 @@ def test_a_run_has_one_worker_at_a_time(tmp_path: Path) -> None:
 
 def test_probing_neither_keeps_a_worker_from_starting_nor_sees_other_probes(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    WorkerLock(run).acquire()  # makes the file; the lock goes with the object
+    with WorkerLock(run):
+        pass  # makes the file
     done = threading.Event()
-    seen: list[bool] = []
 
-    def look() -> None:
-        while not done.is_set():
+    def look() -> list[bool]:
+        seen: list[bool] = []
+        while not done.wait(0.002):
             seen.append(is_locked(run))
+        return seen
 
-    with ThreadPoolExecutor(3) as pool:
-        looking = [pool.submit(look) for _ in range(3)]
-        time.sleep(0.3)
-        num_before = len(seen)
-        assert not any(seen), "a probe took another probe for a worker"
-        with WorkerLock(run):
-            pass
+    with ThreadPoolExecutor(4) as pool:
+        looking = [pool.submit(look) for _ in range(4)]
+        done.wait(0.3)
         done.set()
-        for future in looking:
-            future.result()
-    assert num_before > 10
+        assert not any(any(future.result()) for future in looking), "a probe took another probe for a worker"
+        done.clear()
+        looking = [pool.submit(look) for _ in range(4)]
+        try:
+            for _ in range(5):
+                with WorkerLock(run):
+                    assert is_locked(run)
+        finally:
+            done.set()
+        assert any(future.result() for future in looking)
 
 
 def test_probing_a_folder_that_vanished_does_not_bring_it_back(tmp_path: Path) -> None:

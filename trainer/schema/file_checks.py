@@ -119,6 +119,8 @@ def _is_dir(path: Path) -> bool:
 def _writing_problems(folder: Path, name: str) -> Iterator[Problem]:
     place = f"--{name}={folder}"
     try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            folder.lstat()  # Raises for a name that the system does not allow, where exists() would only say no.
         parent = folder.absolute()
         while not parent.exists() and parent != parent.parent:
             parent = parent.parent

@@ -139,8 +139,7 @@ def spec_from_network_args(
     dropout = number("network_dropout", network_dropout)
     rank_dropout = number("rank_dropout", text("rank_dropout"))
     module_dropout = number("module_dropout", text("module_dropout"))
-    every: TrainBlocks = "all"
-    train_blocks = attempt("train_blocks", lambda: _train_blocks(text("train_blocks")), every)
+    train_blocks: TrainBlocks = attempt("train_blocks", lambda: _train_blocks(text("train_blocks")), "all")
     double = attempt("train_double_block_indices", lambda: parse_indices(text("train_double_block_indices")), None)
     single = attempt("train_single_block_indices", lambda: parse_indices(text("train_single_block_indices")), None)
     type_dims = {key: attempt(key, lambda key=key: _rank(values[key]), 0) for key in _TYPE_DIMS if key in values}

@@ -63,7 +63,9 @@ _PHASE_WORDS: Final[Mapping[str, str]] = {
 _LOCK_WAIT_SECONDS: Final = 2.0
 """A worker waits this long for its lock, as somebody may be probing it at that moment."""
 _PROBE_SECONDS: Final = 0.02
-"""A probe tries for this long, as another probe may hold the lock for an instant."""
+"""A probe tries for this long, as a probe of another process may hold the lock for an instant."""
+_PROBE_TURN: Final = threading.Lock()
+"""Probes of one process take turns, or on a busy machine one could take the other for a worker."""
 _PROBE_POLL_SECONDS: Final = 0.004
 _REPLACE_TRIES: Final = 6
 _REPLACE_WAIT_SECONDS: Final = 0.02
@@ -331,13 +333,14 @@ def is_locked(run: RunFolder) -> bool:
     if not run.worker_lock.is_file():
         return False  # no worker was ever here, or the folder is gone; trying would make them anew
     lock = FileLock(str(run.worker_lock))
-    try:
-        lock.acquire(timeout=_PROBE_SECONDS, poll_interval=_PROBE_POLL_SECONDS)
-    except Timeout:
-        return True
-    except OSError:
-        return False  # the folder vanished meanwhile
-    lock.release()
+    with _PROBE_TURN:
+        try:
+            lock.acquire(timeout=_PROBE_SECONDS, poll_interval=_PROBE_POLL_SECONDS)
+        except Timeout:
+            return True
+        except OSError:
+            return False  # the folder vanished meanwhile
+        lock.release()
     return False
 
 

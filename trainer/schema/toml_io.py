@@ -511,7 +511,7 @@ def dataset_to_toml(values: Mapping[str, object]) -> str:
     for name, value in values.items():
         written = _written(value)
         if written not in ({}, []):
-            document.add(name, tomlkit.item(written))
+            document.add(name, tomlkit.item(cast("dict[str, object]", written)))
     return tomlkit.dumps(document)
 
 

@@ -21,7 +21,7 @@ from trainer.lora.lora import LoraNetwork
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.flux import Flux
 from trainer.model.weights import load_flux
-from trainer.offload.block_swap import BlockSwap, swapped_weight_names
+from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.mover import make_mover
 from trainer.schema.cli import ParsedCommand
 from trainer.schema.optimizer_args import parse_optimizer_args
@@ -161,12 +161,12 @@ def _load_model(checked: CheckedRun, engine: Engine) -> Flux:
     options = checked.options
     if options.pretrained_model_name_or_path is None:
         raise AssertionError("the checks demand the model")
-    stays_on_host = swapped_weight_names(checked.flux, options.blocks_to_swap or 0)
+    on_host = swapped_prefixes(checked.flux, options.blocks_to_swap or 0)
     model = load_flux(
         options.pretrained_model_name_or_path,
         engine.dtype,
         engine.device,
-        device_of=lambda name: "cpu" if name in stays_on_host else engine.device,
+        device_of=lambda name: "cpu" if name.startswith(on_host) else engine.device,
     )
     model.enable_gradient_checkpointing(options.gradient_checkpointing)
     return model
