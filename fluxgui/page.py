@@ -20,7 +20,10 @@ from trainer.schema.run_folder import list_runs
 QUIETLY: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_limit": 8}
 TRAIN, RUNS = "train", "runs"
 
+# A tab also counts as selected when the page is built, before it was known which one the address names.
+ARRIVED: Final = "() => { window.fluxguiArrived = true; }"
 PAGE_IN_ADDRESS: Final = """() => {
+    if (!window.fluxguiArrived) return;
     const url = new URL(location.href);
     url.searchParams.set("tab", "%s");
     history.replaceState(null, "", url);
@@ -55,38 +58,40 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
                 raise gr.Error(f"The demo cannot be started: {error}", print_exception=False) from None
 
         def go_to_runs() -> list[object]:
-            return [gr.update(selected=RUNS), gr.update(active=True), gr.update(visible=False)]
+            return [gr.update(selected=RUNS), gr.update(visible=False)]
 
         try_demo.click(run_demo, None, [started], show_progress="minimal", concurrency_limit=1)
         (
-            started.change(go_to_runs, None, [tabs, show["timer"], welcome], **QUIETLY)
-            .then(runs.look, [started, runs.smoothing, show["shown"]], runs.outputs, **QUIETLY)
+            started.change(go_to_runs, None, [tabs, welcome], **QUIETLY)
+            .then(runs.look_and_choose, [started, runs.smoothing, show["shown"]], runs.outputs, **QUIETLY)
             .then(None, [show["list"]], None, js=PAGE_IN_ADDRESS % RUNS)
             .then(None, [show["list"]], None, js=SHOW_IN_ADDRESS)
         )
-        runs_page.select(
-            lambda: gr.update(active=True), None, [show["timer"]], js=PAGE_IN_ADDRESS % RUNS, **QUIETLY
-        ).then(runs.look, look_inputs, runs.outputs, **QUIETLY)
-        train_page.select(lambda: gr.update(active=False), None, [show["timer"]], js=PAGE_IN_ADDRESS % TRAIN, **QUIETLY)
+        runs_page.select(None, None, None, js=PAGE_IN_ADDRESS % RUNS)
+        runs_page.select(runs.look, look_inputs, runs.outputs, **QUIETLY)
+        train_page.select(None, None, None, js=PAGE_IN_ADDRESS % TRAIN)
 
         def arrive(remembered: dict[str, object] | None, smoothing: float, request: gr.Request) -> dict[Any, Any]:
             """The page as the address says, with the form as this browser left it."""
             asked = request.query_params
             on_runs = asked.get("tab") == RUNS
-            looked = dict(zip(runs.outputs, runs.look(asked.get("run"), smoothing, {}), strict=True))
+            looked = dict(zip(runs.outputs, runs.look_and_choose(asked.get("run"), smoothing, {}), strict=True))
             first_visit = not list_runs(runs_dir())
             return {
                 **looked,
                 **train.fill(remembered or start_values()),
                 tabs: gr.update(selected=RUNS if on_runs else TRAIN),
-                show["timer"]: gr.update(active=on_runs),
                 welcome: gr.update(visible=first_visit),
             }
 
-        page.load(
-            arrive,
-            [train.parts["remembered"], runs.smoothing],
-            [*runs.outputs, *train.form.values(), tabs, welcome],
-            **QUIETLY,
-        ).then(train.check, train.inputs, train.outputs, **QUIETLY)
+        (
+            page.load(
+                arrive,
+                [train.parts["remembered"], runs.smoothing],
+                [*runs.outputs, *train.form.values(), tabs, welcome],
+                **QUIETLY,
+            )
+            .then(None, None, None, js=ARRIVED)
+            .then(train.check, train.inputs, train.outputs, **QUIETLY)
+        )
     return page

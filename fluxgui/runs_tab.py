@@ -58,12 +58,29 @@ class RunsTab:
     def look(self, run_id: str | None, smoothing: float, shown: Shown) -> list[object]:
         """Values for `outputs`: what changed since `shown`, and nothing for the rest."""
         views = self.watcher.look_at_all()
-        chosen = next((view for view in views if view.run_id == run_id), None) or newest(views)
+        found = next((view for view in views if view.run_id == run_id), None)
+        if found is None:
+            return self._show(views, newest(views), smoothing, shown, choose=True)
+        # The list's choice is left alone: the user may have made another one while this look was under way.
+        return self._show(views, found, smoothing, shown, choose=False)
+
+    def look_and_choose(self, run_id: str | None, smoothing: float, shown: Shown) -> list[object]:
+        """The same, and the list's choice is set to the run."""
+        views = self.watcher.look_at_all()
+        found = next((view for view in views if view.run_id == run_id), None)
+        return self._show(views, found or newest(views), smoothing, shown, choose=True)
+
+    def _show(
+        self, views: list[RunView], chosen: RunView | None, smoothing: float, shown: Shown, *, choose: bool
+    ) -> list[object]:
         updates = {**_list_updates(views, chosen), **(_run_updates(chosen, smoothing) if chosen is not None else {})}
         digests = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in updates.items()}
         changed: dict[str, object] = {
             name: value for name, value in updates.items() if shown.get(name) != digests[name]
         }
+        if choose:
+            choices = cast("dict[str, object]", updates["list"])
+            changed["list"] = {**choices, "value": chosen.run_id if chosen is not None else None}
         changed["shown"] = {**shown, **digests}
         return [changed.get(name, gr.skip()) for name in self.parts]
 
@@ -159,8 +176,8 @@ def build_runs_tab(watcher: RunWatcher) -> RunsTab:
             return {}
         state = watcher.look(found).state
         return stopping.ask(
-            f"Stop {run_name(found)} at step {state.step} of {state.num_steps}? It cannot be continued afterwards; "
-            "the files it has saved stay."
+            f"Stop {run_name(found)} at step {state.step} of {state.num_steps}? What it has learned by then is saved, "
+            "but it cannot be continued from there."
         )
 
     stop.click(ask_to_stop, [run_list], [stopping.box, stopping.text], **quietly)
@@ -182,7 +199,7 @@ def build_runs_tab(watcher: RunWatcher) -> RunsTab:
 
     started = gr.State(None)
     again.click(restart, [run_list], [started], **quietly).success(
-        tab.look, [started, smoothing, shown], tab.outputs, **quietly
+        tab.look_and_choose, [started, smoothing, shown], tab.outputs, **quietly
     ).then(None, [run_list], None, js=SHOW_IN_ADDRESS)
     return tab
 
@@ -191,11 +208,11 @@ def _list_updates(views: list[RunView], chosen: RunView | None) -> dict[str, obj
     choices = [(run_view.one_line(view.name, view.status, view.state), view.run_id) for view in views[:MAX_LISTED]]
     live = any(view.is_live for view in views)
     return {
-        "list": gr.update(choices=choices, value=chosen.run_id if chosen is not None else None),
+        "list": gr.update(choices=choices),
         "list_column": gr.update(visible=bool(views)),
         "empty": gr.update(visible=not views),
         "run": gr.update(visible=chosen is not None),
-        "timer": gr.update(value=LIVE_SECONDS if live else IDLE_SECONDS),
+        "timer": gr.update(value=LIVE_SECONDS if live else IDLE_SECONDS, active=True),
     }
 
 

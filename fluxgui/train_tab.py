@@ -15,6 +15,7 @@ import gradio as gr
 import psutil
 from gradio.blocks import Block, BlockContext
 from gradio.components import Component
+from gradio.events import Dependency
 
 from fluxgui import train_view
 from fluxgui.demo import demo_form_values, make_demo
@@ -371,44 +372,48 @@ def _connect(tab: TrainTab, *, start: gr.Button, estimate: gr.Button, find: gr.B
     outputs = tab.outputs
 
     gr.on(
-        [_change(component) for component in form.values()],
+        [_input(component) for component in form.values()],
         tab.check,
         whole_form,
         outputs,
         trigger_mode="always_last",
         **QUIETLY,
     )
-    gr.on(
-        [_change(form["image_dir"])],
-        tab.look_at_pictures,
-        [form["image_dir"]],
-        [parts["pictures"]],
-        trigger_mode="always_last",
-        **QUIETLY,
-    )
+    image_dir = form["image_dir"]
+    assert isinstance(image_dir, gr.Textbox)
+    image_dir.change(tab.look_at_pictures, [image_dir], [parts["pictures"]], trigger_mode="always_last", **QUIETLY)
     drop = parts["drop"]
     assert isinstance(drop, gr.File)
-    drop.upload(tab.upload, {*whole_form, drop}, [*form.values(), *parts.values()], show_progress="minimal")
-    find.click(tab.fill_from_models_folder, whole_form, [*form.values()], **QUIETLY)
-    demo_files.click(tab.fill_with_demo, None, [*form.values()], show_progress="minimal")
-    estimate.click(tab.estimate, whole_form, [form["blocks_to_swap"], parts["estimate"]], show_progress="minimal")
+    fills = [
+        drop.upload(tab.upload, {*whole_form, drop}, [*form.values(), *parts.values()], show_progress="minimal"),
+        find.click(tab.fill_from_models_folder, whole_form, [*form.values()], **QUIETLY),
+        demo_files.click(tab.fill_with_demo, None, [*form.values()], show_progress="minimal"),
+        estimate.click(tab.estimate, whole_form, [form["blocks_to_swap"], parts["estimate"]], show_progress="minimal"),
+        *_connect_presets(tab),
+    ]
+    # What the program fills in is not the user's input, and is checked once when all of it is there.
+    for filled in fills:
+        filled.then(tab.check, whole_form, outputs, **QUIETLY)
     start.click(tab.start, whole_form, outputs, show_progress="minimal", concurrency_limit=1)
-    _connect_presets(tab)
 
 
-def _change(component: Component) -> Callable[..., Any]:
-    """The event "the value is another one", which every component of the form has."""
-    return component.change  # pyright: ignore[reportAttributeAccessIssue] - events are added when a class is made
+def _input(component: Component) -> Callable[..., Any]:
+    """The event "the user changed the value", which every component of the form has."""
+    return component.input  # pyright: ignore[reportAttributeAccessIssue] - events are added when a class is made
 
 
-def _connect_presets(tab: TrainTab) -> None:
+def _connect_presets(tab: TrainTab) -> list[Dependency]:
+    """Connect the bar. Gives the events that fill the form."""
     bar = tab.presets
     fields = [*tab.form.values()]
-    for dropdown in (bar.purpose, bar.card):
-        dropdown.input(tab.apply_preset, [dropdown], [*fields, tab.parts["vram_gb"]], **QUIETLY)
-    bar.load.click(tab.load_preset, [bar.own], fields, **QUIETLY)
     saved = [bar.own, bar.name, bar.replacing.box, bar.replacing.text]
     bar.save.click(tab.ask_to_save, {*tab.inputs, bar.name}, saved, **QUIETLY)
     bar.replacing.yes.click(tab.save_preset, {*tab.inputs, bar.name}, saved, **QUIETLY)
     bar.delete.click(tab.ask_to_delete, [bar.own], [bar.deleting.box, bar.deleting.text], **QUIETLY)
     bar.deleting.yes.click(tab.delete_preset, [bar.own], [bar.own, bar.deleting.box], **QUIETLY)
+    applied = [*fields, tab.parts["vram_gb"]]
+    return [
+        bar.purpose.input(tab.apply_preset, [bar.purpose], applied, **QUIETLY),
+        bar.card.input(tab.apply_preset, [bar.card], applied, **QUIETLY),
+        bar.load.click(tab.load_preset, [bar.own], fields, **QUIETLY),
+    ]

@@ -249,7 +249,6 @@ def test_a_refused_option_of_the_wrong_type_says_so() -> None:
     [
         ({"cache_text_encoder_outputs": True, "shuffle_caption": True}, "shuffle_caption", "rules out"),
         ({"cache_text_encoder_outputs_to_disk": True, "shuffle_caption": True}, "shuffle_caption", "rules out"),
-        ({"cache_text_encoder_outputs": True, "caption_dropout_rate": 0.1}, "caption_dropout_rate", "rules out"),
         ({"cache_latents": True, "random_crop": True}, "random_crop", "rules out"),
         ({"lr_warmup_steps": 10}, "lr_warmup_steps", "constant has no warm-up"),
         ({"loss_type": "huber"}, "huber_schedule", "does not exist for FLUX"),

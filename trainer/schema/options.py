@@ -235,7 +235,7 @@ def shown(value: object) -> str:
 
 
 def _plain(status: OptionStatus, value: object) -> object:
-    """The value without what means the same: an empty text is an absent value, upper and lower case of known words."""
+    """The value, None for an empty text where that means that nothing was given."""
     if not isinstance(value, str):
         return value
     if not value.strip() and (status.default is None or status.value_type in ("number", "integer", "steps")):
@@ -286,8 +286,8 @@ def _typed(status: OptionStatus, value: object) -> tuple[object, str | None]:
     if status.value_type in ("text", "path"):
         return str(value), None
     try:
-        number = float(str(value).removesuffix("%")) if status.value_type == "steps" else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        number = float(str(value).removesuffix("%") if status.value_type == "steps" else str(value))
+    except ValueError:
         return None, mistake
     return (None, mistake) if status.value_type == "integer" and not number.is_integer() else (number, None)
 
@@ -331,7 +331,7 @@ def _expected(name: str, error_type: str) -> str:
     choices = tuple(_literals(Options.model_fields[name].annotation))
     if choices:
         return f"one of {', '.join(choices)}"
-    if error_type in ("string_too_short",):
+    if error_type == "string_too_short":
         return "at least one character"
     bounds = _bounds(Options.model_fields[name])
     if error_type in ("greater_than_equal", "greater_than", "less_than_equal", "less_than"):
@@ -385,12 +385,6 @@ def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tupl
         yield (
             ("shuffle_caption", text_cache),
             f"shuffle_caption changes captions in every step, which {text_cache} rules out",
-            "Turn one of the two off.",
-        )
-    if caches_text and options.caption_dropout_rate > 0:
-        yield (
-            ("caption_dropout_rate", text_cache),
-            f"caption_dropout_rate changes captions in every step, which {text_cache} rules out",
             "Turn one of the two off.",
         )
     if (options.cache_latents or options.cache_latents_to_disk) and options.random_crop:

@@ -19,15 +19,17 @@ from trainer.model.text_encoders import PromptTokenizer, load_clip_tokenizer, lo
 from trainer.schema.base import Problem, UserError
 from trainer.schema.checkpoint_header import (
     FluxParams,
+    Header,
     autoencoder_params,
     clip_params,
     flux_params,
+    format_bytes,
     read_header,
     t5_params,
 )
 from trainer.schema.cli import check_files
 from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
-from trainer.schema.memory import max_blocks_to_swap
+from trainer.schema.memory import OtherModels, estimate, max_blocks_to_swap
 from trainer.schema.options import Options
 from trainer.schema.toml_io import DatasetConfig, dataset_config
 from trainer.train.reporting import Reporter
@@ -64,6 +66,7 @@ class CheckedRun:
     index: DatasetIndex
     prompts: tuple[SamplePrompt, ...]
     flux: FluxParams
+    models: OtherModels
     spec: LoraSpec
     tokenizers: Tokenizers
     schedule: Schedule
@@ -102,7 +105,8 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
     findings = _Findings()
     for problem in check_files(options):
         findings.add(problem)
-    flux = None if _has_problem(findings, "pretrained_model_name_or_path") else _check_models(options, findings)
+    flux = None if _has_problem(findings, "pretrained_model_name_or_path") else _read_flux(options, findings)
+    models = None if flux is None else _check_models(options, flux, findings)
     _check_device(options, findings)
     spec = findings.attempt(
         lambda: spec_from_network_args(
@@ -127,8 +131,19 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
         found: DatasetConfig = dataset
         index = findings.attempt(lambda: index_dataset(found, progress=reporter.progress))
     findings.raise_if_any()
-    if dataset is None or index is None or flux is None or spec is None or tokenizers is None or prompts is None:
+    if (
+        dataset is None
+        or index is None
+        or flux is None
+        or models is None
+        or spec is None
+        or tokenizers is None
+        or prompts is None
+    ):
         raise AssertionError("a check failed without saying why")
+    for number, prompt in enumerate(prompts, 1):
+        if prompt.unused_flags:
+            reporter.note(f"sample prompt {number}: {', '.join(prompt.unused_flags)} have no effect for FLUX")
     for warning in index.warnings:
         reporter.warning(warning)
     return CheckedRun(
@@ -137,10 +152,36 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
         index=index,
         prompts=prompts,
         flux=flux,
+        models=models,
         spec=spec,
         tokenizers=tokenizers,
         schedule=make_schedule(options, index.num_batches_per_epoch, num_processes),
     )
+
+
+def warn_of_memory(checked: CheckedRun, total_bytes: int | None, reporter: Reporter) -> None:
+    """Says before anything loads that the card is probably too small, and what helps."""
+    if total_bytes is None:
+        return
+    largest = max(
+        ((dataset.spec, size) for dataset in checked.index.datasets for size in dataset.bucket_counts),
+        key=lambda entry: entry[0].batch_size * entry[1][0] * entry[1][1],
+    )
+    spec, (width, height) = largest
+    result = estimate(
+        checked.flux,
+        checked.options,
+        width=width,
+        height=height,
+        batch_size=spec.batch_size,
+        models=checked.models,
+        vram_bytes=total_bytes,
+    )
+    if result.fits is False:
+        reporter.warning(
+            f"this will probably not fit: about {format_bytes(result.peak_bytes)} are needed, the card has "
+            f"{format_bytes(total_bytes)}. {result.reason}"
+        )
 
 
 def make_schedule(options: Options, num_batches_per_epoch: int, num_processes: int) -> Schedule:
@@ -160,33 +201,35 @@ def _has_problem(findings: _Findings, field: str) -> bool:
     return any(problem.field == field for problem in findings.problems)
 
 
-def _check_models(options: Options, findings: _Findings) -> FluxParams | None:
-    """The transformer's dimensions; notes where the four files don't belong together."""
+def _read_flux(options: Options, findings: _Findings) -> FluxParams | None:
+    """The transformer's dimensions."""
     if options.pretrained_model_name_or_path is None:
         return None
     path = options.pretrained_model_name_or_path
-    flux = findings.attempt(lambda: flux_params(read_header(path)))
-    if flux is None:
+    return findings.attempt(lambda: flux_params(read_header(path)))
+
+
+def _check_models(options: Options, flux: FluxParams, findings: _Findings) -> OtherModels | None:
+    """The other three models' dimensions; notes where they don't belong to this transformer."""
+    clip = _read_params(options.clip_l, "clip_l", clip_params, findings)
+    t5 = _read_params(options.t5xxl, "t5xxl", t5_params, findings)
+    ae = _read_params(options.ae, "ae", autoencoder_params, findings)
+    if clip is not None and clip.hidden_size != flux.vec_in_dim:
+        findings.add(_mismatch("CLIP-L", clip.hidden_size, flux.vec_in_dim, options.clip_l, "clip_l"))
+    if t5 is not None and t5.d_model != flux.context_in_dim:
+        findings.add(_mismatch("T5", t5.d_model, flux.context_in_dim, options.t5xxl, "t5xxl"))
+    if ae is not None and ae.z_channels * 4 != flux.in_channels:
+        findings.add(_mismatch("autoencoder", ae.z_channels * 4, flux.in_channels, options.ae, "ae"))
+    return None if clip is None or t5 is None or ae is None else OtherModels(t5, clip, ae)
+
+
+def _read_params(path: Path | None, name: str, read: Callable[[Header], _T], findings: _Findings) -> _T | None:
+    if path is None or _has_problem(findings, name):
         return None
-    if options.clip_l is not None and not _has_problem(findings, "clip_l"):
-        clip_file = options.clip_l
-        clip = findings.attempt(lambda: clip_params(read_header(clip_file)))
-        if clip is not None and clip.hidden_size != flux.vec_in_dim:
-            findings.add(_mismatch("CLIP-L", clip.hidden_size, flux.vec_in_dim, clip_file, "clip_l"))
-    if options.t5xxl is not None and not _has_problem(findings, "t5xxl"):
-        t5_file = options.t5xxl
-        t5 = findings.attempt(lambda: t5_params(read_header(t5_file)))
-        if t5 is not None and t5.d_model != flux.context_in_dim:
-            findings.add(_mismatch("T5", t5.d_model, flux.context_in_dim, t5_file, "t5xxl"))
-    if options.ae is not None and not _has_problem(findings, "ae"):
-        ae_file = options.ae
-        ae = findings.attempt(lambda: autoencoder_params(read_header(ae_file)))
-        if ae is not None and ae.z_channels * 4 != flux.in_channels:
-            findings.add(_mismatch("autoencoder", ae.z_channels * 4, flux.in_channels, ae_file, "ae"))
-    return flux
+    return findings.attempt(lambda: read(read_header(path)))
 
 
-def _mismatch(noun: str, given: int, wanted: int, path: Path, field: str) -> Problem:
+def _mismatch(noun: str, given: int, wanted: int, path: Path | None, field: str) -> Problem:
     return Problem(
         f"this {noun} does not fit the FLUX.1 model: its outputs are {given} wide, the model takes {wanted}",
         str(path),

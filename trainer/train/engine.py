@@ -56,11 +56,11 @@ class Engine:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """Mixed precision for a forward pass; nothing in float32."""
+    def autocast(self, device: torch.device | None = None) -> AbstractContextManager[object]:
+        """Mixed precision for a forward pass on the device, or on `device`; nothing in float32."""
         if self.dtype is torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast((device or self.device).type, self.dtype)
 
     def scaler(self) -> torch.amp.GradScaler:
         """Keeps small float16 gradients from vanishing; does nothing in the other formats."""
@@ -77,6 +77,10 @@ class Engine:
     def peak_bytes(self) -> int:
         """The most device memory in use so far; 0 on a CPU, where it is the host's."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def total_bytes(self) -> int | None:
+        """The card's memory; None for devices that share the machine's."""
+        return torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else None
 
     def free_cached_memory(self) -> None:
         """Gives memory of freed models back, so that the next phase's peak starts low."""

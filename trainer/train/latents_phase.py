@@ -5,7 +5,8 @@ B batch, H W picture size, h w latent size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 from typing import Protocol
 
 import torch
@@ -31,9 +32,10 @@ class LatentSource(Protocol):
     def finish(self, loaded: Tensor, generator: torch.Generator) -> Tensor: ...
 
 
-def loaded_batches(source: LatentSource, plans: Sequence[BatchPlan]) -> Iterator[tuple[BatchPlan, Tensor]]:
-    """The plans with what their latents are made of, read ahead of use."""
-    return zip(plans, map_ahead(source.load, plans), strict=True)
+def loaded_batches(source: LatentSource, plans: Sequence[BatchPlan]) -> Generator[tuple[BatchPlan, Tensor], None, None]:
+    """The plans with what their latents are made of, read ahead of use; closing it ends the reading."""
+    with contextlib.closing(map_ahead(source.load, plans)) as loaded:
+        yield from zip(plans, loaded, strict=True)
 
 
 class CachedLatents:

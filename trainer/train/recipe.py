@@ -26,7 +26,7 @@ from trainer.offload.mover import make_mover
 from trainer.schema.cli import ParsedCommand
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
-from trainer.train.check import CheckedRun, check_run
+from trainer.train.check import CheckedRun, check_run, warn_of_memory
 from trainer.train.conditioning import TextSource
 from trainer.train.engine import Engine
 from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
@@ -54,6 +54,7 @@ def train(command: ParsedCommand, reporter: Reporter) -> None:
     engine = Engine.start(options)
     checked = check_run(options, reporter, num_processes=engine.num_processes)
     reporter.note(f"training on {engine.name()}, {engine.dtype}".replace("torch.", ""))
+    warn_of_memory(checked, engine.total_bytes(), reporter)
     with _turn_on_device(options, engine, reporter):
         _train_checked(checked, engine, reporter)
 
@@ -74,7 +75,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
 
     reporter.phase("model")
     model = _load_model(checked, engine)
-    network = _attach_lora(checked, model, text, engine, seed)
+    network = _attach_lora(checked, model, text, engine, reporter, seed)
     reporter.note(f"LoRA on {network.num_modules} layers, rank {checked.spec.rank}, alpha {checked.spec.alpha}")
     swap = _block_swap(options, model, engine, reporter)
     optimizer = create_optimizer(
@@ -172,13 +173,26 @@ def _load_model(checked: CheckedRun, engine: Engine) -> Flux:
     return model
 
 
-def _attach_lora(checked: CheckedRun, model: Flux, text: PreparedText, engine: Engine, seed: int) -> LoraNetwork:
+def _attach_lora(
+    checked: CheckedRun, model: Flux, text: PreparedText, engine: Engine, reporter: Reporter, seed: int
+) -> LoraNetwork:
     clip = None if checked.options.network_train_unet_only else text.clip
     network = LoraNetwork.attach(model, clip, checked.spec, torch.Generator().manual_seed(seed))
     network.to(engine.device)
     if checked.options.network_weights is not None:
-        network.load_file(checked.options.network_weights)
+        _load_weights(network, checked.options.network_weights, reporter)
     return network
+
+
+def _load_weights(network: LoraNetwork, path: Path, reporter: Reporter) -> None:
+    report = network.load_file(path)
+    reporter.note(f"starting from {path}")
+    for names, what in (
+        (report.missing, "layers are not in the file and start anew"),
+        (report.unexpected, "layers of the file are not trained here and are left out"),
+    ):
+        if names:
+            reporter.warning(f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
 
 
 def _block_swap(options: Options, model: Flux, engine: Engine, reporter: Reporter) -> AbstractContextManager[object]:
@@ -186,7 +200,7 @@ def _block_swap(options: Options, model: Flux, engine: Engine, reporter: Reporte
     if wanted == 0:
         return contextlib.nullcontext()
     reporter.note(f"swapping {wanted} blocks between main memory and {engine.device.type}")
-    return BlockSwap(model.double_blocks, model.single_blocks, wanted, make_mover(engine.device))
+    return BlockSwap(list(model.double_blocks), list(model.single_blocks), wanted, make_mover(engine.device))
 
 
 def _unet_rate(options: Options) -> float:
@@ -301,7 +315,9 @@ def _micro_batches(
 
     def micro_batches(epoch: int) -> Iterator[MicroBatch]:
         plans = epoch_batches(checked.index, seed, epoch, prior_loss_weight=checked.options.prior_loss_weight)
-        for plan, loaded in loaded_batches(latents, share_of_rank(plans, engine.rank, engine.num_processes)):
-            yield partial(loss_of, plan, loaded)
+        share = share_of_rank(plans, engine.rank, engine.num_processes)
+        with contextlib.closing(loaded_batches(latents, share)) as batches:
+            for plan, loaded in batches:
+                yield partial(loss_of, plan, loaded)
 
     return micro_batches

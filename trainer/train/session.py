@@ -34,7 +34,15 @@ def configure_console(options: Options | None) -> None:
     level = (options.console_log_level if options else None) or "INFO"
     handler: logging.Handler
     if options is not None and options.console_log_file is not None:
-        handler = logging.FileHandler(options.console_log_file, mode="w", encoding="utf-8")
+        try:
+            handler = logging.FileHandler(options.console_log_file, mode="w", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"the log file cannot be written: {error.strerror or error}",
+                str(options.console_log_file),
+                "Choose another --console_log_file.",
+                field="console_log_file",
+            ) from error
     elif options is not None and options.console_log_simple:
         handler = logging.StreamHandler(sys.stdout)
     else:

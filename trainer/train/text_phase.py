@@ -11,6 +11,7 @@ from transformers import CLIPTextModel
 
 from trainer.data.cache import CacheRequest, TensorCache, file_identity, text_key, text_requests
 from trainer.model.weights import load_clip_l, load_t5xxl
+from trainer.schema.memory import text_encoders_fit
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun
 from trainer.train.conditioning import CachedText, ClipEncoder, LiveText, StoredText, T5Encoder, TextSource
@@ -38,11 +39,11 @@ def prepare_text(checked: CheckedRun, engine: Engine, reporter: Reporter) -> Pre
         raise AssertionError("the checks demand both text encoders")
     reporter.phase("text")
     if not options.cache_text_encoder_outputs:
-        clip = _load_clip(options, engine)
+        clip = _load_clip(options, engine, engine.device)
         return PreparedText(
             LiveText(
-                _clip_encoder(clip, checked, engine),
-                _t5_encoder(checked, engine),
+                ClipEncoder(clip, checked.tokenizers.clip_l, engine.device),
+                _load_t5(checked, engine, engine.device),
                 trains_clip=trains_clip(options),
                 apply_mask=options.apply_t5_attn_mask,
                 autocast=engine.autocast,
@@ -65,9 +66,9 @@ def prepare_text(checked: CheckedRun, engine: Engine, reporter: Reporter) -> Pre
         # Prompts go beside the pictures, too: else the encoders would be loaded again for them alone.
         folder = checked.index.items[0].path.parent
         requests = [request if request.folder else replace(request, folder=folder) for request in requests]
-    clip = _load_clip(options, engine) if trains_clip(options) else None
+    clip = _load_clip(options, engine, engine.device) if trains_clip(options) else None
     if missing := cache.missing(requests):
-        _encode(missing, cache, clip, checked, engine, reporter)
+        _encode(missing, cache, checked, engine, reporter)
     else:
         reporter.note("all captions and prompts are cached: the text encoders are not needed")
     engine.free_cached_memory()
@@ -81,7 +82,7 @@ def prepare_text(checked: CheckedRun, engine: Engine, reporter: Reporter) -> Pre
         look_up,
         engine.device,
         apply_mask=options.apply_t5_attn_mask,
-        live_clip=None if clip is None else _clip_encoder(clip, checked, engine),
+        live_clip=None if clip is None else ClipEncoder(clip, checked.tokenizers.clip_l, engine.device),
         autocast=engine.autocast,
     )
     return PreparedText(source, clip)
@@ -100,18 +101,18 @@ def prompt_texts(checked: CheckedRun) -> list[str]:
 def _encode(
     missing: Sequence[CacheRequest[str]],
     cache: TensorCache,
-    clip: CLIPTextModel | None,
     checked: CheckedRun,
     engine: Engine,
     reporter: Reporter,
 ) -> None:
-    """Fills the cache. The encoders live no longer than this call, except a CLIP-L that was handed in."""
+    """Fills the cache. The encoders live no longer than this call."""
     options = checked.options
-    encode_clip = _clip_encoder(clip or _load_clip(options, engine), checked, engine)
-    encode_t5 = _t5_encoder(checked, engine)
+    device = _encoding_device(checked, engine, reporter)
+    encode_clip = ClipEncoder(_load_clip(options, engine, device), checked.tokenizers.clip_l, device)
+    encode_t5 = _load_t5(checked, engine, device)
 
     def encode(_keys: list[str], captions: list[str]) -> list[dict[str, Tensor]]:
-        with torch.no_grad(), engine.autocast():
+        with torch.no_grad(), engine.autocast(device):
             vec = encode_clip(captions)
             txt, mask = encode_t5(captions)
         if not options.apply_t5_attn_mask:
@@ -122,30 +123,45 @@ def _encode(
     cache.fill(
         missing,
         encode,
-        batch_size=options.text_encoder_batch_size or options.train_batch_size,
+        batch_size=_batch_size(options),
         progress=reporter.progress,
         check_commands=reporter.check_stop,
     )
 
 
-def _load_clip(options: Options, engine: Engine) -> CLIPTextModel:
+def _encoding_device(checked: CheckedRun, engine: Engine, reporter: Reporter) -> torch.device:
+    """Where captions are encoded beforehand: the CPU when the encoders are too large for the card."""
+    total_bytes = engine.total_bytes()
+    if total_bytes is None or text_encoders_fit(
+        checked.flux,
+        checked.options,
+        vram_bytes=total_bytes,
+        batch_size=_batch_size(checked.options),
+        models=checked.models,
+    ):
+        return engine.device
+    reporter.note("the text encoders are too large for this card: captions are encoded on the CPU")
+    return torch.device("cpu")
+
+
+def _batch_size(options: Options) -> int:
+    return options.text_encoder_batch_size or options.train_batch_size
+
+
+def _load_clip(options: Options, engine: Engine, device: torch.device) -> CLIPTextModel:
     if options.clip_l is None:
         raise AssertionError("the checks demand CLIP-L")
-    return load_clip_l(options.clip_l, engine.dtype, engine.device, options.clip_l_activation)
+    return load_clip_l(options.clip_l, engine.dtype, device, options.clip_l_activation)
 
 
-def _clip_encoder(clip: CLIPTextModel, checked: CheckedRun, engine: Engine) -> ClipEncoder:
-    return ClipEncoder(clip, checked.tokenizers.clip_l, engine.device)
-
-
-def _t5_encoder(checked: CheckedRun, engine: Engine) -> T5Encoder:
+def _load_t5(checked: CheckedRun, engine: Engine, device: torch.device) -> T5Encoder:
     options = checked.options
     if options.t5xxl is None:
         raise AssertionError("the checks demand T5")
     return T5Encoder(
-        load_t5xxl(options.t5xxl, engine.dtype, engine.device),
+        load_t5xxl(options.t5xxl, engine.dtype, device),
         checked.tokenizers.t5xxl,
-        engine.device,
+        device,
         max_length=checked.tokenizers.t5xxl_tokens,
         apply_mask=options.apply_t5_attn_mask,
     )
