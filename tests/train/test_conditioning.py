@@ -1,0 +1,90 @@
+"""Captions to text inputs: the mask, trimming, and cached against live."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from tests.tiny import TinyModels
+from trainer.model.packing import image_ids, text_ids
+from trainer.model.text_encoders import load_clip_tokenizer, load_t5_tokenizer
+from trainer.model.weights import load_clip_l, load_flux, load_t5xxl
+from trainer.train.conditioning import CachedText, ClipEncoder, LiveText, StoredText, T5Encoder, text_inputs
+
+CPU = torch.device("cpu")
+LENGTH = 24
+CAPTIONS = ["a red circle", "a large blue square on a green ground"]
+
+
+def encoders(models: TinyModels, *, apply_mask: bool) -> tuple[ClipEncoder, T5Encoder]:
+    clip = ClipEncoder(
+        load_clip_l(models.clip_l, torch.float32, CPU), load_clip_tokenizer(str(models.clip_l_tokenizer)), CPU
+    )
+    t5 = T5Encoder(
+        load_t5xxl(models.t5xxl, torch.float32, CPU),
+        load_t5_tokenizer(str(models.t5xxl_tokenizer)),
+        CPU,
+        max_length=LENGTH,
+        apply_mask=apply_mask,
+    )
+    return clip, t5
+
+
+@pytest.mark.parametrize("apply_mask", [False, True])
+def test_cached_text_equals_live_text(tiny_models: TinyModels, apply_mask: bool) -> None:
+    clip, t5 = encoders(tiny_models, apply_mask=apply_mask)
+    live = LiveText(clip, t5, trains_clip=False, apply_mask=apply_mask, autocast=contextlib.nullcontext)
+    stored: dict[str, StoredText] = {}
+    with torch.no_grad():
+        for caption in CAPTIONS:
+            txt, mask = t5([caption])
+            length = int(mask.sum()) if apply_mask else LENGTH
+            stored[caption] = StoredText(txt[0, :length], clip([caption])[0])
+    cached = CachedText(stored.__getitem__, CPU, apply_mask=apply_mask, live_clip=None, autocast=contextlib.nullcontext)
+    ours, theirs = cached(CAPTIONS), live(CAPTIONS)
+    torch.testing.assert_close(ours.vec, theirs.vec, atol=1e-5, rtol=0)
+    assert ours.txt.shape == theirs.txt.shape
+    if apply_mask:
+        assert ours.mask is not None
+        assert theirs.mask is not None
+        assert torch.equal(ours.mask, theirs.mask)
+        torch.testing.assert_close(ours.txt[ours.mask.bool()], theirs.txt[theirs.mask.bool()], atol=1e-5, rtol=0)
+    else:
+        assert ours.mask is None
+        torch.testing.assert_close(ours.txt, theirs.txt, atol=1e-5, rtol=0)
+
+
+def test_trimmed_text_gives_the_same_image_as_masked_padding(tiny_models: TinyModels) -> None:
+    flux = load_flux(tiny_models.flux_dev, torch.float32, CPU)
+    generator = torch.Generator().manual_seed(0)
+    txt = torch.randn(2, 20, flux.params.context_in_dim, generator=generator)
+    vec = torch.randn(2, flux.params.vec_in_dim, generator=generator)
+    img = torch.randn(2, 16, flux.params.in_channels, generator=generator)
+    mask = torch.zeros(2, 20, dtype=torch.int64)
+    mask[0, :5] = 1
+    mask[1, :9] = 1
+    trimmed = text_inputs(txt, vec, mask, apply_mask=True)
+    assert trimmed.txt.shape[1] == 9
+    timesteps, guidance = torch.tensor([0.3, 0.8]), torch.ones(2)
+    with torch.no_grad():
+        full = flux(img, image_ids(4, 4), txt, text_ids(20), timesteps, vec, guidance, mask)
+        short = flux(img, image_ids(4, 4), trimmed.txt, text_ids(9), timesteps, vec, guidance, trimmed.mask)
+    torch.testing.assert_close(short, full, atol=5e-6, rtol=0)
+
+
+def test_a_batch_without_padding_needs_no_mask() -> None:
+    txt, vec, mask = torch.zeros(2, 6, 4), torch.zeros(2, 3), torch.zeros(2, 6, dtype=torch.int64)
+    mask[:, :4] = 1
+    trimmed = text_inputs(txt, vec, mask, apply_mask=True)
+    assert trimmed.txt.shape == (2, 4, 4)
+    assert trimmed.mask is None
+
+
+def test_clip_keeps_its_gradient_only_when_it_trains(tiny_models: TinyModels) -> None:
+    clip, t5 = encoders(tiny_models, apply_mask=False)
+    next(clip.model.parameters()).requires_grad_(True)
+    for trains in (False, True):
+        live = LiveText(clip, t5, trains_clip=trains, apply_mask=False, autocast=contextlib.nullcontext)
+        assert live(CAPTIONS[:1]).vec.requires_grad is trains

@@ -1,0 +1,200 @@
+"""The step loop on a small real model: arithmetic of epochs and steps, accumulation, what falls due when."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.schema.base import UserError
+from trainer.schema.events import EventReader, EventWriter
+from trainer.schema.run_folder import RunFolder
+from trainer.train.loop import GradientSync, LoopSettings, MeanLoss, StepPosition, TrainingLoop, step_generator
+from trainer.train.optim import LearningRateSchedule
+from trainer.train.reporting import Reporter, StopRequested
+
+
+def settings(**changes: object) -> LoopSettings:
+    values: dict[str, object] = {
+        "num_steps": 6,
+        "num_epochs": 2,
+        "micro_steps_per_epoch": 3,
+        "num_micro_steps": 1,
+        "max_grad_norm": 0.0,
+        "seed": 7,
+        "save_every_n_steps": None,
+        "save_every_n_epochs": None,
+        "sample_every_n_steps": None,
+        "sample_every_n_epochs": None,
+        "sample_at_first": False,
+        **changes,
+    }
+    return LoopSettings(**values)  # pyright: ignore[reportArgumentType]
+
+
+class Course:
+    """A loop around one weight w whose loss is (w - target)^2, with everything that fell due written down."""
+
+    def __init__(self, loop_settings: LoopSettings, reporter: Reporter | None = None, *, rate: float = 0.1) -> None:
+        self.model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.model.weight)
+        self.saved: list[tuple[StepPosition, str]] = []
+        self.sampled: list[tuple[StepPosition, bool]] = []
+        self.targets: list[float] = []
+        self.num_micro = loop_settings.micro_steps_per_epoch
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=rate)
+        self.loop = TrainingLoop(
+            loop_settings,
+            network=self.model,
+            optimizer=optimizer,
+            schedule=LearningRateSchedule(optimizer, "constant", num_steps=loop_settings.num_steps),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            sync=GradientSync(lambda tensor: tensor, 1),
+            reporter=reporter or Reporter(is_main=False),
+            rank=0,
+            micro_batches=self.micro_batches,
+            save=lambda position, kind: self.saved.append((position, kind)),
+            sample=lambda position, is_epoch_end: self.sampled.append((position, is_epoch_end)),
+            peak_bytes=lambda: 0,
+        )
+
+    def micro_batches(self, epoch: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
+        for number in range(self.num_micro):
+            target = float(10 * epoch + number)
+
+            def loss(_generator: torch.Generator, target: float = target) -> Tensor:
+                self.targets.append(target)
+                return (self.model.weight - target).square().sum()
+
+            yield loss
+
+    @property
+    def weight(self) -> float:
+        return float(self.model.weight.item())
+
+
+def test_every_micro_batch_of_every_epoch_is_trained_on_in_order() -> None:
+    course = Course(settings())
+    position, stopped = course.loop.run()
+    assert (position, stopped) == (StepPosition(6, 2), False)
+    assert course.targets == [10, 11, 12, 20, 21, 22]
+    expected = 0.0
+    for target in course.targets:
+        expected -= 0.1 * 2 * (expected - target)
+    assert course.weight == pytest.approx(expected, rel=1e-6)
+
+
+def test_accumulation_means_over_the_group_and_a_rest_makes_a_smaller_one() -> None:
+    course = Course(settings(num_micro_steps=2, num_steps=4))
+    position, _ = course.loop.run()
+    assert position.step == 4
+    expected = 0.0
+    for group in ([10, 11], [12], [20, 21], [22]):
+        expected -= 0.1 * sum(2 * (expected - target) for target in group) / len(group)
+    assert course.weight == pytest.approx(expected, rel=1e-6)
+
+
+def test_training_ends_inside_an_epoch_when_the_steps_are_done() -> None:
+    course = Course(settings(num_steps=4))
+    position, _ = course.loop.run()
+    assert position == StepPosition(4, 2)
+    assert len(course.targets) == 4
+
+
+def test_the_gradient_is_clipped_to_the_norm() -> None:
+    course = Course(settings(num_steps=1, max_grad_norm=1.0))
+    course.loop.run()
+    assert course.weight == pytest.approx(0.1)
+
+
+def test_saves_and_samples_fall_due_as_asked() -> None:
+    course = Course(settings(save_every_n_steps=2, save_every_n_epochs=1, sample_every_n_steps=4, sample_at_first=True))
+    course.loop.run()
+    steps = [(position.step, kind) for position, kind in course.saved]
+    assert steps == [(2, "step"), (3, "epoch"), (4, "step"), (6, "step")], "no epoch file for the last epoch"
+    assert [(position.step, is_end) for position, is_end in course.sampled] == [(0, False), (4, False)]
+
+
+def test_epochs_win_over_steps_for_samples() -> None:
+    course = Course(settings(sample_every_n_steps=1, sample_every_n_epochs=2))
+    course.loop.run()
+    assert course.sampled == [(StepPosition(6, 2), True)]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_advice() -> None:
+    course = Course(settings(num_steps=6), rate=math.inf)
+    with pytest.raises(UserError, match="the loss became") as error:
+        course.loop.run()
+    assert "learning_rate" in str(error.value)
+
+
+def test_a_stop_between_two_steps_ends_after_the_last_whole_step(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "x", config_toml="", dataset_toml="", sample_prompts="", info={})
+    reporter = Reporter(run, events=EventWriter(run.events_jsonl, 1))
+    course = Course(settings(), reporter)
+    run.send_command("stop")
+    assert course.loop.run() == (StepPosition(0, 1), True)
+    assert [e["result"] for e in EventReader(run.events_jsonl).read_new() if e["kind"] == "command"] == ["accepted"]
+
+
+def test_a_stop_during_a_sample_keeps_the_position() -> None:
+    course = Course(settings(sample_every_n_steps=2))
+
+    def stop(_position: StepPosition, _is_epoch_end: bool) -> None:
+        raise StopRequested
+
+    course.loop._sample = stop  # pyright: ignore[reportPrivateUsage]
+    assert course.loop.run() == (StepPosition(2, 1), True)
+
+
+def test_save_now_is_obeyed_after_the_step(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "x", config_toml="", dataset_toml="", sample_prompts="", info={})
+    course = Course(settings(), Reporter(run, events=EventWriter(run.events_jsonl, 1)))
+    run.send_command("save")
+    course.loop.run()
+    assert course.saved == [(StepPosition(1, 1), "step")]
+
+
+def test_events_of_steps_hold_what_the_page_shows(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "x", config_toml="", dataset_toml="", sample_prompts="", info={})
+    Course(settings(), Reporter(run, events=EventWriter(run.events_jsonl, 1))).loop.run()
+    steps = [event for event in EventReader(run.events_jsonl).read_new() if event["kind"] == "step"]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[0]["loss"] == pytest.approx(100.0)
+    assert steps[0]["grad_norm"] == pytest.approx(20.0)
+    assert steps[0]["lr"] == pytest.approx(0.1)
+    assert steps[1]["loss_average"] == pytest.approx((100.0 + (2.0 - 11) ** 2) / 2)
+
+
+def test_the_average_covers_one_epoch() -> None:
+    average = MeanLoss(2)
+    assert [average.add(value) for value in (1.0, 3.0, 5.0)] == [1.0, 2.0, 4.0]
+
+
+def test_noise_depends_on_position_rank_and_seed_alone() -> None:
+    def draw(*position: int) -> list[float]:
+        return torch.rand(3, generator=step_generator(*position)).tolist()
+
+    assert draw(1, 2, 3, 0) == draw(1, 2, 3, 0)
+    others = [draw(2, 2, 3, 0), draw(1, 3, 3, 0), draw(1, 2, 4, 0), draw(1, 2, 3, 1)]
+    assert all(other != draw(1, 2, 3, 0) for other in others)
+
+
+def test_gradients_of_all_processes_are_averaged_in_one_reduction() -> None:
+    calls: list[Tensor] = []
+
+    def mean_with_another(tensor: Tensor) -> Tensor:
+        calls.append(tensor)
+        return (tensor + 3) / 2
+
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3, 1))]
+    parameters[0].grad = torch.ones(2)
+    assert GradientSync(mean_with_another, 2)(parameters, stop=False)
+    assert len(calls) == 1
+    assert parameters[0].grad.tolist() == [2.0, 2.0]
+    assert parameters[1].grad is not None
+    assert parameters[1].grad.tolist() == [[1.5], [1.5], [1.5]]
