@@ -6,13 +6,12 @@ import subprocess
 import sys
 from typing import Final
 
-from trainer.schema.folders import demo_dir
-from trainer.schema.run_folder import RunFolder
-
 from fluxgui.form import read_form
 from fluxgui.presets import preset_form_values, start_values
 from fluxgui.runs import PROGRAM_FOLDER, create_and_start
 from trainer.schema.base import UserError
+from trainer.schema.folders import demo_dir
+from trainer.schema.run_folder import RunFolder
 
 MAKE_SECONDS: Final = 120
 DEMO_PRESET: Final = "demo"

@@ -11,7 +11,7 @@ from fluxgui.form_parts import html_part
 from fluxgui.presets import start_values
 from fluxgui.runs import RunWatcher
 from fluxgui.runs_tab import SHOW_IN_ADDRESS, build_runs_tab
-from fluxgui.train_tab import build_train_tab
+from fluxgui.train_tab import IN_ORDER, build_train_tab
 from fluxgui.vram import detect_gpu
 from trainer.schema.base import UserError
 from trainer.schema.folders import runs_dir
@@ -92,6 +92,6 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
                 **QUIETLY,
             )
             .then(None, None, None, js=ARRIVED)
-            .then(train.check, train.inputs, train.outputs, **QUIETLY)
+            .then(train.check, train.inputs, train.outputs, **IN_ORDER)
         )
     return page

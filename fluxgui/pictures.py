@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Final
 
 from PIL import Image, ImageOps
-from trainer.schema.folders import datasets_dir
 
 from trainer.schema.base import Problem
+from trainer.schema.folders import datasets_dir
 
 IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTION_SUFFIX: Final = ".txt"

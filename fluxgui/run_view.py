@@ -9,9 +9,8 @@ from pathlib import PurePath
 from typing import Final
 from urllib.parse import quote
 
-from trainer.schema.run_folder import RunStatus
-
 from fluxgui.run_state import Checkpoint, RunState, Sample
+from trainer.schema.run_folder import RunStatus
 
 STEPS_SHOWN: Final = 12
 """Sample rows on the page; older ones are one click away."""
@@ -144,7 +143,7 @@ def messages(status: RunStatus, state: RunState, log_tail: str) -> str:
         tail = "\n".join(log_tail.splitlines()[-15:]) or "The log is empty."
         parts.append(
             f'<div class="box bad" role="alert"><strong>{escape(title)}</strong>'
-            f'<pre class="log-tail">{escape(tail)}</pre></div>'
+            f'<div class="log-tail" tabindex="0"><pre>{escape(tail)}</pre></div></div>'
         )
     if state.warnings:
         items = "".join(f"<li>{escape(text)}</li>" for text in state.warnings[-8:])
@@ -205,7 +204,7 @@ def log(run_id: str, tail: str) -> str:
     if not tail:
         return '<p class="empty">The log is empty.</p>'
     return (
-        f'<pre class="log-tail" tabindex="0" aria-label="End of the log">{escape(tail)}</pre>'
+        f'<div class="log-tail" tabindex="0" role="region" aria-label="End of the log"><pre>{escape(tail)}</pre></div>'
         f'<p><a href="{file_url(run_id, "log", "worker.log")}" target="_blank" rel="noopener">the whole log</a></p>'
     )
 

@@ -57,6 +57,8 @@ from trainer.schema.base import Problem, UserError
 from trainer.schema.folders import models_dir
 
 QUIETLY: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_limit": 8}
+IN_ORDER: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_id": "check", "concurrency_limit": 1}
+"""For the check of the form: an answer to older values never comes after one to newer values."""
 NUM_THUMBNAILS: Final = 12
 NUM_DECODED: Final = 300
 """Pictures that are decoded while the page waits; the trainer looks at all of them."""
@@ -372,12 +374,12 @@ def _connect(tab: TrainTab, *, start: gr.Button, estimate: gr.Button, find: gr.B
     outputs = tab.outputs
 
     gr.on(
-        [_input(component) for component in form.values()],
+        [_changed(component) for component in form.values()],
         tab.check,
         whole_form,
         outputs,
         trigger_mode="always_last",
-        **QUIETLY,
+        **IN_ORDER,
     )
     image_dir = form["image_dir"]
     assert isinstance(image_dir, gr.Textbox)
@@ -391,14 +393,16 @@ def _connect(tab: TrainTab, *, start: gr.Button, estimate: gr.Button, find: gr.B
         estimate.click(tab.estimate, whole_form, [form["blocks_to_swap"], parts["estimate"]], show_progress="minimal"),
         *_connect_presets(tab),
     ]
-    # What the program fills in is not the user's input, and is checked once when all of it is there.
+    # Ticks and choices that the program fills in are not the user's input.
     for filled in fills:
-        filled.then(tab.check, whole_form, outputs, **QUIETLY)
+        filled.then(tab.check, whole_form, outputs, **IN_ORDER)
     start.click(tab.start, whole_form, outputs, show_progress="minimal", concurrency_limit=1)
 
 
-def _input(component: Component) -> Callable[..., Any]:
-    """The event "the user changed the value", which every component of the form has."""
+def _changed(component: Component) -> Callable[..., Any]:
+    """The event after which the form is checked. A text box's own input event leaves out pasting and deleting."""
+    if isinstance(component, gr.Textbox):
+        return component.change
     return component.input  # pyright: ignore[reportAttributeAccessIssue] - events are added when a class is made
 
 

@@ -68,7 +68,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
     options = checked.options
     started_at = time.time()
     seed = options.seed if options.seed is not None else engine.share(secrets.randbits(SEED_BITS))
-    _announce_plan(checked, reporter)
+    _announce_plan(checked, engine, reporter)
     _start_trackers(options, engine, reporter)
     text = prepare_text(checked, engine, reporter)
     latents, autoencoder = prepare_latents(checked, engine, reporter)
@@ -129,7 +129,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
     save(position, "final")
 
 
-def _announce_plan(checked: CheckedRun, reporter: Reporter) -> None:
+def _announce_plan(checked: CheckedRun, engine: Engine, reporter: Reporter) -> None:
     schedule, index = checked.schedule, checked.index
     reporter.plan(
         num_images=index.num_images,
@@ -142,6 +142,7 @@ def _announce_plan(checked: CheckedRun, reporter: Reporter) -> None:
             for (width, height), count in dataset.bucket_counts.items()
         ],
         first_step=0,
+        device=engine.name(),
     )
     reporter.note(
         f"{index.num_images} pictures, {schedule.num_epochs} epochs of {schedule.steps_per_epoch} steps, "
