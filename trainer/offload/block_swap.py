@@ -14,6 +14,7 @@ begins.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -61,7 +62,7 @@ def swappable_weights(block: nn.Module) -> Iterator[nn.Parameter]:
     """The frozen matrices of a block: nearly all its bytes. Biases, norms and adapters are small and stay."""
     for module in block.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-            yield module.weight
+            yield cast(nn.Parameter, module.weight)
 
 
 class BlockSwap:
@@ -98,10 +99,8 @@ class BlockSwap:
             self._fetch(turn)
         for turn, block in enumerate(self._blocks):
             self._handles += [
-                block.register_forward_pre_hook(lambda _module, _inputs, turn=turn: self._before_forward(turn)),
-                block.register_forward_hook(
-                    lambda _module, _inputs, output, turn=turn: self._after_forward(turn, output)
-                ),
+                block.register_forward_pre_hook(partial(self._before_forward, turn)),
+                block.register_forward_hook(partial(self._after_forward, turn)),
             ]
 
     def detach(self) -> None:
@@ -121,10 +120,12 @@ class BlockSwap:
 
     # ---- when --------------------------------------------------------------------------------------------------
 
-    def _before_forward(self, turn: int) -> None:
+    def _before_forward(self, turn: int, _block: nn.Module, _inputs: object) -> None:
         self._need(turn)
 
-    def _after_forward(self, turn: int, output: Tensor | tuple[Tensor, ...]) -> None:
+    def _after_forward(
+        self, turn: int, _block: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]
+    ) -> None:
         if _in_backward():
             return  # a checkpointed block that runs again: its backward follows at once
         outputs = output if isinstance(output, tuple) else (output,)
@@ -179,4 +180,4 @@ class BlockSwap:
 
 def _in_backward() -> bool:
     """Whether the running code was called by autograd, as a checkpointed block is when it runs again."""
-    return cast(int, torch._C._current_graph_task_id()) != -1  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]
