@@ -39,6 +39,8 @@ python -m trainer --option=value ...     train a LoRA; --help lists the options
 python -m trainer demo --output_dir D    train the bundled demo; the LoRA and the samples are written to D
 python -m trainer check --option=...     check options, files and pictures as before training, and stop there
 python -m trainer estimate --option=...  print what memory the training needs; --vram_gb picks blocks_to_swap
+python -m trainer replay --input=F --output=O --steps=N --option=...
+                                         train on one recorded batch; a run records it when its loss is no number
 python -m trainer make-demo [--dir D]    write the demo's models and pictures
 python -m trainer run FOLDER             train what a run folder holds (the page starts this)
 """
@@ -157,6 +159,42 @@ def check(arguments: Sequence[str]) -> int:
     return EXIT_DONE
 
 
+def replay_recording(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer replay",
+        description="Trains on one recorded batch and writes losses, gradients and weights. Options of the trainer may "
+        "follow; those in the recording count where they are not given.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--input", type=Path, required=True, help="the recorded batch, a .safetensors file")
+    parser.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument("--steps", type=int, required=True, help="optimizer steps to make")
+    known, rest = parser.parse_known_args(arguments)
+    source: Path = known.input
+    output: Path = known.output
+    num_steps: int = known.steps
+    if num_steps < 1:
+        raise UserError(f"steps is {num_steps}; it must be 1 or more", "--steps", exit_code=2)
+    from trainer.train.session import configure_console, is_main_process, run_guarded  # noqa: PLC0415
+
+    configure_console(None)
+    from trainer.train.recording import read_options_of  # noqa: PLC0415 - torch takes seconds to load
+
+    parsed = parse_command_line([*read_options_of(source), *rest])
+    configure_console(parsed.options)
+    from trainer.train.reporting import Reporter  # noqa: PLC0415
+
+    reporter = Reporter(is_main=is_main_process())
+    reporter.install_signal_handlers()
+
+    def work() -> None:
+        from trainer.train.replay import replay  # noqa: PLC0415
+
+        replay(parsed, reporter, source=source, output=output, num_steps=num_steps)
+
+    return run_guarded(work, reporter)
+
+
 def estimate_memory(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer estimate", allow_abbrev=False)
     parser.add_argument("--vram_gb", type=float, help="memory of the card in GiB: picks the smallest blocks_to_swap")
@@ -207,6 +245,7 @@ COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType
         "demo": train_demo,
         "make-demo": make_demo,
         "check": check,
+        "replay": replay_recording,
         "estimate": estimate_memory,
     }
 )

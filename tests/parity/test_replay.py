@@ -1,108 +1,284 @@
-"""Five training steps of the reference trainer, replayed: losses, gradients and weights, number by number."""
+"""Recorded training steps, replayed: losses, gradients and weights, number by number."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Sequence
+import math
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 
-from trainer.lora.lora import LoraNetwork
+from trainer.model.flux import Flux
+from trainer.model.packing import image_ids, pack_latents, text_ids, unpack_latents
 from trainer.model.weights import load_flux
-from trainer.schema.lora_spec import LoraSpec
-from trainer.train.conditioning import TextInputs
-from trainer.train.flow import add_noise
-from trainer.train.objective import FlowObjective, FlowSettings
-from trainer.train.optim import create_optimizer
+from trainer.schema.base import UserError
+from trainer.schema.cli import parse_command_line
+from trainer.schema.lora_spec import spec_from_network_args
+from trainer.tools.tiny_models import make_flux
+from trainer.train.replay import replay
+from trainer.train.reporting import Reporter
 
-SETTINGS = FlowSettings(
-    timestep_sampling="flux_shift",
-    sigmoid_scale=1.0,
-    discrete_flow_shift=3.0,
-    weighting_scheme="uniform",
-    logit_mean=0.0,
-    logit_std=1.0,
-    mode_scale=1.29,
-    model_prediction_type="raw",
-    guidance_scale=3.5,
-    loss_type="l2",
-    huber_schedule="snr",
-    huber_c=0.1,
-    huber_scale=1.0,
-    ip_noise_gamma=None,
-    ip_noise_gamma_random_strength=False,
-)
+GOLDEN_OPTIONS = ("--network_dim=4", "--network_alpha=1", "--learning_rate=1e-3", "--max_grad_norm=0")
 
 
-def no_text(captions: Sequence[str]) -> TextInputs:
-    raise AssertionError("the replay brings its own text")
+def replayed(source: Path, folder: Path, *words: str, num_steps: int = 5) -> dict[str, Tensor]:
+    output = folder / "replayed.safetensors"
+    command = parse_command_line(["--device=cpu", "--seed=3", *words])
+    replay(command, Reporter(is_main=False), source=source, output=output, num_steps=num_steps)
+    return load_file(output)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_five_adamw_steps_follow_the_reference(golden: Path, checkpointing: bool) -> None:
-    recorded = load_file(golden / "replay" / "t2_default_nonzero.safetensors")
-    facts = json.loads((golden / "replay" / "t2_default_nonzero.json").read_text(encoding="utf-8"))
-    given = {key.removeprefix("in."): tensor for key, tensor in recorded.items() if key.startswith("in.")}
-    model = load_flux(golden / "replay" / "model_dev.safetensors", torch.float32, "cpu")
-    model.enable_gradient_checkpointing(checkpointing)
-    network = LoraNetwork.attach(model, None, LoraSpec(rank=4, alpha=1), torch.Generator().manual_seed(0))
-    network.train()
-    start = {key.removeprefix("init."): tensor for key, tensor in recorded.items() if key.startswith("init.")}
-    alphas = {key: value for key, value in network.published_state_dict(None).items() if key.endswith(".alpha")}
-    network.load_published({**start, **alphas})
-    optimizer = create_optimizer("AdamW", network.parameter_groups(1e-3, 1e-3), learning_rate=1e-3, arguments={})
-    objective = FlowObjective(
-        model,
-        no_text,
-        SETTINGS,
-        autocast=contextlib.nullcontext,
-        compute_dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
-    latents, noise, sigmas = given["latents"], given["noise"], given["timesteps"] / 1000
-    noisy = add_noise(
-        latents,
-        noise,
-        sigmas,
-        ip_noise_gamma=None,
-        ip_noise_gamma_random_strength=False,
-        generator=torch.Generator(),
-    )
-    text = TextInputs(given["t5_out"], given["clip_pooled"], None)
-    losses: list[float] = []
-    for step in range(5):
-        loss = objective.loss(latents, noise, sigmas, noisy, text, given["loss_weights"])
-        losses.append(loss.item())
-        loss.backward()
-        if step == 0:
-            for key, gradient in published_gradients(network).items():
-                difference = (gradient - recorded[f"grad.{key}"]).abs().max()
-                assert difference <= 5e-8, f"{key}: {difference}"
-        optimizer.step()
-        optimizer.zero_grad()
-    for ours, theirs in zip(losses, facts["losses"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-6)
-    after = network.published_state_dict(None)
-    differences = torch.cat([(after[key] - recorded[f"after5.{key}"]).abs().flatten() for key in start])
+@pytest.mark.parametrize("more", [(), ("--gradient_checkpointing",), ("--blocks_to_swap=1",)])
+def test_five_steps_follow_the_reference(golden: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    source = golden / "replay" / "t2_default_nonzero.safetensors"
+    recorded = load_file(source)
+    facts = json.loads(source.with_suffix(".json").read_text(encoding="utf-8"))
+    model = f"--pretrained_model_name_or_path={golden / 'replay' / 'model_dev.safetensors'}"
+    ours = replayed(source, tmp_path, model, *facts["options"], *GOLDEN_OPTIONS, *more)
+    assert ours["losses"].tolist() == pytest.approx(facts["losses"], rel=1e-6)
+    torch.testing.assert_close(ours["out.model_pred"], recorded["out.model_pred"], atol=5e-6, rtol=0)
+    assert torch.equal(ours["out.target"], recorded["out.target"])
+    keys = [key.removeprefix("init.") for key in recorded if key.startswith("init.")]
+    assert {key for key in ours if key.startswith(("grad.", "after."))} == {
+        f"{kind}.{key}" for key in keys for kind in ("grad", "after")
+    }
+    assert max(float((ours[f"grad.{key}"] - recorded[f"grad.{key}"]).abs().max()) for key in keys) <= 5e-8
+    differences = torch.cat([(ours[f"after.{key}"] - recorded[f"after5.{key}"]).abs().flatten() for key in keys])
     assert differences.max() <= 2e-5
     assert differences.quantile(0.999) <= 1e-6
 
 
-def published_gradients(network: LoraNetwork) -> dict[str, Tensor]:
-    """Gradients under the published keys: each parameter holds its gradient for the moment of the reading."""
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    values = [parameter.data for parameter in parameters]
+# ------------------------------------------------------------------------------- against a computation of its own
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options of one replay, and what they mean, for `closed_form`."""
+
+    words: tuple[str, ...] = ()
+    network_args: tuple[str, ...] = ()
+    prediction: str = "raw"
+    weighting: str = "uniform"
+    loss: str = "l2"
+    schedule: str = "constant"
+    max_grad_norm: float = 0.0
+    guidance: float = 1.0
+    masks_text: bool = False
+    optimizer: dict[str, float] = field(default_factory=dict[str, float])
+
+    def options(self) -> list[str]:
+        return [
+            f"--model_prediction_type={self.prediction}",
+            f"--weighting_scheme={self.weighting}",
+            f"--loss_type={self.loss}",
+            f"--huber_schedule={self.schedule}",
+            f"--max_grad_norm={self.max_grad_norm}",
+            f"--guidance_scale={self.guidance}",
+            *(["--apply_t5_attn_mask"] if self.masks_text else []),
+            *(["--network_args", *self.network_args] if self.network_args else []),
+            *(["--optimizer_args", *(f"{key}={value}" for key, value in self.optimizer.items())]),
+        ]
+
+
+CASES = {
+    "plain": Case(),
+    "guidance": Case(guidance=3.5),
+    "double blocks": Case(network_args=("train_blocks=double",)),
+    "some blocks": Case(network_args=("train_double_block_indices=1", "train_single_block_indices=0,2-3")),
+    "type dims": Case(network_args=("img_attn_dim=2", "txt_mlp_dim=0", "single_mod_dim=6")),
+    "layers before the blocks": Case(network_args=("in_dims=2,2,2,2,2",)),
+    "split qkv": Case(network_args=("split_qkv=True",)),
+    "text mask": Case(masks_text=True),
+    "cosmap": Case(prediction="sigma_scaled", weighting="cosmap"),
+    "sigma_sqrt": Case(prediction="sigma_scaled", weighting="sigma_sqrt"),
+    "additive": Case(prediction="additive"),
+    "clipping": Case(max_grad_norm=0.01),
+    "huber, constant": Case(loss="huber"),
+    "huber, exponential": Case(loss="huber", schedule="exponential"),
+    "smooth_l1, exponential": Case(loss="smooth_l1", schedule="exponential"),
+    "l1": Case(loss="l1"),
+    "weight decay": Case(optimizer={"weight_decay": 0.1, "eps": 1e-6}),
+}
+RATE, RANK, ALPHA, HUBER_C = 1e-3, 4, 2.0, 0.1
+TIMESTEPS, LOSS_WEIGHTS, TOKENS, LENGTHS = (712.5, 431.25), (1.0, 0.3), 7, (4, 6)
+
+
+def make_recording(path: Path, model: Path, keys: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    with safe_open(str(model), framework="pt") as file:
+        widths = json.loads(file.metadata()["config"])
+    mask = torch.zeros(2, TOKENS, dtype=torch.int64)
+    for row, length in enumerate(LENGTHS):
+        mask[row, :length] = 1
+    recording = {
+        "in.latents": torch.randn(2, 16, 6, 4, generator=draw),
+        "in.noise": torch.randn(2, 16, 6, 4, generator=draw),
+        "in.timesteps": torch.tensor(TIMESTEPS),
+        "in.clip_pooled": torch.randn(2, widths["vec_in_dim"], generator=draw),
+        "in.t5_out": torch.randn(2, TOKENS, widths["context_in_dim"], generator=draw),
+        "in.t5_attn_mask": mask,
+        "in.loss_weights": torch.tensor(LOSS_WEIGHTS),
+        **{f"init.{key}": 0.1 * torch.randn(shape, generator=draw) for key, shape in keys.items()},
+    }
+    save_file(recording, path)
+    return recording
+
+
+def dense_weights(model: Flux, lora: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's parameters with W + alpha / rank up down in the place of each adapted weight."""
+    weights = dict(model.named_parameters())
+    paths = {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}": name for name in weights}
+    for name in sorted({re.sub(r"\.lora_(down|up)\..*", "", key) for key in lora}):
+        parts = sorted(key.removeprefix(f"{name}.lora_down.") for key in lora if key.startswith(f"{name}.lora_down."))
+        deltas = [
+            ALPHA
+            / lora[f"{name}.lora_down.{part}"].shape[0]
+            * (lora[f"{name}.lora_up.{part}"] @ lora[f"{name}.lora_down.{part}"])
+            for part in parts
+        ]
+        weights[paths[name]] = weights[paths[name]] + torch.cat(deltas)
+    return weights
+
+
+def closed_form_loss(case: Case, model: Flux, lora: dict[str, Tensor], given: dict[str, Tensor]) -> Tensor:
+    """Formulas written out once more, in float64 on dense weights."""
+    latents, noise = given["in.latents"].double(), given["in.noise"].double()
+    sigma = (given["in.timesteps"].double() / 1000)[:, None, None, None]
+    noisy = (1 - sigma) * latents + sigma * noise
+    packed = functional_call(
+        model,
+        dense_weights(model, lora),
+        kwargs={
+            "img": pack_latents(noisy),
+            "img_ids": image_ids(3, 2, torch.device("cpu")),
+            "txt": given["in.t5_out"].double(),
+            "txt_ids": text_ids(TOKENS, torch.device("cpu")),
+            "timesteps": given["in.timesteps"].double() / 1000,
+            "y": given["in.clip_pooled"].double(),
+            "guidance": torch.full((2,), case.guidance),
+            "txt_attention_mask": given["in.t5_attn_mask"] if case.masks_text else None,
+        },
+    )
+    velocity = unpack_latents(packed, 6, 4)
+    prediction = {"raw": velocity, "additive": velocity + noisy, "sigma_scaled": noisy - sigma * velocity}
+    difference = prediction[case.prediction] - (noise - latents)
+    c = HUBER_C if case.schedule == "constant" else HUBER_C**sigma
+    pseudo = torch.sqrt(difference**2 + c**2) - c
+    error = {"l2": difference**2, "l1": difference.abs(), "huber": 2 * c * pseudo, "smooth_l1": 2 * pseudo}[case.loss]
+    if case.prediction == "sigma_scaled":
+        error = error * {"cosmap": 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2)), "sigma_sqrt": 1 / sigma**2}.get(
+            case.weighting, torch.ones_like(sigma)
+        )
+    return (error.mean((1, 2, 3)) * given["in.loss_weights"].double()).mean()
+
+
+def adamw_by_hand(
+    case: Case, model: Flux, start: dict[str, Tensor], given: dict[str, Tensor]
+) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """Losses, first gradients before clipping, and weights after five steps of AdamW as published."""
+    lora = {key: tensor.double().requires_grad_() for key, tensor in start.items()}
+    first = {key: torch.zeros_like(tensor) for key, tensor in lora.items()}
+    second = {key: torch.zeros_like(tensor) for key, tensor in lora.items()}
+    decay, eps = case.optimizer.get("weight_decay", 0.01), case.optimizer.get("eps", 1e-8)
+    losses: list[float] = []
+    recorded: dict[str, Tensor] = {}
+    for step in range(1, 6):
+        loss = closed_form_loss(case, model, lora, given)
+        losses.append(loss.item())
+        gradients = dict(zip(lora, torch.autograd.grad(loss, list(lora.values())), strict=True))
+        recorded = recorded or gradients
+        norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
+        factor = min(1.0, case.max_grad_norm / (norm + 1e-6)) if case.max_grad_norm else 1.0
+        with torch.no_grad():
+            for key, tensor in lora.items():
+                gradient = factor * gradients[key]
+                first[key] = 0.9 * first[key] + 0.1 * gradient
+                second[key] = 0.999 * second[key] + 0.001 * gradient**2
+                tensor.mul_(1 - RATE * decay)
+                deviation = (second[key] / (1 - 0.999**step)).sqrt() + eps
+                tensor.sub_(RATE * first[key] / (1 - 0.9**step) / deviation)
+    return losses, recorded, {key: tensor.detach() for key, tensor in lora.items()}
+
+
+@pytest.fixture(scope="module")
+def small_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_flux(tmp_path_factory.mktemp("replay") / "flux.safetensors", hidden=64, heads=2, seed=8)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_replay_is_the_closed_form(name: str, small_flux: Path, tmp_path: Path) -> None:
+    case = CASES[name]
+    words = [
+        f"--pretrained_model_name_or_path={small_flux}",
+        f"--network_dim={RANK}",
+        f"--network_alpha={ALPHA}",
+        f"--learning_rate={RATE}",
+        *case.options(),
+    ]
     try:
-        for parameter in parameters:
-            assert parameter.grad is not None
-            parameter.data = parameter.grad
-        state = network.published_state_dict(None)
-        return {key: tensor.clone() for key, tensor in state.items() if not key.endswith(".alpha")}
-    finally:
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.data = value
+        spec_from_network_args(case.network_args)
+    except UserError:
+        pytest.skip(f"{' '.join(case.network_args)} is not supported")
+    bare = tmp_path / "bare.safetensors"
+    make_recording(bare, small_flux, {})
+    shapes = {
+        key[6:]: tuple(tensor.shape)
+        for key, tensor in replayed(bare, tmp_path, *words, num_steps=1).items()
+        if key.startswith("after.")
+    }
+    source = tmp_path / "recording.safetensors"
+    given = make_recording(source, small_flux, shapes)
+    start = {key: given[f"init.{key}"] for key in shapes}
+    ours = replayed(source, tmp_path, *words)
+    model = load_flux(small_flux, torch.float64, "cpu")
+    losses, gradients, after = adamw_by_hand(case, model, start, given)
+    assert ours["losses"].tolist() == pytest.approx(losses, rel=1e-6)
+    assert max(float((ours[f"grad.{key}"] - gradients[key]).abs().max()) for key in shapes) <= 5e-8
+    differences = torch.cat([(ours[f"after.{key}"] - after[key]).abs().flatten() for key in shapes])
+    assert differences.max() <= 2e-5
+    assert differences.quantile(0.999) <= 1e-6
+
+
+# ------------------------------------------------------------------------------------------------- what may be wrong
+
+
+def test_a_recording_of_another_lora_is_refused(small_flux: Path, tmp_path: Path) -> None:
+    source = tmp_path / "recording.safetensors"
+    make_recording(source, small_flux, {"lora_unet_single_blocks_0_linear1.lora_down.weight": (4, 64)})
+    with pytest.raises(UserError, match="are trained and not recorded") as error:
+        replayed(source, tmp_path, f"--pretrained_model_name_or_path={small_flux}")
+    assert error.value.exit_code == 3
+
+
+def test_everything_wrong_with_a_recording_is_named(small_flux: Path, tmp_path: Path) -> None:
+    source = tmp_path / "recording.safetensors"
+    given = make_recording(source, small_flux, {})
+    save_file({**given, "in.noise": torch.zeros(2, 16, 6, 2), "in.loss_weights": torch.ones(3)}, source)
+    with pytest.raises(UserError) as error:
+        replayed(source, tmp_path, f"--pretrained_model_name_or_path={small_flux}")
+    assert [problem.what for problem in error.value.problems] == [
+        "in.noise is [2, 16, 6, 2]; it must be [2, 16, 6, 4]",
+        "in.loss_weights is [3]; it must be [2]",
+    ]
+    save_file({"in.latents": given["in.latents"]}, source)
+    with pytest.raises(UserError, match=re.escape("in.noise, in.timesteps, in.clip_pooled, in.t5_out are missing")):
+        replayed(source, tmp_path, f"--pretrained_model_name_or_path={small_flux}")
+
+
+def test_a_loss_that_is_no_number_is_replayed_and_reported(small_flux: Path, tmp_path: Path) -> None:
+    source = tmp_path / "recording.safetensors"
+    given = make_recording(source, small_flux, {})
+    given["in.t5_out"][0, 0, 0] = math.inf
+    save_file(given, source)
+    with pytest.raises(UserError, match="the loss became nan at step 1"):
+        replayed(source, tmp_path, f"--pretrained_model_name_or_path={small_flux}", num_steps=3)
+    written = load_file(tmp_path / "replayed.safetensors")
+    assert torch.isnan(written["losses"]).tolist() == [True, True, True]
+    assert torch.isnan(written["out.model_pred"]).any()

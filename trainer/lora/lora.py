@@ -213,6 +213,14 @@ class LoraNetwork(nn.Module):
             )
         return groups
 
+    def training_state(self) -> dict[str, nn.Parameter]:
+        """Every tensor that trains, under the name it has in a file of this form where it has one."""
+        return {
+            published_key(name, part): parameter
+            for name, adapter in self._adapters.items()
+            for part, parameter in (("lora_down.weight", adapter.lora_down), ("lora_up.weight", adapter.lora_up))
+        }
+
     def published_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """The tensors of a LoRA file, on the host: alpha, down and up of every adapter.
 

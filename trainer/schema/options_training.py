@@ -137,11 +137,23 @@ class FlowOptions(OptionGroup):
         Opt("What the model's output is taken for; raw is right for FLUX.", "Prediction type", "advanced"),
     ] = "sigma_scaled"
     min_timestep: Annotated[
-        int | None, Field(ge=0, le=1000), Opt("Written into the metadata only.", "Lowest timestep", "expert")
+        int | None,
+        Field(ge=0, lt=1000),
+        Opt("Train on no less noise than this timestep has, of 1000.", "Lowest timestep", "expert"),
     ] = None
     max_timestep: Annotated[
-        int | None, Field(ge=1, le=1000), Opt("Written into the metadata only.", "Highest timestep", "expert")
+        int | None,
+        Field(ge=1, le=1000),
+        Opt("Train on no more noise than this timestep has, of 1000.", "Highest timestep", "expert"),
     ] = None
+    round_timesteps: Annotated[
+        bool,
+        Opt(
+            "Round the timestep that FLUX is given to the training's precision, as sd-scripts does.",
+            "Round timesteps",
+            "expert",
+        ),
+    ] = False
     loss_type: Annotated[
         Literal["l1", "l2", "huber", "smooth_l1"], Opt("How errors are measured.", "Loss", "expert")
     ] = "l2"

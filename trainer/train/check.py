@@ -108,14 +108,7 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
     flux = None if _has_problem(findings, "pretrained_model_name_or_path") else _read_flux(options, findings)
     models = None if flux is None else _check_models(options, flux, findings)
     _check_device(options, findings)
-    spec = findings.attempt(
-        lambda: spec_from_network_args(
-            options.network_args or (),
-            network_dim=options.network_dim,
-            network_alpha=options.network_alpha,
-            network_dropout=options.network_dropout,
-        )
-    )
+    spec = findings.attempt(lambda: _spec(options))
     if flux is not None:
         _check_against_model(options, spec, flux, findings)
     tokenizers = _check_tokenizers(options, flux, findings)
@@ -156,6 +149,41 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
         spec=spec,
         tokenizers=tokenizers,
         schedule=make_schedule(options, index.num_batches_per_epoch, num_processes),
+    )
+
+
+@dataclass(frozen=True)
+class CheckedReplay:
+    """What the checks of a replay have read."""
+
+    flux: FluxParams
+    spec: LoraSpec
+
+
+def check_replay(options: Options) -> CheckedReplay:
+    """The checks that a replay needs: the transformer alone, the network and the device."""
+    findings = _Findings()
+    if options.pretrained_model_name_or_path is None:
+        what, hint = "the FLUX.1 model is not given", "Give its .safetensors file."
+        field = "pretrained_model_name_or_path"
+        findings.add(Problem(what, f"--{field}", hint, field), EXIT_OPTIONS)
+    flux = _read_flux(options, findings)
+    _check_device(options, findings)
+    spec = findings.attempt(lambda: _spec(options))
+    if flux is not None:
+        _check_against_model(options, spec, flux, findings)
+    findings.raise_if_any()
+    if flux is None or spec is None:
+        raise AssertionError("a check failed without saying why")
+    return CheckedReplay(flux, spec)
+
+
+def _spec(options: Options) -> LoraSpec:
+    return spec_from_network_args(
+        options.network_args or (),
+        network_dim=options.network_dim,
+        network_alpha=options.network_alpha,
+        network_dropout=options.network_dropout,
     )
 
 

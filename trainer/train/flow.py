@@ -87,6 +87,25 @@ def _sample_density(
     return draw
 
 
+def limit_sigmas(sigmas: Tensor, min_timestep: int | None, max_timestep: int | None) -> Tensor:
+    """Noise levels in [0, 1] squeezed into the range of the two timesteps, which count to 1000; None is no limit.
+
+    The draw keeps its form over the shorter range, whatever the sampling. (The reference takes the two options and
+    leaves FLUX's timesteps as they are.)
+    """
+    low, high = (min_timestep or 0) / 1000, (1000 if max_timestep is None else max_timestep) / 1000
+    return sigmas if (low, high) == (0.0, 1.0) else low + (high - low) * sigmas
+
+
+def rounded_timesteps(sigmas: Tensor, dtype: torch.dtype) -> Tensor:
+    """Timesteps (B,) in [0, 1], float32, as the reference hands them to the model when it trains in `dtype`.
+
+    There 1000 sigma is rounded, divided by 1000 and multiplied by 1000 again in the same format; in bf16 only every
+    fourth timestep above 512 is left.
+    """
+    return (((1000 * sigmas).to(dtype) / 1000) * 1000).float() / 1000
+
+
 def add_noise(
     latents: Tensor,
     noise: Tensor,
@@ -146,7 +165,7 @@ def loss_weighting(weighting_scheme: str, sigmas: Tensor) -> Tensor:
 def flow_loss(
     prediction: Tensor,
     target: Tensor,
-    sigmas: Tensor,
+    timesteps: Tensor,
     *,
     loss_type: str,
     huber_schedule: str,
@@ -157,7 +176,7 @@ def flow_loss(
 ) -> Tensor:
     """The batch's loss, a scalar: mean over B of `loss_weights` (B,) times the weighted mean error of a sample.
 
-    `prediction` and `target` (B, C, h, w), `sigmas` (B,), `weighting` (B, 1, 1, 1) or None for 1.
+    `prediction` and `target` (B, C, h, w), `timesteps` (B,) in [0, 1], `weighting` (B, 1, 1, 1) or None for 1.
     """
     difference = prediction - target
     if loss_type == "l2":
@@ -165,7 +184,7 @@ def flow_loss(
     elif loss_type == "l1":
         errors = difference.abs()
     elif loss_type in ("huber", "smooth_l1"):
-        threshold = _per_sample(huber_threshold(huber_schedule, sigmas, huber_c=huber_c, huber_scale=huber_scale))
+        threshold = _per_sample(huber_threshold(huber_schedule, timesteps, huber_c=huber_c, huber_scale=huber_scale))
         # 2 (sqrt(d^2 + c^2) - c): l1 far from 0, l2 / c near it; huber brings the far part to the scale of c.
         errors = 2 * (torch.sqrt(difference.square() + threshold.square()) - threshold)
         if loss_type == "huber":
@@ -177,12 +196,12 @@ def flow_loss(
     return (errors.mean(dim=(1, 2, 3)) * loss_weights).mean()
 
 
-def huber_threshold(huber_schedule: str, sigmas: Tensor, *, huber_c: float, huber_scale: float) -> Tensor:
-    """Where huber and smooth_l1 turn linear, (B,) for sigmas (B,)."""
+def huber_threshold(huber_schedule: str, timesteps: Tensor, *, huber_c: float, huber_scale: float) -> Tensor:
+    """Where huber and smooth_l1 turn linear, (B,) for timesteps (B,) in [0, 1]."""
     if huber_schedule == "constant":
-        return torch.full_like(sigmas, huber_c * huber_scale)
+        return torch.full_like(timesteps, huber_c * huber_scale)
     if huber_schedule == "exponential":
-        return torch.exp(math.log(huber_c) * sigmas) * huber_scale
+        return torch.exp(math.log(huber_c) * timesteps) * huber_scale
     raise ValueError(f"the huber schedule {huber_schedule} does not apply to FLUX; use constant or exponential")
 
 

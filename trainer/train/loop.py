@@ -21,6 +21,12 @@ from trainer.schema.base import UserError
 from trainer.train.optim import LearningRateSchedule
 from trainer.train.reporting import Reporter, StopRequested
 
+MicroBatch = Callable[[torch.Generator], Tensor]
+"""Gives the loss of one micro-batch; everything random comes from the generator and torch's own."""
+
+MAX_SKIPPED_STEPS = 24
+"""Steps in a row that may fall out because gradients leave fp16's range; each halves the loss scale."""
+
 _BYTES_POLL_STEPS = 10
 """Host memory is read every this many steps; reading it costs a system call."""
 
@@ -61,6 +67,23 @@ def step_generator(seed: int, step: int, micro_step: int, rank: int) -> torch.Ge
     """
     mixed = (seed * 1_000_003 + step * 8_191 + micro_step * 127 + rank * 31_337 + 0x5EED) % (2**63)
     return torch.Generator().manual_seed(mixed)
+
+
+class NumbersLost(UserError):
+    """A loss or a gradient is no number. The weights are still those of `position`, the last whole step.
+
+    `micro_batch` with `generator` is what was computed; of several micro-steps the first whose loss is no number.
+    """
+
+    def __init__(
+        self, what: str, *, position: StepPosition, micro_batch: MicroBatch, generator: torch.Generator
+    ) -> None:
+        super().__init__(
+            what, hint="Lower learning_rate, or train with mixed_precision bf16. The weights are left as they were."
+        )
+        self.position = position
+        self.micro_batch = micro_batch
+        self.generator = generator
 
 
 class MeanLoss:
@@ -117,11 +140,13 @@ class TrainingLoop:
         sync: GradientSync,
         reporter: Reporter,
         rank: int,
-        micro_batches: Callable[[int], Iterator[Callable[[torch.Generator], Tensor]]],
+        micro_batches: Callable[[int], Iterator[MicroBatch]],
         save: Callable[[StepPosition, Literal["step", "epoch"]], None],
         sample: Callable[[StepPosition, bool], None],
         peak_bytes: Callable[[], int],
+        inspect_gradients: Callable[[int], None] | None = None,
     ) -> None:
+        """`inspect_gradients(step)` is called with each step's gradients in place, averaged and not yet clipped."""
         self._settings = settings
         self._network = network
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -135,6 +160,8 @@ class TrainingLoop:
         self._save = save
         self._sample = sample
         self._peak_bytes = peak_bytes
+        self._inspect_gradients = inspect_gradients
+        self._num_skipped_in_a_row = 0
         self._average = MeanLoss(settings.steps_per_epoch)
         self._position = StepPosition(0, 1)
         self._host_bytes = 0
@@ -169,6 +196,7 @@ class TrainingLoop:
         settings = self._settings
         remaining = settings.micro_steps_per_epoch
         losses: list[Tensor] = []
+        micro_batches: list[MicroBatch] = []
         started = time.monotonic()
         paused = self._reporter.paused_seconds
         stop = False
@@ -186,13 +214,14 @@ class TrainingLoop:
             loss = micro_batch(generator)
             self._scaler.scale(loss / group).backward()
             losses.append(loss.detach())
+            micro_batches.append(micro_batch)
             if len(losses) < group:
                 continue
             remaining -= group
             group = min(settings.num_micro_steps, remaining)
-            stop = self._update(StepPosition(step + 1, epoch), losses, started, paused, stop=stop)
+            stop = self._update(StepPosition(step, epoch), losses, micro_batches, started, paused, stop=stop)
             step += 1
-            losses = []
+            losses, micro_batches = [], []
             yield StepPosition(step, epoch), stop
             if stop:
                 return
@@ -200,33 +229,80 @@ class TrainingLoop:
             paused = self._reporter.paused_seconds
 
     def _update(
-        self, position: StepPosition, losses: Sequence[Tensor], started: float, paused: float, *, stop: bool
+        self,
+        before: StepPosition,
+        losses: Sequence[Tensor],
+        micro_batches: Sequence[MicroBatch],
+        started: float,
+        paused: float,
+        *,
+        stop: bool,
     ) -> bool:
+        position = StepPosition(before.step + 1, before.epoch)
         self._scaler.unscale_(self._optimizer)
         stop = self._sync(self._parameters, stop=stop)
+        if self._inspect_gradients is not None:
+            self._inspect_gradients(position.step)
         limit = self._settings.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(self._parameters, limit if limit > 0 else math.inf)
+        norm = float(nn.utils.clip_grad_norm_(self._parameters, limit if limit > 0 else math.inf))
+        loss = torch.stack(list(losses)).mean().item()
+        # Looked at before the optimizer's step: what is no number never gets into the weights.
+        if not math.isfinite(loss) or (not math.isfinite(norm) and not self._may_skip()):
+            raise self._numbers_lost(before, losses, micro_batches, loss, norm)
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        if math.isfinite(norm):
+            self._num_skipped_in_a_row = 0
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        else:
+            self._skip(position)
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._report(position, torch.stack(list(losses)).mean().item(), float(norm), rates, started, paused)
+        self._report(position, loss, norm, rates, started, paused)
         return stop
+
+    def _may_skip(self) -> bool:
+        """Whether gradients that are no numbers may only mean that the loss scale is too large for fp16."""
+        return self._scaler.is_enabled() and self._num_skipped_in_a_row < MAX_SKIPPED_STEPS
+
+    def _skip(self, position: StepPosition) -> None:
+        """Leaves the weights and halves the scale, on every rank: the gradients are the same on all of them."""
+        scale = self._scaler.get_scale()
+        self._num_skipped_in_a_row += 1
+        self._scaler.update(scale / 2)
+        self._reporter.note(
+            f"step {position.step} changed nothing: its gradients left fp16's range at loss scale {scale:g}; "
+            f"from now on it is {scale / 2:g}"
+        )
+
+    def _numbers_lost(
+        self,
+        before: StepPosition,
+        losses: Sequence[Tensor],
+        micro_batches: Sequence[MicroBatch],
+        loss: float,
+        norm: float,
+    ) -> NumbersLost:
+        which = next((index for index, value in enumerate(losses) if not value.isfinite()), len(losses) - 1)
+        step = before.step + 1
+        is_loss = not math.isfinite(loss)
+        what = f"the loss became {loss}" if is_loss else f"the gradient's norm became {norm}"
+        return NumbersLost(
+            f"{what} at step {step}",
+            position=before,
+            micro_batch=micro_batches[which],
+            generator=step_generator(self._settings.seed, before.step, which, self._rank),
+        )
 
     def _report(
         self, position: StepPosition, loss: float, norm: float, rates: Sequence[float], started: float, paused: float
     ) -> None:
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} at step {position.step}",
-                hint="Lower learning_rate, or train with mixed_precision bf16. "
-                "A checkpoint saved before this step is still good.",
-            )
         average = self._average.add(loss)
         if position.step % _BYTES_POLL_STEPS == 1 or self._host_bytes == 0:
             self._host_bytes = int(self._process.memory_info().rss)
         scalars = {"loss/current": loss, "loss/average": average, "norm/grad_norm": norm}
+        if self._scaler.is_enabled():
+            scalars["norm/loss_scale"] = self._scaler.get_scale()
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             scalars[f"lr/{group.get('name', 'unet')}"] = rate
         self._reporter.step(

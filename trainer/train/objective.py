@@ -51,6 +51,36 @@ class FlowSettings:
     huber_scale: float
     ip_noise_gamma: float | None
     ip_noise_gamma_random_strength: bool
+    min_timestep: int | None = None
+    max_timestep: int | None = None
+    rounds_timesteps: bool = False
+
+
+@dataclass(frozen=True)
+class FlowBatch:
+    """One batch with everything random drawn, on the device.
+
+    `latents`, `noise`, `noisy` (B, 16, h, w) float32; `sigmas` (B,) mix the noise, `timesteps` (B,) in [0, 1] go to the
+    model and the huber schedule: the same numbers unless they are rounded as in the reference; `loss_weights` (B,).
+    """
+
+    latents: Tensor
+    noise: Tensor
+    sigmas: Tensor
+    timesteps: Tensor
+    noisy: Tensor
+    text: TextInputs
+    loss_weights: Tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the loss is made of: the prediction after the prediction-type map and the target (B, 16, h, w), and the
+    loss weights (B, 1, 1, 1) that belong to the prediction type, None for 1."""
+
+    prediction: Tensor
+    target: Tensor
+    weighting: Tensor | None
 
 
 class FlowObjective:
@@ -76,7 +106,13 @@ class FlowObjective:
     def __call__(
         self, latents: Tensor, captions: Sequence[str], loss_weights: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Mean loss of the batch.
+        """Mean loss of the batch; see `draw` for the arguments."""
+        return self.loss(self.draw(latents, captions, loss_weights, generator))
+
+    def draw(
+        self, latents: Tensor, captions: Sequence[str], loss_weights: Tensor, generator: torch.Generator
+    ) -> FlowBatch:
+        """The batch with its text, noise and timesteps.
 
         `latents` (B, 16, h, w) float32 on the device, `loss_weights` (B,). `generator` is a host generator: noise is
         drawn there in float32, so the same seed trains the same on every device. (The reference draws in the AE's
@@ -97,7 +133,24 @@ class FlowObjective:
             logit_std=settings.logit_std,
             mode_scale=settings.mode_scale,
             generator=generator,
-        ).to(self._device)
+        )
+        sigmas = flow.limit_sigmas(sigmas, settings.min_timestep, settings.max_timestep)
+        if settings.rounds_timesteps and settings.timestep_sampling == "sigma":
+            # The reference looks the level up in a table of the training's format, and mixes with it.
+            sigmas = sigmas.to(self._compute_dtype).float()
+        return self.mix(latents, noise, sigmas.to(self._device), text, loss_weights, generator)
+
+    def mix(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        sigmas: Tensor,
+        text: TextInputs,
+        loss_weights: Tensor,
+        generator: torch.Generator,
+    ) -> FlowBatch:
+        """The batch whose noise and levels `sigmas` (B,) are known; the generator serves input perturbation alone."""
+        settings = self._settings
         noisy = flow.add_noise(
             latents,
             noise,
@@ -106,28 +159,40 @@ class FlowObjective:
             ip_noise_gamma_random_strength=settings.ip_noise_gamma_random_strength,
             generator=generator,
         )
-        return self.loss(latents, noise, sigmas, noisy, text, loss_weights)
+        timesteps = flow.rounded_timesteps(sigmas, self._compute_dtype) if settings.rounds_timesteps else sigmas
+        return FlowBatch(latents, noise, sigmas, timesteps, noisy, text, loss_weights)
 
-    def loss(
-        self, latents: Tensor, noise: Tensor, sigmas: Tensor, noisy: Tensor, text: TextInputs, loss_weights: Tensor
-    ) -> Tensor:
-        """The loss when everything random is drawn: `noisy` are the `latents` with `noise` at levels `sigmas` (B,)."""
+    def loss(self, batch: FlowBatch) -> Tensor:
+        """The loss when everything random is drawn."""
+        return self.error(batch, self.compare(batch))
+
+    def compare(self, batch: FlowBatch) -> Comparison:
+        """Runs the model."""
         settings = self._settings
         with self._autocast():
             velocity = predict_velocity(
-                self._model, noisy.to(self._compute_dtype), sigmas, text, settings.guidance_scale
+                self._model,
+                batch.noisy.to(self._compute_dtype),
+                batch.timesteps,
+                batch.text,
+                settings.guidance_scale,
             ).float()
         prediction, weighting = flow.apply_prediction_type(
-            settings.model_prediction_type, velocity, noisy, sigmas, settings.weighting_scheme
+            settings.model_prediction_type, velocity, batch.noisy, batch.sigmas, settings.weighting_scheme
         )
+        return Comparison(prediction, flow.velocity_target(batch.latents, batch.noise), weighting)
+
+    def error(self, batch: FlowBatch, comparison: Comparison) -> Tensor:
+        """The loss of what was compared, a scalar."""
+        settings = self._settings
         return flow.flow_loss(
-            prediction,
-            flow.velocity_target(latents, noise),
-            sigmas,
+            comparison.prediction,
+            comparison.target,
+            batch.timesteps,
             loss_type=settings.loss_type,
             huber_schedule=settings.huber_schedule,
             huber_c=settings.huber_c,
             huber_scale=settings.huber_scale,
-            weighting=weighting,
-            loss_weights=loss_weights,
+            weighting=comparison.weighting,
+            loss_weights=batch.loss_weights,
         )

@@ -10,11 +10,11 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.data.batches import BatchPlan, epoch_batches, share_of_rank
 from trainer.lora.lora import LoraNetwork
@@ -23,27 +23,31 @@ from trainer.model.flux import Flux
 from trainer.model.weights import load_flux
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.mover import make_mover
+from trainer.schema.base import UserError
+from trainer.schema.checkpoint_header import FluxParams
 from trainer.schema.cli import ParsedCommand
+from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun, check_run, warn_of_memory
+from trainer.train.checkpoint import checkpoint_name
 from trainer.train.conditioning import TextSource
 from trainer.train.engine import Engine
 from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
-from trainer.train.loop import GradientSync, LoopSettings, StepPosition, TrainingLoop
-from trainer.train.objective import FlowObjective, FlowSettings
+from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
+from trainer.train.lost_numbers import explain_lost_numbers
+from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
 from trainer.train.optim import LearningRateSchedule, create_optimizer, optimizer_description
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.sample_maker import SampleMaker
 from trainer.train.saver import LoraSaver, training_facts
 from trainer.train.session import DeviceLock
-from trainer.train.text_phase import PreparedText, prepare_text
+from trainer.train.text_phase import prepare_text
 
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
+REPLAY_FOLDER = "replay"
 TRACKER_NAME = "network_train"
-
-MicroBatch = Callable[[torch.Generator], Tensor]
 
 
 def train(command: ParsedCommand, reporter: Reporter) -> None:
@@ -74,13 +78,14 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
     latents, autoencoder = prepare_latents(checked, engine, reporter)
 
     reporter.phase("model")
-    model = _load_model(checked, engine)
-    network = _attach_lora(checked, model, text, engine, reporter, seed)
+    model = load_transformer(options, checked.flux, engine)
+    clip = None if options.network_train_unet_only else text.clip
+    network = attach_lora(options, checked.spec, model, clip, engine, reporter, seed)
     reporter.note(f"LoRA on {network.num_modules} layers, rank {checked.spec.rank}, alpha {checked.spec.alpha}")
-    swap = _block_swap(options, model, engine, reporter)
+    swap = block_swap(options, model, engine, reporter)
     optimizer = create_optimizer(
         options.optimizer_type,
-        network.parameter_groups(_unet_rate(options), _text_encoder_rate(options)),
+        network.parameter_groups(unet_rate(options), text_encoder_rate(options)),
         learning_rate=options.learning_rate,
         arguments=parse_optimizer_args(options.optimizer_args),
     )
@@ -114,14 +119,19 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         sync=GradientSync(engine.reduce_mean, engine.num_processes),
         reporter=reporter,
         rank=engine.rank,
-        micro_batches=_micro_batches(checked, latents, _objective(checked, model, text.source, engine), engine, seed),
+        micro_batches=_micro_batches(
+            checked, latents, flow_objective(options, model, text.source, engine), engine, seed
+        ),
         save=save,
         sample=sample,
         peak_bytes=engine.peak_bytes,
     )
     reporter.phase("training")
     with swap:
-        position, was_stopped = loop.run()
+        try:
+            position, was_stopped = loop.run()
+        except NumbersLost as lost:
+            raise _after_lost_numbers(lost, network, options, save, engine) from lost
     if was_stopped:
         if position.step > 0:
             save(position, "step")
@@ -158,12 +168,11 @@ def _start_trackers(options: Options, engine: Engine, reporter: Reporter) -> Non
         reporter.use_tensorboard(options.logging_dir / f"{options.log_prefix or ''}{moment}" / tracker)
 
 
-def _load_model(checked: CheckedRun, engine: Engine) -> Flux:
+def load_transformer(options: Options, flux: FluxParams, engine: Engine) -> Flux:
     """The transformer on the device, except what will be swapped, which never goes there as a whole."""
-    options = checked.options
     if options.pretrained_model_name_or_path is None:
         raise AssertionError("the checks demand the model")
-    on_host = swapped_prefixes(checked.flux, options.blocks_to_swap or 0)
+    on_host = swapped_prefixes(flux, options.blocks_to_swap or 0)
     model = load_flux(
         options.pretrained_model_name_or_path,
         engine.dtype,
@@ -174,14 +183,20 @@ def _load_model(checked: CheckedRun, engine: Engine) -> Flux:
     return model
 
 
-def _attach_lora(
-    checked: CheckedRun, model: Flux, text: PreparedText, engine: Engine, reporter: Reporter, seed: int
+def attach_lora(
+    options: Options,
+    spec: LoraSpec,
+    model: Flux,
+    clip: nn.Module | None,
+    engine: Engine,
+    reporter: Reporter,
+    seed: int,
 ) -> LoraNetwork:
-    clip = None if checked.options.network_train_unet_only else text.clip
-    network = LoraNetwork.attach(model, clip, checked.spec, torch.Generator().manual_seed(seed))
+    """The LoRA around the transformer's layers, and CLIP-L's where `clip` is given, on the device."""
+    network = LoraNetwork.attach(model, clip, spec, torch.Generator().manual_seed(seed))
     network.to(engine.device)
-    if checked.options.network_weights is not None:
-        _load_weights(network, checked.options.network_weights, reporter)
+    if options.network_weights is not None:
+        _load_weights(network, options.network_weights, reporter)
     return network
 
 
@@ -196,7 +211,7 @@ def _load_weights(network: LoraNetwork, path: Path, reporter: Reporter) -> None:
             reporter.warning(f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
 
 
-def _block_swap(options: Options, model: Flux, engine: Engine, reporter: Reporter) -> AbstractContextManager[object]:
+def block_swap(options: Options, model: Flux, engine: Engine, reporter: Reporter) -> AbstractContextManager[object]:
     wanted = options.blocks_to_swap or 0
     if wanted == 0:
         return contextlib.nullcontext()
@@ -204,11 +219,11 @@ def _block_swap(options: Options, model: Flux, engine: Engine, reporter: Reporte
     return BlockSwap(list(model.double_blocks), list(model.single_blocks), wanted, make_mover(engine.device))
 
 
-def _unet_rate(options: Options) -> float:
+def unet_rate(options: Options) -> float:
     return options.learning_rate if options.unet_lr is None else options.unet_lr
 
 
-def _text_encoder_rate(options: Options) -> float:
+def text_encoder_rate(options: Options) -> float:
     return options.text_encoder_lr[0] if options.text_encoder_lr else options.learning_rate
 
 
@@ -273,8 +288,7 @@ def _loop_settings(checked: CheckedRun, seed: int) -> LoopSettings:
     )
 
 
-def _objective(checked: CheckedRun, model: Flux, text: TextSource, engine: Engine) -> FlowObjective:
-    options = checked.options
+def flow_objective(options: Options, model: Flux, text: TextSource, engine: Engine) -> FlowObjective:
     return FlowObjective(
         model,
         text,
@@ -294,6 +308,9 @@ def _objective(checked: CheckedRun, model: Flux, text: TextSource, engine: Engin
             huber_scale=options.huber_scale,
             ip_noise_gamma=options.ip_noise_gamma,
             ip_noise_gamma_random_strength=options.ip_noise_gamma_random_strength,
+            min_timestep=options.min_timestep,
+            max_timestep=options.max_timestep,
+            rounds_timesteps=options.round_timesteps,
         ),
         autocast=engine.autocast,
         compute_dtype=engine.dtype,
@@ -301,24 +318,64 @@ def _objective(checked: CheckedRun, model: Flux, text: TextSource, engine: Engin
     )
 
 
+@dataclass(frozen=True)
+class PlannedBatch:
+    """One batch of the data: gives its loss, and can be drawn again with the same generator."""
+
+    plan: BatchPlan
+    loaded: Tensor
+    latents: LatentSource
+    objective: FlowObjective
+    device: torch.device
+
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        return self.objective.loss(self.draw(generator))
+
+    def draw(self, generator: torch.Generator) -> FlowBatch:
+        return self.objective.draw(
+            self.latents.finish(self.loaded, generator),
+            [planned.caption for planned in self.plan.items],
+            torch.tensor([planned.loss_weight for planned in self.plan.items], device=self.device),
+            generator,
+        )
+
+
 def _micro_batches(
     checked: CheckedRun, latents: LatentSource, objective: FlowObjective, engine: Engine, seed: int
 ) -> Callable[[int], Iterator[MicroBatch]]:
     """For an epoch, one callable for each batch of this process, which gives the batch's loss."""
-
-    def loss_of(plan: BatchPlan, loaded: Tensor, generator: torch.Generator) -> Tensor:
-        return objective(
-            latents.finish(loaded, generator),
-            [planned.caption for planned in plan.items],
-            torch.tensor([planned.loss_weight for planned in plan.items], device=engine.device),
-            generator,
-        )
 
     def micro_batches(epoch: int) -> Iterator[MicroBatch]:
         plans = epoch_batches(checked.index, seed, epoch, prior_loss_weight=checked.options.prior_loss_weight)
         share = share_of_rank(plans, engine.rank, engine.num_processes)
         with contextlib.closing(loaded_batches(latents, share)) as batches:
             for plan, loaded in batches:
-                yield partial(loss_of, plan, loaded)
+                yield PlannedBatch(plan, loaded, latents, objective, engine.device)
 
     return micro_batches
+
+
+def _after_lost_numbers(
+    lost: NumbersLost, network: LoraNetwork, options: Options, save: LoraSaver, engine: Engine
+) -> UserError:
+    """Keeps what can be used: the batch as a replay file, and the LoRA as it was. Gives the error that ends the run."""
+    if not isinstance(lost.micro_batch, PlannedBatch):
+        raise AssertionError("this recipe trains on planned batches alone")
+    planned = lost.micro_batch
+    rank = f"-rank{engine.rank}" if engine.num_processes > 1 else ""
+    base = options.run_dir if options.run_dir is not None else _output_dir(options)
+    saved: Path | None = None
+    if lost.position.step > 0 and engine.is_main:
+        save(lost.position, "step")
+        saved = _output_dir(options) / checkpoint_name(options.output_name, "step", lost.position.step)
+    with torch.no_grad():
+        batch = planned.draw(lost.generator)
+    return explain_lost_numbers(
+        lost,
+        batch,
+        [str(item.picture.path) for item in planned.plan.items],
+        network.training_state(),
+        options,
+        path=base / REPLAY_FOLDER / f"step{lost.position.step + 1:08d}{rank}.safetensors",
+        saved=saved,
+    )

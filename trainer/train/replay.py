@@ -1,0 +1,230 @@
+"""Replay: trains on one recorded batch, noise and timesteps given, through the same pieces as a run.
+
+Serves debugging and proofs of parity. Of the models only the transformer is needed. The output is a safetensors file:
+`losses` (N), before each step; of step 1 `out.model_pred` (after the prediction-type map) and `out.target`
+(B, 16, h, w), and `grad.<key>`, averaged but not clipped; `after.<key>`, the LoRA after the last step. Keys are those of
+`LoraNetwork.training_state`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from trainer.lora.lora import LoraNetwork
+from trainer.schema.base import UserError
+from trainer.schema.cli import ParsedCommand
+from trainer.schema.optimizer_args import parse_optimizer_args
+from trainer.train.check import check_replay
+from trainer.train.checkpoint import write_file
+from trainer.train.conditioning import TextInputs, text_inputs
+from trainer.train.engine import Engine
+from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, TrainingLoop
+from trainer.train.objective import Comparison, FlowBatch, FlowObjective
+from trainer.train.optim import LearningRateSchedule, create_optimizer
+from trainer.train.recipe import (
+    SEED_BITS,
+    attach_lora,
+    block_swap,
+    flow_objective,
+    load_transformer,
+    text_encoder_rate,
+    unet_rate,
+)
+from trainer.train.recording import Recording, read_recording
+from trainer.train.reporting import Reporter, StopRequested
+
+
+def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: Path, num_steps: int) -> None:
+    """Makes exactly `num_steps` optimizer steps on the batch in `source` and writes `output`.
+
+    The learning-rate schedule spans these steps. Raises `UserError` for what the user can fix; when a loss is no number
+    the output is written first, with NaN for the steps that were not made.
+    """
+    options = command.options
+    for note in command.notes:
+        reporter.note(note)
+    recording = read_recording(source)
+    checked = check_replay(options)
+    engine = Engine.start(options)
+    reporter.note(f"replaying {num_steps} steps on {engine.name()}, {engine.dtype}".replace("torch.", ""))
+    seed = options.seed if options.seed is not None else secrets.randbits(SEED_BITS)
+    model = load_transformer(options, checked.flux, engine)
+    _check_sizes(recording, model.params.context_in_dim, model.params.vec_in_dim, source)
+    network = attach_lora(options, checked.spec, model, None, engine, reporter, seed)
+    load_initial(network, recording.initial, source)
+    objective = flow_objective(options, model, _no_text, engine)
+    batch = batch_of(recording, objective, engine.device, apply_mask=options.apply_t5_attn_mask, seed=seed)
+    optimizer = create_optimizer(
+        options.optimizer_type,
+        network.parameter_groups(unet_rate(options), text_encoder_rate(options)),
+        learning_rate=options.learning_rate,
+        arguments=parse_optimizer_args(options.optimizer_args),
+    )
+    witness = _Witness(objective, batch, network)
+    loop = TrainingLoop(
+        LoopSettings(
+            num_steps=num_steps,
+            num_epochs=num_steps,
+            micro_steps_per_epoch=1,
+            num_micro_steps=1,
+            max_grad_norm=options.max_grad_norm,
+            seed=seed,
+            save_every_n_steps=None,
+            save_every_n_epochs=None,
+            sample_every_n_steps=None,
+            sample_every_n_epochs=None,
+            sample_at_first=False,
+        ),
+        network=network,
+        optimizer=optimizer,
+        schedule=LearningRateSchedule(
+            optimizer, options.lr_scheduler, num_steps=num_steps, lr_warmup_steps=options.lr_warmup_steps
+        ),
+        scaler=engine.scaler(),
+        sync=GradientSync(engine.reduce_mean, engine.num_processes),
+        reporter=reporter,
+        rank=engine.rank,
+        micro_batches=witness.micro_batches,
+        save=lambda _position, _kind: None,
+        sample=lambda _position, _is_epoch_end: None,
+        peak_bytes=engine.peak_bytes,
+        inspect_gradients=witness.inspect_gradients,
+    )
+    failure: NumbersLost | None = None
+    with block_swap(options, model, engine, reporter):
+        try:
+            _, was_stopped = loop.run()
+        except NumbersLost as lost:
+            failure, was_stopped = lost, False
+    if was_stopped:
+        raise StopRequested
+    if engine.is_main:
+        write_file(output, safetensors.torch.save(witness.outputs(num_steps), metadata={"format": "pt"}))
+        reporter.note(f"wrote {output}")
+    if failure is not None:
+        raise UserError(failure.problems[0].what, str(source), f"The steps until then are in {output}.") from failure
+
+
+class _Witness:
+    """Hands the same batch to every step and writes down what the output file holds."""
+
+    def __init__(self, objective: FlowObjective, batch: FlowBatch, network: LoraNetwork) -> None:
+        self._objective = objective
+        self._batch = batch
+        self._network = network
+        self._losses: list[Tensor] = []
+        self._first: Comparison | None = None
+        self._gradients: dict[str, Tensor] = {}
+
+    def micro_batches(self, _epoch: int) -> Iterator[MicroBatch]:
+        yield self._loss
+
+    def _loss(self, _generator: torch.Generator) -> Tensor:
+        comparison = self._objective.compare(self._batch)
+        loss = self._objective.error(self._batch, comparison)
+        self._losses.append(loss.detach())
+        if self._first is None:
+            self._first = Comparison(comparison.prediction.detach(), comparison.target, None)
+        return loss
+
+    def inspect_gradients(self, step: int) -> None:
+        if step == 1:
+            self._gradients = {
+                key: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
+                for key, parameter in self._network.training_state().items()
+            }
+
+    def outputs(self, num_steps: int) -> dict[str, Tensor]:
+        if self._first is None:
+            raise AssertionError("the loop made no step")
+        losses = torch.full((num_steps,), torch.nan)
+        losses[: len(self._losses)] = torch.stack(self._losses).float().cpu()
+        found = {
+            "losses": losses,
+            "out.model_pred": self._first.prediction,
+            "out.target": self._first.target,
+            **{f"grad.{key}": gradient for key, gradient in self._gradients.items()},
+            **{f"after.{key}": parameter for key, parameter in self._network.training_state().items()},
+        }
+        return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in found.items()}
+
+
+def _no_text(_captions: Sequence[str]) -> TextInputs:
+    raise AssertionError("a replay brings its own text")
+
+
+def batch_of(
+    recording: Recording, objective: FlowObjective, device: torch.device, *, apply_mask: bool, seed: int
+) -> FlowBatch:
+    """The recorded batch on the device, as the objective takes it."""
+    text = text_inputs(
+        recording.t5_out.to(device),
+        recording.clip_pooled.to(device),
+        recording.t5_attn_mask.to(device),
+        apply_mask=apply_mask,
+    )
+    batch = objective.mix(
+        recording.latents.to(device),
+        recording.noise.to(device),
+        (recording.timesteps_1000 / 1000).to(device),
+        text,
+        recording.loss_weights.to(device),
+        torch.Generator().manual_seed(seed),
+    )
+    if recording.noisy is None:
+        return batch
+    return FlowBatch(
+        batch.latents,
+        batch.noise,
+        batch.sigmas,
+        batch.timesteps,
+        recording.noisy.to(device),
+        batch.text,
+        batch.loss_weights,
+    )
+
+
+def load_initial(network: LoraNetwork, initial: Mapping[str, Tensor], source: Path) -> None:
+    """Sets the LoRA to the recorded tensors: all of it, or nothing when none are recorded.
+
+    Raises `UserError` when the recording is of another LoRA than the options describe.
+    """
+    if not initial:
+        return
+    state: Mapping[str, nn.Parameter] = network.training_state()
+    hint = "Give the options that the recording was made with: --network_dim, --network_args and so on."
+    tensors = {key: tensor for key, tensor in initial.items() if not key.endswith(".alpha")}
+    for names, what in (
+        ([key for key in tensors if key not in state], "are recorded and not trained"),
+        ([key for key in state if key not in tensors], "are trained and not recorded"),
+    ):
+        if names:
+            raise UserError(f"{len(names)} tensors {what} ({names[0]})", str(source), hint, field="input")
+    published = network.published_state_dict(None)
+    for key, tensor in initial.items():
+        if key.endswith(".alpha"):
+            ours = published.get(key)
+            if ours is None or float(ours) != float(tensor):
+                what = f"{key} is {float(tensor):g} in the recording"
+                raise UserError(what, str(source), "Give that --network_alpha.", field="input")
+        elif tensor.shape != state[key].shape:
+            what = f"{key} is {list(tensor.shape)} in the recording and {list(state[key].shape)} here"
+            raise UserError(what, str(source), hint, field="input")
+        else:
+            state[key].data.copy_(tensor)
+
+
+def _check_sizes(recording: Recording, context_in_dim: int, vec_in_dim: int, source: Path) -> None:
+    for name, found, wanted in (
+        ("in.t5_out", recording.t5_out.shape[2], context_in_dim),
+        ("in.clip_pooled", recording.clip_pooled.shape[1], vec_in_dim),
+    ):
+        if found != wanted:
+            what = f"{name} is {found} wide, but this model takes {wanted}"
+            raise UserError(what, str(source), "The recording belongs to another model.", field="input")
