@@ -17,6 +17,7 @@ from tomlkit.exceptions import TOMLKitError
 
 from fluxgui.fields import DATASET_NAMES, NOT_IN_PRESETS, Field, make_fields
 from fluxgui.pictures import CAPTION_SUFFIX, PictureFolder, check_folder
+from trainer.schema.advice import weak_defaults
 from trainer.schema.base import Problem, UserError
 from trainer.schema.cli import check_files, to_argv, validate_options
 from trainer.schema.options import Options
@@ -121,7 +122,8 @@ def read_form(values: FormValues) -> Reading:
     notes: tuple[str, ...] = ()
     try:
         parsed = validate_options(chosen, where="the form")
-        options, notes = parsed.options, parsed.notes
+        weak = weak_defaults(parsed.options, parsed.explicit)
+        options, notes = parsed.options, (*([weak] if weak else []), *parsed.notes)
     except UserError as error:
         problems += [_at_field(problem, fields, more) for problem in error.problems if problem.field not in missing]
     problems += [

@@ -152,6 +152,9 @@ def check(arguments: Sequence[str]) -> int:
     for note in parsed.notes:
         reporter.note(note)
     checked = check_run(parsed.options, reporter)
+    from trainer.train.recipe import tell_settings  # noqa: PLC0415
+
+    tell_settings(parsed, checked.flux, reporter)
     print(
         f"{checked.index.num_images} pictures, {checked.schedule.num_epochs} epochs of "
         f"{checked.schedule.steps_per_epoch} steps, {checked.schedule.num_steps} steps in total. No problems found."

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 
+from trainer.lora.lora import LoraNetwork
 from trainer.model.flux import Flux
 from trainer.model.packing import image_ids, pack_latents, text_ids, unpack_latents
 from trainer.model.weights import load_flux
@@ -106,6 +107,7 @@ CASES = {
     "l1": Case(loss="l1"),
     "weight decay": Case(optimizer={"weight_decay": 0.1, "eps": 1e-6}),
 }
+CLOSED_FORM_STEPS = 3
 RATE, RANK, ALPHA, HUBER_C = 1e-3, 4, 2.0, 0.1
 TIMESTEPS, LOSS_WEIGHTS, TOKENS, LENGTHS = (712.5, 431.25), (1.0, 0.3), 7, (4, 6)
 
@@ -182,14 +184,14 @@ def closed_form_loss(case: Case, model: Flux, lora: dict[str, Tensor], given: di
 def adamw_by_hand(
     case: Case, model: Flux, start: dict[str, Tensor], given: dict[str, Tensor]
 ) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
-    """Losses, first gradients before clipping, and weights after five steps of AdamW as published."""
+    """Losses, first gradients before clipping, and weights after the steps of AdamW as published."""
     lora = {key: tensor.double().requires_grad_() for key, tensor in start.items()}
     first = {key: torch.zeros_like(tensor) for key, tensor in lora.items()}
     second = {key: torch.zeros_like(tensor) for key, tensor in lora.items()}
     decay, eps = case.optimizer.get("weight_decay", 0.01), case.optimizer.get("eps", 1e-8)
     losses: list[float] = []
     recorded: dict[str, Tensor] = {}
-    for step in range(1, 6):
+    for step in range(1, CLOSED_FORM_STEPS + 1):
         loss = closed_form_loss(case, model, lora, given)
         losses.append(loss.item())
         gradients = dict(zip(lora, torch.autograd.grad(loss, list(lora.values())), strict=True))
@@ -209,7 +211,7 @@ def adamw_by_hand(
 
 @pytest.fixture(scope="module")
 def small_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_flux(tmp_path_factory.mktemp("replay") / "flux.safetensors", hidden=64, heads=2, seed=8)
+    return make_flux(tmp_path_factory.mktemp("replay") / "flux.safetensors", hidden=32, heads=2, seed=0)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -223,20 +225,15 @@ def test_a_replay_is_the_closed_form(name: str, small_flux: Path, tmp_path: Path
         *case.options(),
     ]
     try:
-        spec_from_network_args(case.network_args)
+        spec = spec_from_network_args(case.network_args, network_dim=RANK, network_alpha=ALPHA)
     except UserError:
         pytest.skip(f"{' '.join(case.network_args)} is not supported")
-    bare = tmp_path / "bare.safetensors"
-    make_recording(bare, small_flux, {})
-    shapes = {
-        key[6:]: tuple(tensor.shape)
-        for key, tensor in replayed(bare, tmp_path, *words, num_steps=1).items()
-        if key.startswith("after.")
-    }
+    network = LoraNetwork.attach(load_flux(small_flux, torch.float32, "cpu"), None, spec, torch.Generator())
+    shapes = {key: tuple(parameter.shape) for key, parameter in network.training_state().items()}
     source = tmp_path / "recording.safetensors"
     given = make_recording(source, small_flux, shapes)
     start = {key: given[f"init.{key}"] for key in shapes}
-    ours = replayed(source, tmp_path, *words)
+    ours = replayed(source, tmp_path, *words, num_steps=CLOSED_FORM_STEPS)
     model = load_flux(small_flux, torch.float64, "cpu")
     losses, gradients, after = adamw_by_hand(case, model, start, given)
     assert ours["losses"].tolist() == pytest.approx(losses, rel=1e-6)
@@ -251,7 +248,7 @@ def test_a_replay_is_the_closed_form(name: str, small_flux: Path, tmp_path: Path
 
 def test_a_recording_of_another_lora_is_refused(small_flux: Path, tmp_path: Path) -> None:
     source = tmp_path / "recording.safetensors"
-    make_recording(source, small_flux, {"lora_unet_single_blocks_0_linear1.lora_down.weight": (4, 64)})
+    make_recording(source, small_flux, {"lora_unet_single_blocks_0_linear1.lora_down.weight": (4, 32)})
     with pytest.raises(UserError, match="are trained and not recorded") as error:
         replayed(source, tmp_path, f"--pretrained_model_name_or_path={small_flux}")
     assert error.value.exit_code == 3

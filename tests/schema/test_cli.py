@@ -69,13 +69,7 @@ def test_the_published_command_is_understood() -> None:
     assert options.clip_l == options.output_dir == Path("X")
     assert {"network_module", "learning_rate", "optimizer_type"} <= command.explicit
     assert "timestep_sampling" not in command.explicit
-    assert [note.split()[0] for note in command.notes] == [
-        "networks.lora",
-        "sdpa",
-        "model_prediction_type",
-        "timestep_sampling",
-        "guidance_scale",
-    ]
+    assert [note.split()[0] for note in command.notes] == ["networks.lora", "sdpa"]
 
 
 def test_nothing_given_gives_the_defaults() -> None:
@@ -154,6 +148,7 @@ def test_a_mistake_in_the_words_is_explained(words: list[str], what: str, hint: 
 
 def test_all_problems_come_at_once() -> None:
     words = ["--network_dim=0", "--learning_rat3", "5", "--optimizer_type=Lion", "--seed=x", "--loss_type=huber"]
+    words += ["--huber_schedule=snr"]
     assert {problem.field for problem in problems(*words)} == {
         "learning_rat3",
         "optimizer_type",

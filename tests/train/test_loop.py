@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from trainer.schema.base import UserError
 from trainer.schema.events import EventReader, EventWriter
 from trainer.schema.run_folder import RunFolder
-from trainer.train.loop import GradientSync, LoopSettings, MeanLoss, StepPosition, TrainingLoop, step_generator
+from trainer.train.loop import (
+    MAX_SKIPPED_STEPS,
+    GradientSync,
+    LoopSettings,
+    MeanLoss,
+    NumbersLost,
+    StepPosition,
+    TrainingLoop,
+    step_generator,
+)
 from trainer.train.optim import LearningRateSchedule
 from trainer.train.reporting import Reporter, StopRequested
 
@@ -130,6 +139,60 @@ def test_a_loss_that_is_no_number_ends_the_run_with_advice() -> None:
     with pytest.raises(UserError, match="the loss became") as error:
         course.loop.run()
     assert "learning_rate" in str(error.value)
+
+
+def test_no_lost_number_gets_into_the_weights() -> None:
+    course = Course(settings(num_steps=6))
+    good = course.micro_batches
+
+    def with_a_bad_one(epoch: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
+        for number, loss in enumerate(good(epoch)):
+            yield (lambda _generator: (course.model.weight * math.nan).sum()) if number == 1 else loss
+
+    course.loop._micro_batches = with_a_bad_one  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(NumbersLost, match="the loss became nan at step 2") as error:
+        course.loop.run()
+    assert error.value.position == StepPosition(1, 1)
+    assert course.weight == pytest.approx(0.1 * 2 * 10)
+    assert error.value.micro_batch(error.value.generator).isnan()
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_too() -> None:
+    course = Course(settings(num_steps=1))
+    course.loop._micro_batches = lambda _epoch: iter(  # pyright: ignore[reportPrivateUsage]
+        [lambda _generator: course.model.weight.abs().sqrt().sum()]
+    )
+    with pytest.raises(NumbersLost, match=r"the gradient's norm became (inf|nan) at step 1"):
+        course.loop.run()
+    assert course.weight == 0.0
+
+
+def test_a_gradient_beyond_fp16_halves_the_loss_scale_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    course = Course(settings(num_steps=6), Reporter(), rate=0.01)
+    course.loop._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)  # pyright: ignore[reportPrivateUsage]
+
+    def in_half(_epoch: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
+        for _ in range(3):
+            # The gradient of 20 leaves the range at scales above 2048.
+            yield lambda _generator: (course.model.weight.half() * 20.0).float().sum()
+
+    course.loop._micro_batches = in_half  # pyright: ignore[reportPrivateUsage]
+    with caplog.at_level("INFO", logger="trainer"):
+        course.loop.run()
+    lines = [record.message for record in caplog.records if "changed nothing" in record.message]
+    assert [line.split(" changed")[0] for line in lines] == ["step 1", "step 2", "step 3"]
+    assert "at loss scale 16384; from now on it is 8192" in lines[0]
+    assert course.weight == pytest.approx(-3 * 0.01 * 20, rel=1e-3)
+
+
+def test_gradients_that_never_fit_fp16_end_the_run() -> None:
+    course = Course(settings(num_steps=60, num_epochs=20))
+    course.loop._scaler = torch.amp.GradScaler("cpu")  # pyright: ignore[reportPrivateUsage]
+    course.loop._micro_batches = lambda _epoch: iter(  # pyright: ignore[reportPrivateUsage]
+        [lambda _generator: course.model.weight.abs().sqrt().sum()] * 3
+    )
+    with pytest.raises(NumbersLost, match=f"at step {MAX_SKIPPED_STEPS + 1}"):
+        course.loop.run()
 
 
 def test_a_stop_between_two_steps_ends_after_the_last_whole_step(tmp_path: Path) -> None:

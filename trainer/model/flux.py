@@ -21,11 +21,15 @@ from trainer.model.layers import (
     QKNorm,
     SelfAttention,
     add_gated,
+    as_stream,
     attention,
     modulated_norm,
     rotation_table,
+    saturated,
     split_norm_rotate,
+    stream_update,
     timestep_embedding,
+    to_compute,
 )
 from trainer.schema.checkpoint_header import FluxParams
 
@@ -53,18 +57,18 @@ class DoubleStreamBlock(nn.Module):
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
-        txt_qkv = self.txt_attn.qkv(modulated_norm(txt, txt_shift1, txt_scale1))
-        img_qkv = self.img_attn.qkv(modulated_norm(img, img_shift1, img_scale1))
+        txt_qkv = saturated(self.txt_attn.qkv(modulated_norm(txt, txt_shift1, txt_scale1)))
+        img_qkv = saturated(self.img_attn.qkv(modulated_norm(img, img_shift1, img_scale1)))
         query, key, value, _ = split_norm_rotate(
             (txt_qkv, img_qkv), (self.txt_attn.norm, self.img_attn.norm), self.num_heads, pe
         )
         attended = attention(query, key, value, key_mask)
         num_text = txt.shape[1]
 
-        img = add_gated(img, img_gate1, self.img_attn.proj(attended[:, num_text:]))
-        img = add_gated(img, img_gate2, self.img_mlp(modulated_norm(img, img_shift2, img_scale2)))
-        txt = add_gated(txt, txt_gate1, self.txt_attn.proj(attended[:, :num_text]))
-        txt = add_gated(txt, txt_gate2, self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2)))
+        img = add_gated(img, img_gate1, stream_update(self.img_attn.proj, attended[:, num_text:]))
+        img = add_gated(img, img_gate2, _run_mlp(self.img_mlp, modulated_norm(img, img_shift2, img_scale2)))
+        txt = add_gated(txt, txt_gate1, stream_update(self.txt_attn.proj, attended[:, :num_text]))
+        txt = add_gated(txt, txt_gate2, _run_mlp(self.txt_mlp, modulated_norm(txt, txt_shift2, txt_scale2)))
         return img, txt
 
 
@@ -83,10 +87,10 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor, pe: Tensor, key_mask: Tensor | None) -> Tensor:
         """x (B, L + N, C), vec (B, C), pe (., L + N, D/2) -> the new x."""
         shift, scale, gate = self.modulation(vec)
-        projection = self.linear1(modulated_norm(x, shift, scale))
+        projection = saturated(self.linear1(modulated_norm(x, shift, scale)))
         query, key, value, mlp = split_norm_rotate((projection,), (self.norm,), self.num_heads, pe)
         attended = attention(query, key, value, key_mask)
-        update = self.linear2(torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1))
+        update = stream_update(self.linear2, torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1))
         return add_gated(x, gate, update)
 
 
@@ -100,8 +104,14 @@ class LastLayer(nn.Module):
 
     def forward(self, img: Tensor, vec: Tensor) -> Tensor:
         """img (B, N, C), vec (B, C) -> (B, N, out_channels)."""
-        shift, scale = self.adaLN_modulation(vec).chunk(2, dim=-1)
-        return self.linear(modulated_norm(img, shift, scale))
+        shift, scale = saturated(self.adaLN_modulation(vec)).chunk(2, dim=-1)
+        return saturated(self.linear(modulated_norm(img, shift, scale)))
+
+
+def _run_mlp(mlp: nn.Sequential, x: Tensor) -> Tensor:
+    """(B, L, C) -> (B, L, C), to be added to a stream."""
+    first, activation, second = mlp
+    return stream_update(second, activation(saturated(first(x))))
 
 
 def _mlp(dim: int, mlp_dim: int) -> nn.Sequential:
@@ -159,9 +169,9 @@ class Flux(nn.Module):
         vec = self.time_in(timestep_embedding(timesteps, TIME_EMBEDDING_DIM).to(dtype))
         if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_EMBEDDING_DIM).to(dtype))
-        vec = vec + self.vector_in(y.to(dtype))
-        img = self.img_in(img.to(dtype))
-        txt = self.txt_in(txt.to(dtype))
+        vec = saturated(vec + self.vector_in(to_compute(y, dtype)))
+        img = as_stream(self.img_in(to_compute(img, dtype)))
+        txt = as_stream(self.txt_in(to_compute(txt, dtype)))
 
         pe = rotation_table(_joint_ids(txt_ids, img_ids), self.params.axes_dim, self.params.theta)
         key_mask = None if txt_attention_mask is None else _key_mask(txt_attention_mask, img.shape[1])

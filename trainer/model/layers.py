@@ -64,6 +64,45 @@ class _FrozenLinearFunction(torch.autograd.Function):
             return grad_input.to(ctx.input_dtype), None
 
 
+# ------------------------------------------------------------------------------------------------------ fp16's range
+
+# FLUX.1 has activations beyond fp16's largest number: outlier channels of the streams, and of what the blocks add to
+# them. In fp16, and only there, the streams are kept in fp32, what is added to them is computed scaled down, and
+# every other Linear's output is held inside the range. In the other types these functions give back what they get.
+
+FP16_LARGEST = 65504.0
+FP16_OUTPUT_SCALE = 1.0 / 16.0
+"""A power of two, so that nothing but the range changes: outputs may reach 16 times fp16's largest number."""
+
+
+def saturated(x: Tensor) -> Tensor:
+    """`x`, its fp16 infinities replaced by fp16's largest number; there the gradient is 0."""
+    return x.clamp(-FP16_LARGEST, FP16_LARGEST) if x.dtype is torch.float16 else x
+
+
+def as_stream(x: Tensor) -> Tensor:
+    """`x` as the start of a residual stream: fp32 in place of fp16."""
+    return saturated(x).float() if x.dtype is torch.float16 else x
+
+
+def to_compute(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`, without infinities where that is fp16."""
+    return x.clamp(-FP16_LARGEST, FP16_LARGEST).to(dtype) if dtype is torch.float16 else x.to(dtype)
+
+
+def stream_update(linear: nn.Module, x: Tensor) -> Tensor:
+    """`linear(x)`, (..., I) -> (..., O), for adding to a stream: in fp16 an fp32 tensor that may leave fp16's range.
+
+    `linear` is a Linear, or one with an adapter: whatever is linear in x but for an offset. That must not be scaled, so
+    it is asked for with an x of zeros.
+    """
+    if x.dtype is not torch.float16:
+        return linear(x)
+    with torch.no_grad():
+        offset = linear(x.new_zeros(1, x.shape[-1])).float()
+    return (saturated(linear(x * FP16_OUTPUT_SCALE)).float() - offset) / FP16_OUTPUT_SCALE + offset
+
+
 # ------------------------------------------------------------------------------------------------------- embeddings
 
 
@@ -101,7 +140,7 @@ class MLPEmbedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_dim) -> (B, hidden_dim)."""
-        return self.out_layer(self.silu(self.in_layer(x)))
+        return saturated(self.out_layer(self.silu(saturated(self.in_layer(x)))))
 
 
 # ------------------------------------------------------------------------------------------------------- modulation
@@ -117,11 +156,12 @@ class Modulation(nn.Module):
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
         """(B, C) -> shift, scale, gate, each (B, C); six of them for a double block."""
-        return self.lin(F.silu(vec)).chunk(self.num_parts, dim=-1)
+        return saturated(self.lin(F.silu(vec))).chunk(self.num_parts, dim=-1)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(1 + scale) * layer_norm(x) + shift for x (B, L, C), shift and scale (B, C), in the type of x.
+    """(1 + scale) * layer_norm(x) + shift for x (B, L, C), shift and scale (B, C), in the type of x; in fp16 of an fp32 x
+    when shift is fp16.
 
     Shift and scale are handed to the layer norm as its bias and weight, sample by sample: one pass over x, and backward
     needs nothing but x and its statistics. Autocast would only make the result fp32, which the next Linear rounds again;
@@ -131,17 +171,21 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         weight = (1 + scale).to(x.dtype).unbind(0)
         bias = shift.to(x.dtype).unbind(0)
         if len(weight) == 1:
-            return F.layer_norm(x, x.shape[-1:], weight[0], bias[0], NORM_EPS)
+            return _normed(F.layer_norm(x, x.shape[-1:], weight[0], bias[0], NORM_EPS), shift)
         rows = [
             F.layer_norm(row, x.shape[-1:], weight[index], bias[index], NORM_EPS)
             for index, row in enumerate(x.unbind(0))
         ]
-        return torch.stack(rows)
+        return _normed(torch.stack(rows), shift)
+
+
+def _normed(x: Tensor, shift: Tensor) -> Tensor:
+    return to_compute(x, shift.dtype) if shift.dtype is torch.float16 else x
 
 
 def add_gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """x + gate * update for x and update (B, L, C), gate (B, C)."""
-    return torch.addcmul(x, gate[:, None, :], update)
+    return torch.addcmul(x, gate[:, None, :].to(update.dtype), update)
 
 
 # -------------------------------------------------------------------------------------------------------- attention

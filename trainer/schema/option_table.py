@@ -201,7 +201,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "full_bf16": _refused("it is not supported yet; use --mixed_precision=bf16"),
         "fp8_base": _refused("it is not supported yet; --blocks_to_swap saves memory"),
         "fp8_base_unet": _refused("it is not supported yet; --blocks_to_swap saves memory"),
-        "no_half_vae": _refused("it is not supported yet; use --mixed_precision=bf16 or no"),
         "cpu_offload_checkpointing": _refused("it is not supported yet; use --blocks_to_swap"),
         "ddp_timeout": _refused(_DDP, "integer"),
         "ddp_gradient_as_bucket_view": _refused(_DDP),

@@ -401,11 +401,18 @@ def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tupl
             "lr_scheduler constant has no warm-up",
             "Use constant_with_warmup, or leave lr_warmup_steps at 0.",
         )
-    if options.loss_type in ("huber", "smooth_l1") and options.huber_schedule == "snr":
+    if _is_huber(options) and options.huber_schedule == "snr" and "huber_schedule" in explicit:
         yield (
             ("huber_schedule", "loss_type"),
-            f"huber_schedule snr, the default, does not exist for FLUX, and loss_type {options.loss_type} needs one",
+            f"huber_schedule snr does not exist for FLUX, and loss_type {options.loss_type} needs a schedule",
             "Use --huber_schedule=constant or exponential.",
+        )
+    lowest, highest = options.min_timestep or 0, options.max_timestep or 1000
+    if lowest >= highest:
+        yield (
+            ("min_timestep", "max_timestep"),
+            f"min_timestep is {lowest}, which is not below max_timestep {highest}",
+            "They are the ends of the range that is trained, of 1000.",
         )
     if options.use_8bit_adam and "optimizer_type" in explicit and options.optimizer_type != "AdamW8bit":
         yield (
@@ -442,6 +449,10 @@ def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tupl
         )
 
 
+def _is_huber(options: Options) -> bool:
+    return options.loss_type in ("huber", "smooth_l1")
+
+
 def _corrected(options: Options) -> tuple[Options, list[str]]:
     """The options with old names and implied settings carried over, and a line for each change."""
     changes: dict[str, object] = {}
@@ -463,6 +474,12 @@ def _corrected(options: Options) -> tuple[Options, list[str]]:
             "use_8bit_adam is an old name of --optimizer_type=AdamW8bit",
             use_8bit_adam=False,
             optimizer_type="AdamW8bit",
+        )
+    if _is_huber(options) and options.huber_schedule == "snr":
+        # Of the two that exist for FLUX it is the one with snr's form: from 1 without noise down to huber_c.
+        change(
+            f"huber_schedule is exponential: the default, snr, does not exist for FLUX (loss_type {options.loss_type})",
+            huber_schedule="exponential",
         )
     if options.split_mode:
         swap = options.blocks_to_swap or 18
@@ -490,7 +507,7 @@ def _corrected(options: Options) -> tuple[Options, list[str]]:
 
 
 def _advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
-    """One line for each setting that has no effect beside others, and for defaults that are known to train badly."""
+    """One line for each setting that has no effect beside others."""
     if options.dataset_config is not None:
         for name in ("train_data_dir", "reg_data_dir"):
             if name in explicit and getattr(options, name) is not None:
@@ -504,20 +521,3 @@ def _advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
         yield "no samples are made: sample_prompts is not given"
     if options.text_encoder_lr is not None and len(options.text_encoder_lr) == 2:
         yield "the second text_encoder_lr has no effect: T5 is not trained"
-    if (options.min_timestep or 0) != 0 or (options.max_timestep or 1000) != 1000:
-        yield "min_timestep and max_timestep have no effect on FLUX's timesteps; they are written into the metadata"
-    if "learning_rate" not in explicit and options.unet_lr is None:
-        yield f"learning_rate is {options.learning_rate:g} by default, low for a LoRA; 1e-4 is usual"
-    if options.model_prediction_type != "raw":
-        by_default = "" if "model_prediction_type" in explicit else " by default"
-        yield (
-            f"model_prediction_type is {options.model_prediction_type}{by_default}: its output does not match "
-            "the target, as in sd-scripts; raw is right for FLUX"
-        )
-    if "timestep_sampling" not in explicit:
-        yield f"timestep_sampling is {options.timestep_sampling} by default; flux_shift usually trains better"
-    if "guidance_scale" not in explicit:
-        yield f"guidance_scale is {options.guidance_scale:g} by default; 1.0 is usual for training FLUX.1 dev"
-    rank = options.network_dim or 4
-    if "network_alpha" not in explicit and rank > 1:
-        yield f"network_alpha is 1 by default, so the LoRA works at 1/{rank} of its strength; alpha = rank is usual"

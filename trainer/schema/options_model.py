@@ -87,6 +87,10 @@ class MemoryOptions(OptionGroup):
         Literal["no", "fp16", "bf16"],
         Opt("Number format of the frozen models and of the computation; no means 32 bit.", "Precision", "basic"),
     ] = "no"
+    no_half_vae: Annotated[
+        bool,
+        Opt("Run the autoencoder in 32 bit whatever the precision; fp16 always does.", "32-bit autoencoder", "expert"),
+    ] = False
     gradient_checkpointing: Annotated[
         bool, Opt("Compute activations twice instead of keeping them: slower, much less memory.", "Save activations")
     ] = False

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import Final, TypeAlias, cast
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from trainer.schema.options import Options
 
+Autocast: TypeAlias = AbstractContextManager[object]
+
 _DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -22,8 +24,9 @@ _DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 class Engine:
     """One process's view of the machine.
 
-    `dtype` is the storage and compute format of the frozen models; LoRA parameters stay float32 and autocast brings the
-    two together.
+    `dtype` is the storage and compute format of the transformer; LoRA parameters stay float32 and autocast brings the
+    two together. Where it is fp16, the other models run in formats whose range they cannot leave: see `text_dtype` and
+    `autoencoder_dtype`.
     """
 
     device: torch.device
@@ -41,6 +44,10 @@ class Engine:
         if options.device not in ("auto", device.type):
             device = torch.device(options.device)
 
+        if options.mixed_precision == "fp16":
+            # Partial sums kept in fp16 overflow where the sum does not.
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
         def reduce_mean(tensor: Tensor) -> Tensor:
             return cast(Tensor, accelerator.reduce(tensor, reduction="mean"))
 
@@ -56,11 +63,25 @@ class Engine:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def autocast(self, device: torch.device | None = None) -> AbstractContextManager[object]:
-        """Mixed precision for a forward pass on the device, or on `device`; nothing in float32."""
-        if self.dtype is torch.float32:
+    @property
+    def text_dtype(self) -> torch.dtype:
+        """The text encoders' format: T5-XXL's activations leave fp16's range, so in an fp16 run bf16."""
+        return torch.bfloat16 if self.dtype is torch.float16 else self.dtype
+
+    def autoencoder_dtype(self, *, no_half: bool) -> torch.dtype:
+        """The autoencoder's format: float32 in an fp16 run, whose range its activations leave, and when asked for."""
+        return torch.float32 if no_half or self.dtype is torch.float16 else self.dtype
+
+    def autocast(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Autocast:
+        """Mixed precision for a forward pass of a model in `dtype` (the transformer's) on `device` (the run's)."""
+        dtype = dtype or self.dtype
+        if dtype is torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast((device or self.device).type, self.dtype)
+        return torch.autocast((device or self.device).type, dtype)
+
+    def text_autocast(self, device: torch.device | None = None) -> Autocast:
+        """Mixed precision for the text encoders."""
+        return self.autocast(self.text_dtype, device)
 
     def scaler(self) -> torch.amp.GradScaler:
         """Keeps small float16 gradients from vanishing; does nothing in the other formats."""

@@ -59,6 +59,7 @@ class LiveLatents:
 
     def __init__(self, autoencoder: AutoEncoder, engine: Engine, *, batch_size: int) -> None:
         self._autoencoder = autoencoder
+        self._dtype = autoencoder_dtype(autoencoder)
         self._engine = engine
         self._batch_size = batch_size
 
@@ -66,7 +67,7 @@ class LiveLatents:
         return torch.stack([read_pixels(planned.picture) for planned in plan.items])
 
     def finish(self, loaded: Tensor, generator: torch.Generator) -> Tensor:
-        with torch.no_grad(), self._engine.autocast():
+        with torch.no_grad(), self._engine.autocast(self._dtype):
             pieces = [
                 self._autoencoder.encode(images.to(self._engine.device), generator)
                 for images in loaded.split(self._batch_size)
@@ -79,9 +80,9 @@ def finite_latents(latents: Tensor) -> Tensor:
     if not torch.isfinite(latents).all():
         raise UserError(
             "the autoencoder gave values that are no numbers",
-            "--mixed_precision",
-            "Use --mixed_precision=bf16: fp16 cannot hold what this autoencoder computes.",
-            field="mixed_precision",
+            "--ae",
+            "The file is damaged, or of another kind: download it again. Else try --no_half_vae.",
+            field="ae",
         )
     return latents
 
@@ -89,7 +90,12 @@ def finite_latents(latents: Tensor) -> Tensor:
 def load_ae(options: Options, engine: Engine, device: torch.device) -> AutoEncoder:
     if options.ae is None:
         raise AssertionError("the checks demand the autoencoder")
-    return load_autoencoder(options.ae, engine.dtype, device)
+    return load_autoencoder(options.ae, engine.autoencoder_dtype(no_half=options.no_half_vae), device)
+
+
+def autoencoder_dtype(autoencoder: AutoEncoder) -> torch.dtype:
+    """The format that the autoencoder was loaded in."""
+    return next(autoencoder.parameters()).dtype
 
 
 def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> tuple[LatentSource, AutoEncoder | None]:
@@ -105,7 +111,7 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
 
     if options.ae is None:
         raise AssertionError("the checks demand the autoencoder")
-    identity = f"{file_identity(options.ae)}|{engine.dtype}"
+    identity = f"{file_identity(options.ae)}|{engine.autoencoder_dtype(no_half=options.no_half_vae)}"
     cache = TensorCache("latents", on_disk=options.cache_latents_to_disk, warn=reporter.warning)
     requests = latent_requests(checked.index, encoder=identity)
     autoencoder: AutoEncoder | None = None
@@ -129,7 +135,7 @@ def _encode(
 ) -> None:
     def encode(keys: list[str], pictures: list[Tensor]) -> list[dict[str, Tensor]]:
         images = torch.stack(pictures).to(engine.device)
-        with torch.no_grad(), engine.autocast():
+        with torch.no_grad(), engine.autocast(autoencoder_dtype(autoencoder)):
             moments = autoencoder.encode_moments(images)
         # The posterior's draw is a function of the picture, so that a cache in memory and one on disk are the same.
         shape = tuple(moments.chunk(2, dim=1)[0].shape[1:])

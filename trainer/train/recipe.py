@@ -23,6 +23,7 @@ from trainer.model.flux import Flux
 from trainer.model.weights import load_flux
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.mover import make_mover
+from trainer.schema.advice import deviations, weak_defaults
 from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import FluxParams
 from trainer.schema.cli import ParsedCommand
@@ -57,10 +58,20 @@ def train(command: ParsedCommand, reporter: Reporter) -> None:
         reporter.note(note)
     engine = Engine.start(options)
     checked = check_run(options, reporter, num_processes=engine.num_processes)
+    tell_settings(command, checked.flux, reporter, num_processes=engine.num_processes)
     reporter.note(f"training on {engine.name()}, {engine.dtype}".replace("torch.", ""))
     warn_of_memory(checked, engine.total_bytes(), reporter)
     with _turn_on_device(options, engine, reporter):
         _train_checked(checked, engine, reporter)
+
+
+def tell_settings(command: ParsedCommand, flux: FluxParams, reporter: Reporter, *, num_processes: int = 1) -> None:
+    """What a run does otherwise than the reference trainer, and the defaults that train badly, loudly."""
+    for line in deviations(command.options, is_schnell=flux.is_schnell, num_processes=num_processes):
+        reporter.note(line)
+    weak = weak_defaults(command.options, command.explicit, has_guidance=flux.guidance_embed)
+    if weak is not None:
+        reporter.warning(weak)
 
 
 def _turn_on_device(options: Options, engine: Engine, reporter: Reporter) -> AbstractContextManager[object]:
@@ -258,6 +269,7 @@ def _sample_maker(
         autoencoder=provide_autoencoder,
         text=text,
         autocast=engine.autocast,
+        autocast_in=engine.autocast,
         device=engine.device,
         folder=options.run_dir / "samples" if options.run_dir is not None else _output_dir(options) / SAMPLE_FOLDER,
         output_name=options.output_name,

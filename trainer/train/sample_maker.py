@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.flux import Flux
 from trainer.train.conditioning import TextInputs, TextSource
+from trainer.train.latents_phase import autoencoder_dtype
 from trainer.train.loop import StepPosition
 from trainer.train.objective import predict_velocity
 from trainer.train.reporting import Reporter
@@ -23,7 +24,10 @@ _SEED_BITS = 31
 
 
 class SampleMaker:
-    """Holds what sampling needs besides the moment. Does nothing without prompts."""
+    """Holds what sampling needs besides the moment. Does nothing without prompts.
+
+    `autocast` is the transformer's mixed precision, `autocast_in` that of a model in the given format.
+    """
 
     def __init__(
         self,
@@ -34,6 +38,7 @@ class SampleMaker:
         autoencoder: Callable[[], AutoEncoder],
         text: TextSource,
         autocast: Callable[[], AbstractContextManager[object]],
+        autocast_in: Callable[[torch.dtype], AbstractContextManager[object]],
         device: torch.device,
         folder: Path,
         output_name: str | None,
@@ -45,6 +50,7 @@ class SampleMaker:
         self._autoencoder = autoencoder
         self._text = text
         self._autocast = autocast
+        self._autocast_in = autocast_in
         self._device = device
         self._folder = folder
         self._output_name = output_name
@@ -117,7 +123,7 @@ class SampleMaker:
         home = next(autoencoder.parameters()).device
         try:
             autoencoder.to(self._device)
-            with self._autocast():
+            with self._autocast_in(autoencoder_dtype(autoencoder)):
                 return autoencoder.decode(latents)
         finally:
             autoencoder.to(home)

@@ -349,7 +349,7 @@ def to_picture(image: Tensor) -> Image.Image:
     if not torch.isfinite(image).all():
         raise UserError(
             "a sample picture came out as NaN",
-            hint="Train with --mixed_precision=bf16 (or no); fp16 cannot hold these models' numbers.",
+            hint="The LoRA has left the range of numbers (look at the loss, lower the rate), or a model file is damaged.",
         )
     # Truncated, not rounded, as the reference does it.
     values = ((image.clamp(-1, 1) + 1) * 127.5).to(torch.uint8)

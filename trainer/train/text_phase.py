@@ -46,7 +46,7 @@ def prepare_text(checked: CheckedRun, engine: Engine, reporter: Reporter) -> Pre
                 _load_t5(checked, engine, engine.device),
                 trains_clip=trains_clip(options),
                 apply_mask=options.apply_t5_attn_mask,
-                autocast=engine.autocast,
+                autocast=engine.text_autocast,
             ),
             clip,
         )
@@ -83,7 +83,7 @@ def prepare_text(checked: CheckedRun, engine: Engine, reporter: Reporter) -> Pre
         engine.device,
         apply_mask=options.apply_t5_attn_mask,
         live_clip=None if clip is None else ClipEncoder(clip, checked.tokenizers.clip_l, engine.device),
-        autocast=engine.autocast,
+        autocast=engine.text_autocast,
     )
     return PreparedText(source, clip)
 
@@ -112,7 +112,7 @@ def _encode(
     encode_t5 = _load_t5(checked, engine, device)
 
     def encode(_keys: list[str], captions: list[str]) -> list[dict[str, Tensor]]:
-        with torch.no_grad(), engine.autocast(device):
+        with torch.no_grad(), engine.text_autocast(device):
             vec = encode_clip(captions)
             txt, mask = encode_t5(captions)
         if not options.apply_t5_attn_mask:
@@ -151,7 +151,7 @@ def _batch_size(options: Options) -> int:
 def _load_clip(options: Options, engine: Engine, device: torch.device) -> CLIPTextModel:
     if options.clip_l is None:
         raise AssertionError("the checks demand CLIP-L")
-    return load_clip_l(options.clip_l, engine.dtype, device, options.clip_l_activation)
+    return load_clip_l(options.clip_l, engine.text_dtype, device, options.clip_l_activation)
 
 
 def _load_t5(checked: CheckedRun, engine: Engine, device: torch.device) -> T5Encoder:
@@ -159,7 +159,7 @@ def _load_t5(checked: CheckedRun, engine: Engine, device: torch.device) -> T5Enc
     if options.t5xxl is None:
         raise AssertionError("the checks demand T5")
     return T5Encoder(
-        load_t5xxl(options.t5xxl, engine.dtype, device),
+        load_t5xxl(options.t5xxl, engine.text_dtype, device),
         checked.tokenizers.t5xxl,
         device,
         max_length=checked.tokenizers.t5xxl_tokens,
@@ -179,6 +179,6 @@ def _identity(checked: CheckedRun, engine: Engine) -> str:
             tokenizers.clip_l.identity,
             tokenizers.t5xxl.identity,
             options.clip_l_activation,
-            str(engine.dtype),
+            str(engine.text_dtype),
         )
     )
