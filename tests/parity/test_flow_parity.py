@@ -17,6 +17,7 @@ from trainer.train.flow import (
     add_noise,
     apply_prediction_type,
     flow_loss,
+    rounded_timesteps,
     sample_sigmas,
     shift_sigmas,
     velocity_target,
@@ -169,3 +170,16 @@ def test_the_recorded_model_output_gives_the_recorded_loss(golden: Path, name: s
     if weighting is not None and case.get("weighting") is not None:
         torch.testing.assert_close(weighting.flatten(), torch.tensor(case["weighting"]), rtol=2e-6, atol=0)
     assert loss().item() == pytest.approx(case["loss"], rel=LOSS_LIMIT)
+
+
+@pytest.mark.parametrize("case", ["flux_shift", "shift", "sigma", "uniform"])
+def test_rounding_on_request_gives_the_references_timesteps(golden: Path, case: str) -> None:
+    """bf16 training: what the reference reports, then divided and multiplied by 1000 in bf16 on the way to the model."""
+    recorded = load_file(golden / "timesteps.safetensors")
+    keys = [key for key in recorded if key.startswith(f"{case}.") and key.endswith(".timesteps_bf16")]
+    assert keys
+    for key in keys:
+        reported = recorded[key]
+        sigmas = recorded[key.replace("timesteps_bf16", "sigmas_bf16")].float()
+        given = rounded_timesteps(sigmas, torch.bfloat16)
+        assert torch.equal((1000 * given).round(decimals=2), (reported / 1000 * 1000).float().round(decimals=2))

@@ -135,7 +135,7 @@ def make_recording(path: Path, model: Path, keys: dict[str, tuple[int, ...]]) ->
 
 def dense_weights(model: Flux, lora: dict[str, Tensor]) -> dict[str, Tensor]:
     """The model's parameters with W + alpha / rank up down in the place of each adapted weight."""
-    weights = dict(model.named_parameters())
+    weights: dict[str, Tensor] = dict(model.named_parameters())
     paths = {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}": name for name in weights}
     for name in sorted({re.sub(r"\.lora_(down|up)\..*", "", key) for key in lora}):
         parts = sorted(key.removeprefix(f"{name}.lora_down.") for key in lora if key.startswith(f"{name}.lora_down."))

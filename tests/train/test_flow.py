@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.tiny import TinyModels
+from trainer.model.weights import load_flux
+from trainer.train.conditioning import TextInputs
 from trainer.train.flow import (
     add_noise,
     apply_prediction_type,
     flow_loss,
     huber_threshold,
+    limit_sigmas,
     mu_for_tokens,
     sample_sigmas,
     shift_sigmas,
 )
+from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -161,3 +168,60 @@ def test_the_exponential_threshold_falls_from_one_to_huber_c() -> None:
     with pytest.raises(ValueError, match="snr does not apply"):
         loss_of("huber", 1.0, schedule="snr")
     assert loss_of("l2", 1.0, schedule="snr") == 1.0
+
+
+def test_timesteps_stay_in_the_range_and_keep_the_form_of_their_draw() -> None:
+    sigmas = torch.linspace(0, 1, 11)
+    assert limit_sigmas(sigmas, None, None) is sigmas
+    assert limit_sigmas(sigmas, 0, 1000) is sigmas
+    limited = limit_sigmas(sigmas, 200, 700)
+    assert limited.min() == pytest.approx(0.2)
+    assert limited.max() == pytest.approx(0.7)
+    torch.testing.assert_close(limited.diff(), torch.full((10,), 0.05))
+    assert limit_sigmas(sigmas, None, 300).max() == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("sampling", ["sigma", "uniform", "sigmoid", "shift", "flux_shift"])
+def test_a_run_trains_no_timestep_outside_its_range(tiny_models: TinyModels, sampling: str) -> None:
+    model = load_flux(tiny_models.flux_dev, torch.float32, "cpu")
+    settings = FlowSettings(
+        timestep_sampling=sampling,
+        sigmoid_scale=1.0,
+        discrete_flow_shift=3.0,
+        weighting_scheme="uniform",
+        logit_mean=0.0,
+        logit_std=1.0,
+        mode_scale=1.29,
+        model_prediction_type="raw",
+        guidance_scale=1.0,
+        loss_type="l2",
+        huber_schedule="constant",
+        huber_c=0.1,
+        huber_scale=1.0,
+        ip_noise_gamma=None,
+        ip_noise_gamma_random_strength=False,
+        min_timestep=250,
+        max_timestep=500,
+    )
+
+    def batch(settings: FlowSettings) -> FlowBatch:
+        objective = FlowObjective(
+            model,
+            lambda captions: TextInputs(torch.zeros(len(captions), 1, 64), torch.zeros(len(captions), 32), None),
+            settings,
+            autocast=contextlib.nullcontext,
+            compute_dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+        )
+        draw = torch.Generator().manual_seed(1)
+        return objective.draw(torch.zeros(200, 16, 2, 2), [""] * 200, torch.ones(200), draw)
+
+    exact = batch(settings)
+    assert 0.25 <= exact.sigmas.min() < 0.35
+    assert 0.4 < exact.sigmas.max() <= 0.5
+    assert exact.timesteps is exact.sigmas
+    rounded = batch(replace(settings, rounds_timesteps=True))
+    assert len(rounded.timesteps.unique()) < len(exact.timesteps.unique())
+    # Only the discrete table rounds the level that mixes the noise, as in the reference.
+    assert torch.equal(rounded.sigmas, exact.sigmas) == (sampling != "sigma")
+    torch.testing.assert_close(rounded.timesteps, exact.timesteps, atol=0.003, rtol=0)

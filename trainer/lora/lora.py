@@ -215,11 +215,11 @@ class LoraNetwork(nn.Module):
 
     def training_state(self) -> dict[str, nn.Parameter]:
         """Every tensor that trains, under the name it has in a file of this form where it has one."""
-        return {
-            published_key(name, part): parameter
-            for name, adapter in self._adapters.items()
-            for part, parameter in (("lora_down.weight", adapter.lora_down), ("lora_up.weight", adapter.lora_up))
-        }
+        state: dict[str, nn.Parameter] = {}
+        for name, adapter in self._adapters.items():
+            state[published_key(name, "lora_down.weight")] = adapter.lora_down
+            state[published_key(name, "lora_up.weight")] = adapter.lora_up
+        return state
 
     def published_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """The tensors of a LoRA file, on the host: alpha, down and up of every adapter.

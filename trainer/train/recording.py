@@ -86,7 +86,8 @@ def write_recording(path: Path, batch: FlowBatch, initial: Mapping[str, Tensor],
 def _words_of_a_step(options: Options) -> list[str]:
     """The options that decide what a step computes."""
     names = {name for group in _GROUPS_OF_A_STEP for name in GROUPS[group].model_fields} - _NOT_OF_A_STEP
-    chosen = {name: getattr(options, name) for name in names}
+    values = {name: getattr(options, name) for name in names}
+    chosen = {name: value for name, value in values.items() if value is not None}
     model = options.pretrained_model_name_or_path
     if isinstance(model, Path):
         chosen["pretrained_model_name_or_path"] = model.resolve()

@@ -155,7 +155,7 @@ class _Witness:
         return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in found.items()}
 
 
-def _no_text(_captions: Sequence[str]) -> TextInputs:
+def _no_text(captions: Sequence[str]) -> TextInputs:
     raise AssertionError("a replay brings its own text")
 
 
