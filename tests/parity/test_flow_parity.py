@@ -172,14 +172,13 @@ def test_the_recorded_model_output_gives_the_recorded_loss(golden: Path, name: s
     assert loss().item() == pytest.approx(case["loss"], rel=LOSS_LIMIT)
 
 
-@pytest.mark.parametrize("case", ["flux_shift", "shift", "sigma", "uniform"])
+@pytest.mark.parametrize("case", ["flux_shift", "shift", "uniform", "sigma_none", "sigma_logit_normal", "sigma_mode"])
 def test_rounding_on_request_gives_the_references_timesteps(golden: Path, case: str) -> None:
     """bf16 training: what the reference reports, then divided and multiplied by 1000 in bf16 on the way to the model."""
     recorded = load_file(golden / "timesteps.safetensors")
-    keys = [key for key in recorded if key.startswith(f"{case}.") and key.endswith(".timesteps_bf16")]
-    assert keys
-    for key in keys:
-        reported = recorded[key]
-        sigmas = recorded[key.replace("timesteps_bf16", "sigmas_bf16")].float()
-        given = rounded_timesteps(sigmas, torch.bfloat16)
-        assert torch.equal((1000 * given).round(decimals=2), (reported / 1000 * 1000).float().round(decimals=2))
+    exact, reported = recorded[f"{case}.r0.sigmas_fp32"], recorded[f"{case}.r0.timesteps_bf16"]
+    assert reported.dtype == torch.bfloat16
+    given = 1000 * rounded_timesteps(exact, torch.bfloat16)
+    torch.testing.assert_close(given, (reported / 1000 * 1000).float(), atol=1e-4, rtol=0)
+    if case.startswith("sigma"):
+        assert torch.equal(exact.bfloat16(), recorded[f"{case}.r0.sigmas_bf16"]), "the level is rounded by itself"

@@ -135,10 +135,13 @@ class FlowObjective:
             generator=generator,
         )
         sigmas = flow.limit_sigmas(sigmas, settings.min_timestep, settings.max_timestep)
+        timesteps = sigmas.to(self._device)
         if settings.rounds_timesteps and settings.timestep_sampling == "sigma":
             # The reference looks the level up in a table of the training's format, and mixes with it.
             sigmas = sigmas.to(self._compute_dtype).float()
-        return self.mix(latents, noise, sigmas.to(self._device), text, loss_weights, generator)
+        return self.mix(
+            latents, noise, sigmas.to(self._device), text, loss_weights, generator, exact_timesteps=timesteps
+        )
 
     def mix(
         self,
@@ -148,8 +151,13 @@ class FlowObjective:
         text: TextInputs,
         loss_weights: Tensor,
         generator: torch.Generator,
+        *,
+        exact_timesteps: Tensor | None = None,
     ) -> FlowBatch:
-        """The batch whose noise and levels `sigmas` (B,) are known; the generator serves input perturbation alone."""
+        """The batch whose noise and levels `sigmas` (B,) are known; the generator serves input perturbation alone.
+
+        `exact_timesteps` (B,) in [0, 1], not yet rounded, are given where the sigmas are no longer the same.
+        """
         settings = self._settings
         noisy = flow.add_noise(
             latents,
@@ -159,7 +167,9 @@ class FlowObjective:
             ip_noise_gamma_random_strength=settings.ip_noise_gamma_random_strength,
             generator=generator,
         )
-        timesteps = flow.rounded_timesteps(sigmas, self._compute_dtype) if settings.rounds_timesteps else sigmas
+        timesteps = sigmas if exact_timesteps is None else exact_timesteps
+        if settings.rounds_timesteps:
+            timesteps = flow.rounded_timesteps(timesteps, self._compute_dtype)
         return FlowBatch(latents, noise, sigmas, timesteps, noisy, text, loss_weights)
 
     def loss(self, batch: FlowBatch) -> Tensor:
