@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from trainer.data.index import DatasetSummary, SubsetSummary
 from trainer.lora.lora import LoraNetwork
 from trainer.schema.options import Options
@@ -57,8 +55,9 @@ class LoraSaver:
             finished_at=time.time(),
             no_metadata=self.options.no_metadata,
         )
-        dtype = save_dtype(self.options.save_precision) or torch.float32
-        save_lora(path, self.network.published_state_dict(dtype), metadata)
+        # With no precision asked for, alpha stays the whole number that an untouched --network_alpha is.
+        state = self.network.published_state_dict(save_dtype(self.options.save_precision))
+        save_lora(path, state, metadata)
         self.reporter.checkpoint(path, step=position.step, epoch=position.epoch, is_final=kind == "final")
         self._remove_superseded(kind, number)
 
