@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from trainer.train.model_hash import ModelHash
+from trainer.train.saver import base_model_name
 
 
 def test_the_hash_is_that_of_the_whole_file(tmp_path: Path) -> None:
@@ -35,3 +36,11 @@ def test_closing_ends_the_reading_of_a_large_file(tmp_path: Path) -> None:
     assert model_hash.value() is None
     model_hash.close()
     assert model_hash.value() is None
+
+
+def test_the_base_models_name_tells_nothing_about_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "flux-repo").mkdir()
+    (tmp_path / "flux1-dev.safetensors").touch()
+    assert base_model_name(tmp_path / "flux-repo") == "flux-repo"
+    assert base_model_name(tmp_path / "flux1-dev.safetensors") == "flux1-dev.safetensors"
+    assert base_model_name(Path("black-forest-labs/FLUX.1-dev")) == "black-forest-labs/FLUX.1-dev"

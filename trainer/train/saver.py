@@ -9,6 +9,7 @@ from typing import Final
 
 from trainer.data.index import DatasetSummary, SubsetSummary
 from trainer.lora.lora import LoraNetwork
+from trainer.schema.hub_cache import hub_id
 from trainer.schema.options import Options
 from trainer.schema.weight_files import read_weights
 from trainer.train.check import CheckedRun
@@ -82,6 +83,11 @@ class LoraSaver:
         )
 
 
+def base_model_name(path: Path) -> str:
+    """What LoRA files call the base model: a hub id, or the name of the file or folder without where it lies."""
+    return hub_id(path) or path.absolute().name
+
+
 def base_model_file(options: Options) -> Path | None:
     """The transformer's file when it is a single one."""
     if options.pretrained_model_name_or_path is None:
@@ -147,8 +153,7 @@ def training_facts(
         datasets=tuple(_dataset_facts(summary, checked) for summary in checked.index.datasets),
         uses_dataset_config=options.dataset_config is not None,
         is_schnell=checked.flux.is_schnell,
-        # As in the reference: the name of a file, else what was given.
-        base_model_name=flux_path.name if flux_path.is_file() else flux_path.as_posix(),
+        base_model_name=base_model_name(flux_path),
         base_model_legacy_hash=None if flux_file is None else legacy_file_hash(flux_file),
         min_timestep=options.min_timestep,
         max_timestep=options.max_timestep,
