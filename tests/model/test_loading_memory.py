@@ -10,7 +10,7 @@ import pytest
 from tests.bench.bench_loading import run
 from trainer.schema.checkpoint_header import FluxParams
 
-# 213 MB in bf16, of which the largest tensor is 14 MB.
+# 260 MB in bf16, of which the largest tensor is 14 MB.
 MEDIUM = FluxParams(64, 64, 768, 512, 1024, 4.0, 8, 2, 3, (16, 56, 56), 10_000, True, True)
 
 
@@ -21,6 +21,9 @@ def test_loading_takes_the_models_size_and_no_more(tmp_path: Path) -> None:
     assert [loaded.layout for loaded in results] == ["published", "diffusers shards", "scaled fp8"]
     for loaded in results:
         assert loaded.model_bytes > 200 * 10**6
-        assert loaded.peak_bytes - loaded.baseline_bytes < 1.3 * loaded.model_bytes, loaded
+        # Scaling needs a float32 copy of a tensor, and between tensors of this size the allocator leaves holes. Without
+        # handing pages back it would be 2 and 1.8.
+        most = 1.5 if loaded.layout == "scaled fp8" else 1.3
+        assert loaded.peak_bytes - loaded.baseline_bytes < most * loaded.model_bytes, loaded
         assert loaded.is_within_bound
     assert list(tmp_path.iterdir()) == [], "the files are removed"
