@@ -28,10 +28,11 @@ _SWAPPED_NAME: Final = layer_name("unet", HALVES_SWAPPED)
 
 @dataclass(frozen=True)
 class OwnKeys:
-    """The keys under which a file holds one adapter, and its rank there."""
+    """The keys under which a file holds one adapter, and its rank and alpha there."""
 
     keys: Mapping[Role, str]
     rank: int
+    alpha: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ def read_lora(
             field="network_weights",
         )
     parts = {place: _adapter(state, keys, where) for place, keys in places.items()}
-    modules = {(place.name, place.index): OwnKeys(keys, parts[place].rank) for place, keys in places.items()}
+    modules = {
+        (place.name, place.index): OwnKeys(keys, parts[place].rank, parts[place].alpha)
+        for place, keys in places.items()
+    }
     tensors = LoraTensors(_assembled(parts, where), {path: state[key] for path, key in norms.items()})
     tensors = _with_known_alpha(_at_trained_strength(tensors, form, metadata), metadata)
     return _without_filling(tensors, metadata), Origin(form, modules, norms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -83,8 +84,11 @@ def write_lora(
         is_beside = keeps_alpha[_model_part(name)]
         whole = adapter if is_beside else fold_alpha(adapter)
         for number, module, part in _parts(name, whole, form, origin):
-            keys = _keys(origin, form, (name, number), module)
-            state |= _tensors_of(part, keys, has_alpha=is_beside)
+            known = origin.modules.get((name, number)) if origin is not None else None
+            keys = {**module_keys(form, module), **(known.keys if known is not None else {})}
+            state |= _tensors_of(part, keys)
+            if is_beside:
+                state[keys["alpha"]] = _alpha_beside(part, None if known is None else known.alpha)
     for path, tensor in written.norms.items():
         known = origin.norms.get(path) if origin is not None else None
         state[known or norm_key(form, path)] = tensor
@@ -151,20 +155,20 @@ def _known_ranks(origin: Origin | None, name: str, num_parts: int) -> list[int |
     return None if not any(own) else [None if keys is None else keys.rank for keys in own]
 
 
-def _keys(origin: Origin | None, form: Form, place: tuple[str, int], module: str) -> Mapping[Role, str]:
-    known = origin.modules.get(place) if origin is not None else None
-    return {**module_keys(form, module), **(known.keys if known is not None else {})}
-
-
-def _tensors_of(adapter: Adapter, keys: Mapping[Role, str], *, has_alpha: bool) -> dict[str, Tensor]:
+def _tensors_of(adapter: Adapter, keys: Mapping[Role, str]) -> dict[str, Tensor]:
     tensors = {keys["down"]: adapter.down, keys["up"]: adapter.up}
     if adapter.bias is not None:
         tensors[keys["bias"]] = adapter.bias
-    if has_alpha:
-        alpha = torch.tensor(float(adapter.rank)) if adapter.alpha is None else adapter.alpha
-        # diffusers takes no whole number for an alpha.
-        tensors[keys["alpha"]] = alpha if alpha.is_floating_point() else alpha.float()
     return tensors
+
+
+def _alpha_beside(adapter: Adapter, known: Tensor | None) -> Tensor:
+    alpha = torch.tensor(float(adapter.rank)) if adapter.alpha is None else adapter.alpha
+    if known is not None and math.isclose(float(alpha), float(known), rel_tol=1e-6):
+        # A part's alpha was computed from that of the whole, and may be off by a rounding.
+        return known
+    # diffusers takes no whole number for an alpha.
+    return alpha if alpha.is_floating_point() else alpha.float()
 
 
 def _published(tensors: LoraTensors, origin: Origin | None, where: str) -> dict[str, Tensor]:
@@ -173,11 +177,10 @@ def _published(tensors: LoraTensors, origin: Origin | None, where: str) -> dict[
         return state
     renamed: dict[str, Tensor] = {}
     for name in tensors.adapters:
-        own = _keys(origin, "sd-scripts", (name, 0), name)
-        was_there = (name, 0) in origin.modules
-        for role, key in module_keys("sd-scripts", name).items():
-            if role != "alpha" or not was_there or "alpha" in origin.modules[name, 0].keys:
-                renamed[own[role]] = state[key]
+        usual = module_keys("sd-scripts", name)
+        known = origin.modules.get((name, 0))
+        for role, key in (known.keys if known is not None else usual).items():
+            renamed[key] = state[usual[role]]
     return renamed
 
 
