@@ -43,8 +43,8 @@ _FORM_NOUNS: Final[Mapping[Form, str]] = {
 }
 _SWAPPED_NAME: Final = layer_name("unet", HALVES_SWAPPED)
 
-Part = tuple[str, int, Adapter]
-"""Published name, number of the part, and the part's adapter."""
+_FILLING_RANK: Final = 2
+"""diffusers cuts the last modulation's lora_A in two halves, which a single row has not."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,25 @@ def write_lora(
         whole = adapter if is_beside else fold_alpha(adapter)
         for number, module, part in _parts(name, whole, form, origin):
             known = origin.modules.get((name, number)) if origin is not None else None
-            keys = {**module_keys(form, module), **(known.keys if known is not None else {})}
+            keys: dict[Role, str] = {**module_keys(form, module), **(known.keys if known is not None else {})}
             state |= _tensors_of(part, keys)
             if is_beside:
                 state[keys["alpha"]] = _alpha_beside(part, None if known is None else known.alpha)
     for path, tensor in written.norms.items():
         known = origin.norms.get(path) if origin is not None else None
         state[known or norm_key(form, path)] = tensor
-    return state, {**_alpha_metadata(tensors), **filled}
+    return _apart(state), {**_alpha_metadata(tensors), **filled}
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each with memory of its own: safetensors writes no others."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[key] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def refuse_inexpressible(tensors: LoraTensors, form: Form, where: str) -> None:
@@ -233,7 +244,7 @@ def _made_whole(tensors: LoraTensors, base: BaseLayers) -> tuple[LoraTensors, di
     adapters: dict[str, Adapter] = {}
     for path, (out_features, in_features) in base.linears.items():
         name = layer_name("unet", path)
-        nothing = Adapter(like.new_zeros(1, in_features), like.new_zeros(out_features, 1))
+        nothing = Adapter(like.new_zeros(_FILLING_RANK, in_features), like.new_zeros(out_features, _FILLING_RANK))
         adapters[name] = tensors.adapters.get(name, nothing)
     norms = {path: tensor.detach().cpu() for path, tensor in base.norms.items()}
     trained = json.dumps(list(tensors.adapters))
