@@ -26,8 +26,8 @@ from trainer.train.checkpoint import save_lora
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
-from diffusers import FluxPipeline
 from diffusers.loaders import lora_pipeline
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
 PUBLISHED_HIDDEN, PUBLISHED_MLP, PUBLISHED_DEPTHS = 3072, 12288, (19, 38)
 ATTENTION_ONLY = {

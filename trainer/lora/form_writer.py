@@ -75,7 +75,7 @@ def write_lora(
         return _published(tensors, origin, where), {}
     written, filled = tensors, {}
     if form == "bfl" and base is not None:
-        written, filled = _made_whole(tensors, base)
+        written, filled = _made_whole(tensors, base, where)
     keeps_alpha = {part: form == "diffusers" and _keeps_alpha(tensors, part, origin) for part in ("unet", "te1", "te3")}
     if form == "bfl" and origin is not None:
         keeps_alpha["unet"] = _had_alpha(origin, "unet")
@@ -235,11 +235,20 @@ def _alpha_entry(adapter: Adapter) -> list[object] | None:
 # ----------------------------------------------------------------------------------------------------------- whole BFL
 
 
-def _made_whole(tensors: LoraTensors, base: BaseLayers) -> tuple[LoraTensors, dict[str, str]]:
+def _made_whole(tensors: LoraTensors, base: BaseLayers, where: str) -> tuple[LoraTensors, dict[str, str]]:
     """Every Linear of the model with an adapter, those beside the LoRA's without effect, and the model's own norms."""
     if tensors.norms:
         # A control LoRA is whole by itself.
         return tensors, {}
+    strange = [
+        name
+        for name, adapter in tensors.adapters.items()
+        if base.linears.get(bfl_name(name) or "") != (adapter.up.shape[0], adapter.down.shape[1])
+    ]
+    if strange:
+        raise UserError(
+            f"the model has no layers of these sizes: {listed(strange)}", where, "The LoRA belongs to another model."
+        )
     like = next(iter(tensors.adapters.values())).down
     adapters: dict[str, Adapter] = {}
     for path, (out_features, in_features) in base.linears.items():

@@ -69,7 +69,9 @@ GROUPS: Final[Mapping[str, type[OptionGroup]]] = MappingProxyType(
 )
 """Section name -> group, in the order in which options are shown and written."""
 
-OUR_OPTIONS: Final = frozenset({"clip_l_tokenizer", "t5xxl_tokenizer", "clip_l_activation", "device", "run_dir"})
+OUR_OPTIONS: Final = frozenset(
+    {"clip_l_tokenizer", "t5xxl_tokenizer", "clip_l_activation", "device", "lora_form", "run_dir"}
+)
 """Options that the reference trainer does not have."""
 
 # The published transformer's depth; a pruned one has less.

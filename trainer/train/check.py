@@ -32,6 +32,7 @@ from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
 from trainer.schema.memory import OtherModels, estimate, max_blocks_to_swap
 from trainer.schema.options import Options
 from trainer.schema.toml_io import DatasetConfig, dataset_config
+from trainer.train.lora_form import form_problems
 from trainer.train.reporting import Reporter
 from trainer.train.sampling import SamplePrompt, read_sample_prompts
 
@@ -118,6 +119,9 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
     )
     if flux is not None:
         _check_against_model(options, spec, flux, findings)
+    if flux is not None and spec is not None:
+        for problem in form_problems(options, spec, flux):
+            findings.add(problem, EXIT_OPTIONS)
     tokenizers = _check_tokenizers(options, flux, findings)
     prompts: tuple[SamplePrompt, ...] | None = ()
     if options.sample_prompts is not None and not _has_problem(findings, "sample_prompts"):

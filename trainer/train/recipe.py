@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from trainer.data.batches import BatchPlan, epoch_batches, share_of_rank
+from trainer.lora.form_reader import Origin
+from trainer.lora.forms import to_published
 from trainer.lora.lora import LoraNetwork
+from trainer.lora.lora_file import read_lora_file
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.flux import Flux
 from trainer.model.weights import load_flux
@@ -31,6 +34,7 @@ from trainer.train.conditioning import TextSource
 from trainer.train.engine import Engine
 from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
 from trainer.train.loop import GradientSync, LoopSettings, StepPosition, TrainingLoop
+from trainer.train.lora_form import base_layers
 from trainer.train.objective import FlowObjective, FlowSettings
 from trainer.train.optim import LearningRateSchedule, create_optimizer, optimizer_description
 from trainer.train.reporting import Reporter, StopRequested
@@ -75,7 +79,8 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
 
     reporter.phase("model")
     model = _load_model(checked, engine)
-    network = _attach_lora(checked, model, text, engine, reporter, seed)
+    base = base_layers(model) if options.lora_form == "bfl" else None
+    network, origin = _attach_lora(checked, model, text, engine, reporter, seed)
     reporter.note(f"LoRA on {network.num_modules} layers, rank {checked.spec.rank}, alpha {checked.spec.alpha}")
     swap = _block_swap(options, model, engine, reporter)
     optimizer = create_optimizer(
@@ -98,7 +103,12 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         ),
         reporter,
         engine.is_main,
+        origin,
+        base,
     )
+    if options.lora_form != "sd-scripts" and engine.is_main:
+        # What the form cannot hold is better said now than after the training.
+        save.tensors()
     sample = _sample_maker(checked, model, network, autoencoder, text.source, engine, reporter)
     loop = TrainingLoop(
         _loop_settings(checked, seed),
@@ -176,24 +186,29 @@ def _load_model(checked: CheckedRun, engine: Engine) -> Flux:
 
 def _attach_lora(
     checked: CheckedRun, model: Flux, text: PreparedText, engine: Engine, reporter: Reporter, seed: int
-) -> LoraNetwork:
+) -> tuple[LoraNetwork, Origin | None]:
+    """The network, and how the file was written that it starts from."""
     clip = None if checked.options.network_train_unet_only else text.clip
     network = LoraNetwork.attach(model, clip, checked.spec, torch.Generator().manual_seed(seed))
     network.to(engine.device)
+    origin = None
     if checked.options.network_weights is not None:
-        _load_weights(network, checked.options.network_weights, reporter)
-    return network
+        origin = _load_weights(network, checked.options.network_weights, reporter)
+    return network, origin
 
 
-def _load_weights(network: LoraNetwork, path: Path, reporter: Reporter) -> None:
-    report = network.load_file(path)
-    reporter.note(f"starting from {path}")
+def _load_weights(network: LoraNetwork, path: Path, reporter: Reporter) -> Origin | None:
+    state, metadata = read_lora_file(path)
+    published, origin = to_published(state, metadata, where=str(path))
+    report = network.load_file(path) if origin is None else network.load_published(published, where=str(path))
+    reporter.note(f"starting from {path}" if origin is None else f"starting from {path}, a file in {origin.form} form")
     for names, what in (
         (report.missing, "layers are not in the file and start anew"),
         (report.unexpected, "layers of the file are not trained here and are left out"),
     ):
         if names:
             reporter.warning(f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+    return origin
 
 
 def _block_swap(options: Options, model: Flux, engine: Engine, reporter: Reporter) -> AbstractContextManager[object]:

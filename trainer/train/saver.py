@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from trainer.data.index import DatasetSummary, SubsetSummary
+from trainer.lora.form_reader import Origin
+from trainer.lora.form_writer import BaseLayers
+from trainer.lora.forms import from_published
 from trainer.lora.lora import LoraNetwork
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun
@@ -30,7 +34,10 @@ TRAINER_VERSION: Final = "0.1.0"
 
 @dataclass(frozen=True)
 class LoraSaver:
-    """Saves `network` into `folder`. Only the main process has one that writes."""
+    """Saves `network` into `folder`. Only the main process has one that writes.
+
+    `origin` is how the file was written that the weights started from; `base` is needed for the BFL form.
+    """
 
     network: LoraNetwork
     folder: Path
@@ -38,6 +45,8 @@ class LoraSaver:
     facts: TrainingFacts
     reporter: Reporter
     is_main: bool
+    origin: Origin | None = None
+    base: BaseLayers | None = None
 
     def __call__(self, position: StepPosition, kind: CheckpointKind) -> None:
         if not self.is_main:
@@ -52,10 +61,19 @@ class LoraSaver:
             finished_at=time.time(),
             no_metadata=self.options.no_metadata,
         )
-        dtype = save_dtype(self.options.save_precision) or torch.float32
-        save_lora(path, self.network.published_state_dict(dtype), metadata)
+        state, added = self.tensors()
+        save_lora(path, state, {**metadata, **added})
         self.reporter.checkpoint(path, step=position.step, epoch=position.epoch, is_final=kind == "final")
         self._remove_superseded(kind, number)
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What is written, in the form that is asked for, and the metadata that belongs to it.
+
+        Raises `UserError` when the form has no place for what is trained.
+        """
+        dtype = save_dtype(self.options.save_precision) or torch.float32
+        published = self.network.published_state_dict(dtype)
+        return from_published(published, self.options.lora_form, origin=self.origin, base=self.base)
 
     def _remove_superseded(self, kind: CheckpointKind, number: int) -> None:
         options = self.options
