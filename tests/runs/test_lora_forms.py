@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from tests.lora.random_lora import assert_same_tensors
 from tests.runs.commands import train
 from tests.tiny import TinyModels, make_tiny_dataset
+from trainer.schema.checkpoint_header import read_header
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 NO_MOVE = "--learning_rate=1e-30"
@@ -46,11 +48,40 @@ def test_a_diffusers_lora_is_written_and_trained_on_without_a_bit_lost(
     state = load_file(first)
     assert {key.split(".")[0] for key in state} == {"transformer", "text_encoder"}
     assert state["transformer.transformer_blocks.0.attn.to_k.lora_B.weight"].abs().max() > 0
+    assert_files_are_recorded(first, tiny_models)
     weights = f"--network_weights={first}"
     second = run(tiny_models, dataset, tmp_path / "2", "--lora_form=diffusers", NO_MOVE, weights)
     assert_same_tensors(load_file(second), state)
     published = run(tiny_models, dataset, tmp_path / "3", NO_MOVE, weights, "--network_alpha=4")
     assert "lora_unet_double_blocks_0_img_attn_qkv.alpha" in load_file(published)
+
+
+def assert_files_are_recorded(lora: Path, models: TinyModels) -> None:
+    """Every model file with its whole hash, which is computed beside the training and there at its end."""
+    metadata = read_header(lora).metadata
+    for path, name, sha256 in (
+        (models.flux_dev, "ss_sd_model_name", "ss_new_sd_model_hash"),
+        (models.ae, "ss_vae_name", "ss_new_vae_hash"),
+        (models.ae, "ss_fluxgui_ae_name", "ss_fluxgui_new_ae_hash"),
+        (models.clip_l, "ss_fluxgui_clip_l_name", "ss_fluxgui_new_clip_l_hash"),
+        (models.t5xxl, "ss_fluxgui_t5xxl_name", "ss_fluxgui_new_t5xxl_hash"),
+    ):
+        assert (metadata[name], metadata[sha256]) == (path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert metadata["ss_fluxgui_lora_form"] == "diffusers"
+    assert metadata["ss_fluxgui_weight_dtype"] == "float32"
+    assert metadata["ss_fluxgui_blocks_to_swap"] == "0"
+    assert metadata["ss_fluxgui_t5xxl_max_token_length"] == "16"
+
+
+def test_an_xlabs_lora_holds_the_attention_that_was_trained(
+    tiny_models: TinyModels, dataset: Path, tmp_path: Path
+) -> None:
+    more = ("--lora_form=xlabs", "--network_train_unet_only", "--save_precision=bf16", "--learning_rate=1e-2")
+    only = ("train_blocks=double", "img_mlp_dim=0", "txt_mlp_dim=0", "img_mod_dim=0", "txt_mod_dim=0")
+    state = load_file(run(tiny_models, dataset, tmp_path, *more, "--network_args", *only))
+    assert len(state) == 2 * 4 * 2, "two blocks, four layers each, down and up"
+    assert state["double_blocks.1.processor.qkv_lora2.up.weight"].abs().max() > 0
+    assert {str(tensor.dtype) for tensor in state.values()} == {"torch.bfloat16"}
 
 
 def test_a_bfl_lora_is_whole_and_trained_on_without_a_bit_lost(

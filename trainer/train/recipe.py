@@ -27,11 +27,13 @@ from trainer.model.weights import load_flux
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.mover import make_mover
 from trainer.schema.cli import ParsedCommand
+from trainer.schema.folders import data_home
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun, check_run, warn_of_memory
 from trainer.train.conditioning import TextSource
 from trainer.train.engine import Engine
+from trainer.train.file_hashes import FileHashes
 from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
 from trainer.train.loop import GradientSync, LoopSettings, StepPosition, TrainingLoop
 from trainer.train.lora_form import base_layers
@@ -39,12 +41,13 @@ from trainer.train.objective import FlowObjective, FlowSettings
 from trainer.train.optim import LearningRateSchedule, create_optimizer, optimizer_description
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.sample_maker import SampleMaker
-from trainer.train.saver import LoraSaver, training_facts
+from trainer.train.saver import LoraSaver, model_files, training_facts
 from trainer.train.session import DeviceLock
 from trainer.train.text_phase import PreparedText, prepare_text
 
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
+HASHES_FILE = "model_hashes.json"
 TRACKER_NAME = "network_train"
 
 MicroBatch = Callable[[torch.Generator], Tensor]
@@ -89,6 +92,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         learning_rate=options.learning_rate,
         arguments=parse_optimizer_args(options.optimizer_args),
     )
+    hashes = FileHashes(model_files(options), data_home() / HASHES_FILE)
     save = LoraSaver(
         network,
         _output_dir(options),
@@ -100,11 +104,13 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
             started_at=started_at,
             optimizer=optimizer_description(optimizer, parse_optimizer_args(options.optimizer_args)),
             num_processes=engine.num_processes,
+            weight_dtype=str(engine.dtype).removeprefix("torch."),
         ),
         reporter,
         engine.is_main,
         origin,
         base,
+        hashes,
     )
     if options.lora_form != "sd-scripts" and engine.is_main:
         # What the form cannot hold is better said now than after the training.
@@ -130,13 +136,16 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         peak_bytes=engine.peak_bytes,
     )
     reporter.phase("training")
-    with swap:
-        position, was_stopped = loop.run()
-    if was_stopped:
-        if position.step > 0:
-            save(position, "step")
-        raise StopRequested
-    save(position, "final")
+    with contextlib.closing(hashes):
+        if engine.is_main and not options.no_metadata:
+            hashes.start()
+        with swap:
+            position, was_stopped = loop.run()
+        if was_stopped:
+            if position.step > 0:
+                save(position, "step")
+            raise StopRequested
+        save(position, "final")
 
 
 def _announce_plan(checked: CheckedRun, engine: Engine, reporter: Reporter) -> None:
