@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.lora.random_lora import assert_same_tensors
 from tests.runs.commands import train
@@ -104,4 +105,16 @@ def test_a_form_that_cannot_hold_what_is_trained_is_refused_before_training(
     assert finished.code == 2
     assert "no place for a text encoder's LoRA" in finished.output
     assert "lora_unet_double_blocks_0_img_mod_lin" in finished.output
+    assert "Traceback" not in finished.output
+
+
+def test_a_lora_of_another_model_is_refused_before_a_model_is_loaded(
+    tiny_models: TinyModels, dataset: Path, tmp_path: Path
+) -> None:
+    save_file({"unet.down_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 2)}, tmp_path / "sd.safetensors")
+    arguments = [*tiny_models.arguments(), f"--dataset_config={dataset}", f"--output_dir={tmp_path / 'out'}"]
+    finished = train(*arguments, f"--network_weights={tmp_path / 'sd.safetensors'}")
+    assert finished.code == 3
+    assert "this is no LoRA for FLUX.1 in a form that is known here" in finished.output
+    assert "unet.down_blocks.0.attn.to_q.lora_A.weight" in finished.output
     assert "Traceback" not in finished.output

@@ -91,6 +91,7 @@ _LORA_MARKS: Final = (
     ".lora_B.",
     ".lora.down.",
     ".lora.up.",
+    ".lora_linear_layer.",
     "_lora.down.",
     "_lora1.down.",
     "_lora2.down.",

@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 
 from trainer.data.index import DatasetIndex, index_dataset
+from trainer.lora.forms import to_published
+from trainer.lora.lora_file import read_lora_file
 from trainer.model.text_encoders import PromptTokenizer, load_clip_tokenizer, load_t5_tokenizer
 from trainer.schema.base import Problem, UserError
 from trainer.schema.checkpoint_header import (
@@ -122,6 +124,9 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
     if flux is not None and spec is not None:
         for problem in form_problems(options, spec, flux):
             findings.add(problem, EXIT_OPTIONS)
+    if options.network_weights is not None and not _has_problem(findings, "network_weights"):
+        weights: Path = options.network_weights
+        findings.attempt(lambda: to_published(*read_lora_file(weights), where=str(weights)))
     tokenizers = _check_tokenizers(options, flux, findings)
     prompts: tuple[SamplePrompt, ...] | None = ()
     if options.sample_prompts is not None and not _has_problem(findings, "sample_prompts"):
