@@ -73,7 +73,7 @@ def test_the_other_forms_fold_alpha_and_have_the_trained_strength() -> None:
         written, _, _ = converted(state, {}, form)
         assert not any(key.endswith(".alpha") for key in written)
         # Without the metadata: what any other program sees.
-        seen, _ = to_published(written, {})
+        seen = to_published(written, {}).state
         for name, expected in deltas(state).items():
             torch.testing.assert_close(deltas(seen)[name], expected, rtol=1e-6, atol=1e-6)
 
@@ -107,16 +107,13 @@ def test_old_split_files_are_converted_at_the_strength_they_were_trained_with() 
     downs = [torch.randn(2, 32, generator=torch.Generator().manual_seed(part)) for part in range(3)]
     ups = [torch.randn(32, 2, generator=torch.Generator().manual_seed(9 + part)) for part in range(3)]
     state = published(QKV, torch.cat(downs), torch.block_diag(*ups), torch.tensor(1.0))
-    metadata = {
-        "ss_network_args": json.dumps({"split_qkv": "True", "verbose": "True"}),
-        "modelspec.implementation_version": "sd-scripts/0123",
-    }
+    metadata = {"ss_network_args": json.dumps({"split_qkv": "True", "verbose": "True"})}
     written, _, _ = converted(state, metadata, "diffusers")
     effect = written[f"{K}.lora_B.weight"] @ written[f"{K}.lora_A.weight"]
     torch.testing.assert_close(effect, 0.5 * ups[1] @ downs[1])
     again, kept, _ = converted(state, metadata, "sd-scripts")
     assert again[f"{QKV}.alpha"] == 3
-    assert json.loads(kept["ss_network_args"]) == {"verbose": "True"}
+    assert kept == metadata | {"ss_split_qkv_alpha": "merged"}
     third, _, _ = converted(again, kept, "sd-scripts")
     assert third[f"{QKV}.alpha"] == 3, "the correction is made once"
 
@@ -124,11 +121,14 @@ def test_old_split_files_are_converted_at_the_strength_they_were_trained_with() 
 def test_q_k_and_v_of_one_lora_a_are_merged_at_their_rank_and_others_on_a_diagonal() -> None:
     shared = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
     state = adapter(Q, 4, down=shared) | adapter(K, 4, seed=1, down=shared) | adapter(V, 4, seed=2, down=shared)
-    own, _ = to_published(state, {})
+    own = to_published(state, {}).state
     assert torch.equal(own[f"{QKV}.lora_down.weight"], shared)
     assert own[f"{QKV}.alpha"] == 4
+    assert "ss_split_qkv_alpha" not in to_published(state, {}).metadata
+    state = adapter(Q, 4) | adapter(K, 4, seed=1) | adapter(V, 4, seed=2)
+    assert to_published(state, {}).metadata == {"ss_split_qkv_alpha": "merged"}, "not one of the old files"
     state = adapter(Q, 4) | adapter(K, 2, seed=1) | adapter(V, 4, seed=2)
-    own, _ = to_published(state, {})
+    own = to_published(state, {}).state
     assert own[f"{QKV}.lora_down.weight"].shape == (10, 32)
     assert own[f"{QKV}.alpha"] == 10
     whole = own[f"{QKV}.lora_up.weight"] @ own[f"{QKV}.lora_down.weight"]
@@ -188,7 +188,8 @@ FILES: dict[str, dict[str, Tensor]] = {
 @pytest.mark.parametrize("kind", FILES)
 def test_a_file_read_for_training_and_written_again_is_bit_equal(kind: str) -> None:
     state = FILES[kind]
-    own, origin = to_published(state, {})
+    file = to_published(state, {})
+    own, origin = file.state, file.origin
     assert origin is not None
     assert all(layer_of(key.split(".")[0]) is not None for key in own)
     written, _ = from_published(own, origin.form, origin=origin)
@@ -200,17 +201,19 @@ def test_zero_weights_keep_their_form_on_the_way_through_training() -> None:
         key: torch.zeros_like(tensor) if "lora_B" in key else tensor
         for key, tensor in (adapter(Q, 4) | adapter(K, 4, seed=1) | adapter(V, 4, seed=2)).items()
     }
-    own, origin = to_published(state, {})
+    file = to_published(state, {})
+    own, origin = file.state, file.origin
     assert origin is not None
     assert_same_tensors(from_published(own, "diffusers", origin=origin)[0], state)
 
 
 def test_weights_that_no_longer_have_the_files_form_are_written_with_their_whole_effect() -> None:
-    own, origin = to_published(adapter(Q, 4) | adapter(V, 4, seed=1), {})
+    file = to_published(adapter(Q, 4) | adapter(V, 4, seed=1), {})
+    own, origin = file.state, file.origin
     own[f"{QKV}.lora_up.weight"] = torch.randn(96, 8, generator=torch.Generator().manual_seed(5))
     written, _ = from_published(own, "diffusers", origin=origin)
     assert sorted(written) == sorted(f"{module}.lora_{half}.weight" for module in (Q, K, V) for half in "AB")
-    again, _ = to_published(written, {})
+    again = to_published(written, {}).state
     torch.testing.assert_close(deltas(again)[QKV], deltas(own)[QKV])
 
 
@@ -268,6 +271,6 @@ def test_a_bfl_file_made_whole_holds_every_layer_and_reads_as_what_was_trained()
 
 def test_published_files_are_given_back_untouched_for_training() -> None:
     for state in (random_lora(), {f"{QKV}.lokr_w1": torch.ones(2, 2)}):
-        own, origin = to_published(state, {})
-        assert origin is None
-        assert_same_tensors(own, state)
+        file = to_published(state, {})
+        assert file.origin is None
+        assert_same_tensors(file.state, state)

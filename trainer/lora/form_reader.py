@@ -20,7 +20,9 @@ ALPHA_KEY: Final = "fluxgui_alpha"
 TRAINED_KEY: Final = "fluxgui_trained_layers"
 """Metadata: the layers that a whole BFL file really adapts; the others are there because loaders demand them."""
 
-NETWORK_ARGS_KEY: Final = "ss_network_args"
+SPLIT_ALPHA_KEY: Final = "ss_split_qkv_alpha"
+"""Metadata: fused layers that were trained in parts have the alpha of the whole when its value is `merged`."""
+MERGED: Final = "merged"
 
 _MLP_RATIO: Final = 4
 _SWAPPED_NAME: Final = layer_name("unet", HALVES_SWAPPED)
@@ -170,35 +172,34 @@ def with_halves_swapped(adapter: Adapter) -> Adapter:
 
 def was_saved_too_weak(metadata: Mapping[str, str]) -> bool:
     """Whether sd-scripts wrote the file with `split_qkv`: the alpha of one part for the larger rank of all parts."""
-    if not metadata.get("modelspec.implementation_version", "").startswith("sd-scripts/"):
+    if metadata.get(SPLIT_ALPHA_KEY) == MERGED:
         return False
-    arguments = _read_json(metadata, NETWORK_ARGS_KEY)
+    arguments = _read_json(metadata, "ss_network_args")
     return isinstance(arguments, dict) and cast("dict[str, object]", arguments).get("split_qkv") == "True"
 
 
-def without_split_qkv(network_args: str) -> str:
-    """The text of the metadata's network arguments without the one that says how old files are to be read."""
-    arguments = cast("dict[str, object]", json.loads(network_args))
-    return json.dumps({key: value for key, value in arguments.items() if key != "split_qkv"})
+def stands_on_diagonal(adapter: Adapter, num_parts: int) -> bool:
+    """Whether `up` is block-diagonal: `num_parts` adapters of one rank beside one another."""
+    sizes = part_sizes(num_parts, adapter.down.shape[1], adapter.up.shape[0])
+    rank = adapter.rank // num_parts
+    blocks = torch.block_diag(*(torch.ones(size, rank, dtype=torch.bool) for size in sizes))
+    return blocks.shape == adapter.up.shape and not bool((adapter.up.cpu() != 0)[~blocks].any())
+
+
+def num_fused_parts(name: str) -> int:
+    """How many layers of one training in parts the adapter called `name` may hold; 1 for a layer that is not fused."""
+    return 3 if name.endswith("_attn_qkv") else 4 if name.endswith("_linear1") else 1
 
 
 def _at_trained_strength(tensors: LoraTensors, form: Form, metadata: Mapping[str, str]) -> LoraTensors:
     if form != "sd-scripts" or not was_saved_too_weak(metadata):
         return tensors
-    adapters = {
-        name: _times_parts(adapter, 4 if name.endswith("_linear1") else 3)
-        if name.endswith(("_attn_qkv", "_linear1"))
-        else adapter
-        for name, adapter in tensors.adapters.items()
-    }
+    adapters = {name: _times_parts(adapter, num_fused_parts(name)) for name, adapter in tensors.adapters.items()}
     return replace(tensors, adapters=adapters)
 
 
 def _times_parts(adapter: Adapter, num_parts: int) -> Adapter:
-    sizes = part_sizes(num_parts, adapter.down.shape[1], adapter.up.shape[0])
-    rank = adapter.rank // num_parts
-    blocks = torch.block_diag(*(torch.ones(size, rank, dtype=torch.bool) for size in sizes))
-    if adapter.alpha is None or blocks.shape != adapter.up.shape or bool((adapter.up.cpu() != 0)[~blocks].any()):
+    if num_parts == 1 or adapter.alpha is None or not stands_on_diagonal(adapter, num_parts):
         return adapter
     return replace(adapter, alpha=adapter.alpha * num_parts)
 

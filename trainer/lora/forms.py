@@ -16,36 +16,48 @@ trained apart stand on the diagonal of a larger adapter, whose alpha grows with 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from trainer.lora.form_names import Form, form_of
 from trainer.lora.form_reader import (
     ALPHA_KEY,
-    NETWORK_ARGS_KEY,
+    MERGED,
+    SPLIT_ALPHA_KEY,
     TRAINED_KEY,
     Origin,
+    num_fused_parts,
     published_tensors,
     read_lora,
-    was_saved_too_weak,
-    without_split_qkv,
+    stands_on_diagonal,
 )
 from trainer.lora.form_writer import BaseLayers, write_lora
+from trainer.lora.lora_tensors import LoraTensors
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file's tensors and metadata as if it had published keys, and how it was written (None: just so)."""
+
+    state: dict[str, Tensor]
+    metadata: dict[str, str]
+    origin: Origin | None
 
 
 def to_published(
     state: Mapping[str, Tensor], metadata: Mapping[str, str], *, where: str = "the LoRA file"
-) -> tuple[dict[str, Tensor], Origin | None]:
-    """A file's tensors under published keys, and how the file was written.
+) -> Published:
+    """A LoRA file for whoever trains it.
 
-    A file that has published keys already is given back as it is, with None: whoever trains it knows more of its kinds.
-    Raises `UserError` for what no LoRA of FLUX in a known form holds.
+    A file that has published keys already is given back as it is: who trains it knows more of its kinds. Raises
+    `UserError` for what no LoRA of FLUX in a known form holds.
     """
     form = form_of(state)
     if form == "sd-scripts" or (form is None and any(key.startswith(("lora_unet_", "oft_unet_")) for key in state)):
-        return dict(state), None
+        return Published(dict(state), dict(metadata), None)
     tensors, origin = read_lora(state, metadata, where=where)
-    return published_tensors(tensors, where=where), origin
+    return Published(published_tensors(tensors, where=where), _kept(metadata) | _marks(tensors, "sd-scripts"), origin)
 
 
 def from_published(
@@ -74,8 +86,15 @@ def converted(
     """A file's tensors in `form`, its metadata brought up to date, and the form that it had."""
     tensors, origin = read_lora(state, metadata, where=where)
     written, added = write_lora(tensors, form, origin=origin, base=base, where=where)
-    kept = {key: value for key, value in metadata.items() if key not in (ALPHA_KEY, TRAINED_KEY)}
-    if origin.form == "sd-scripts" and was_saved_too_weak(metadata):
-        # The alpha is right from here on; who reads the file must not correct it once more.
-        kept[NETWORK_ARGS_KEY] = without_split_qkv(metadata[NETWORK_ARGS_KEY])
-    return written, {**kept, **added}, origin.form
+    return written, {**_kept(metadata), **_marks(tensors, form), **added}, origin.form
+
+
+def _kept(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key not in (ALPHA_KEY, TRAINED_KEY)}
+
+
+def _marks(tensors: LoraTensors, form: Form) -> dict[str, str]:
+    """Says of fused layers on a diagonal that their alpha is right, so that none takes them for those of old files."""
+    counts = {name: num_fused_parts(name) for name in tensors.adapters}
+    has_parts = any(count > 1 and stands_on_diagonal(tensors.adapters[name], count) for name, count in counts.items())
+    return {SPLIT_ALPHA_KEY: MERGED} if form == "sd-scripts" and has_parts else {}

@@ -208,8 +208,9 @@ def _attach_lora(
 
 def _load_weights(network: LoraNetwork, path: Path, reporter: Reporter) -> Origin | None:
     state, metadata = read_lora_file(path)
-    published, origin = to_published(state, metadata, where=str(path))
-    report = network.load_file(path) if origin is None else network.load_published(published, where=str(path))
+    published = to_published(state, metadata, where=str(path))
+    origin = published.origin
+    report = network.load_file(path) if origin is None else network.load_published(published.state, where=str(path))
     reporter.note(f"starting from {path}" if origin is None else f"starting from {path}, a file in {origin.form} form")
     for names, what in (
         (report.missing, "layers are not in the file and start anew"),
