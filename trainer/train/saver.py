@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from trainer.data.index import DatasetSummary, SubsetSummary
@@ -85,8 +84,8 @@ class LoraSaver:
 
         Raises `UserError` when the form has no place for what is trained.
         """
-        dtype = save_dtype(self.options.save_precision) or torch.float32
-        published = self.network.published_state_dict(dtype)
+        # With no precision asked for, alpha stays the whole number that an untouched --network_alpha is.
+        published = self.network.published_state_dict(save_dtype(self.options.save_precision))
         return from_published(published, self.options.lora_form, origin=self.origin, base=self.base)
 
     def _remove_superseded(self, kind: CheckpointKind, number: int) -> None:
