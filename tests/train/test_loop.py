@@ -39,7 +39,14 @@ def settings(**changes: object) -> LoopSettings:
 class Course:
     """A loop around one weight w whose loss is (w - target)^2, with everything that fell due written down."""
 
-    def __init__(self, loop_settings: LoopSettings, reporter: Reporter | None = None, *, rate: float = 0.1) -> None:
+    def __init__(
+        self,
+        loop_settings: LoopSettings,
+        reporter: Reporter | None = None,
+        *,
+        rate: float = 0.1,
+        sync: GradientSync | None = None,
+    ) -> None:
         self.model = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.model.weight)
         self.saved: list[tuple[StepPosition, str]] = []
@@ -53,7 +60,7 @@ class Course:
             optimizer=optimizer,
             schedule=LearningRateSchedule(optimizer, "constant", num_steps=loop_settings.num_steps),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
-            sync=GradientSync(lambda tensor: tensor, 1),
+            sync=sync or GradientSync(lambda tensor: tensor, 1),
             reporter=reporter or Reporter(is_main=False),
             rank=0,
             micro_batches=self.micro_batches,
@@ -130,6 +137,24 @@ def test_a_loss_that_is_no_number_ends_the_run_with_advice() -> None:
     with pytest.raises(UserError, match="the loss became") as error:
         course.loop.run()
     assert "learning_rate" in str(error.value)
+
+
+def test_a_stop_during_a_sample_on_the_main_process_is_told_to_the_others_at_the_next_step() -> None:
+    def of_both(tensor: Tensor) -> Tensor:
+        flags.append(float(tensor[0]))
+        return tensor
+
+    flags: list[float] = []
+    reporter = Reporter(is_main=False)
+    course = Course(settings(sample_every_n_steps=2), reporter, sync=GradientSync(of_both, 2))
+
+    def stop(_position: StepPosition, _is_epoch_end: bool) -> None:
+        reporter._stop.set()  # pyright: ignore[reportPrivateUsage]
+        raise StopRequested
+
+    course.loop._sample = stop  # pyright: ignore[reportPrivateUsage]
+    assert course.loop.run() == (StepPosition(3, 1), True)
+    assert flags == [0.0, 0.0, 1.0]
 
 
 def test_a_stop_between_two_steps_ends_after_the_last_whole_step(tmp_path: Path) -> None:

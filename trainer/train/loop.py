@@ -270,6 +270,11 @@ class TrainingLoop:
         self._reporter.phase("training")
 
     def _sample_now(self, *, is_epoch_end: bool) -> None:
-        self._sample(self._position, is_epoch_end)
+        try:
+            self._sample(self._position, is_epoch_end)
+        except StopRequested:
+            # Only the main process samples; the others learn of the stop when gradients are averaged next.
+            if self._sync.num_processes == 1:
+                raise
         self._network.train()
         self._reporter.phase("training")
