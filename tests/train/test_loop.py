@@ -184,6 +184,24 @@ def test_save_now_is_obeyed_after_the_step(tmp_path: Path) -> None:
     assert course.saved == [(StepPosition(1, 1), "step")]
 
 
+def test_a_save_or_sample_that_the_disk_refuses_is_a_warning_and_training_goes_on(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "x", config_toml="", dataset_toml="", sample_prompts="", info={})
+    course = Course(
+        settings(save_every_n_epochs=1, sample_every_n_steps=4), Reporter(run, events=EventWriter(run.events_jsonl, 1))
+    )
+
+    def refuse(position: StepPosition, _detail: object) -> None:
+        raise UserError(f"the disk is full at step {position.step}")
+
+    course.loop._save = course.loop._sample = refuse  # pyright: ignore[reportPrivateUsage]
+    assert course.loop.run() == (StepPosition(6, 2), False)
+    events = EventReader(run.events_jsonl).read_new()
+    warnings = [str(event["message"]) for event in events if event["kind"] == "warning"]
+    assert [warning.partition(":")[0] for warning in warnings] == ["nothing was saved", "no sample was made"]
+    assert "the disk is full at step 3" in warnings[0]
+    assert "the disk is full at step 4" in warnings[1]
+
+
 def test_events_of_steps_hold_what_the_page_shows(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "x", config_toml="", dataset_toml="", sample_prompts="", info={})
     Course(settings(), Reporter(run, events=EventWriter(run.events_jsonl, 1))).loop.run()

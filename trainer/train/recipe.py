@@ -6,7 +6,9 @@ What a phase needs is freed before the next one loads: text encoders, then autoe
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -24,9 +26,11 @@ from trainer.model.weights import load_flux
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.mover import make_mover
 from trainer.schema.cli import ParsedCommand
+from trainer.schema.folders import data_home
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun, check_run, warn_of_memory
+from trainer.train.checkpoint import CheckpointKind
 from trainer.train.conditioning import TextSource
 from trainer.train.engine import Engine
 from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
@@ -34,6 +38,7 @@ from trainer.train.loop import GradientSync, LoopSettings, StepPosition, Trainin
 from trainer.train.objective import FlowObjective, FlowSettings
 from trainer.train.optim import LearningRateSchedule, create_optimizer, optimizer_description
 from trainer.train.reporting import Reporter, StopRequested
+from trainer.train.rescue import save_or_rescue
 from trainer.train.sample_maker import SampleMaker
 from trainer.train.saver import LoraSaver, training_facts
 from trainer.train.session import DeviceLock
@@ -124,9 +129,20 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         position, was_stopped = loop.run()
     if was_stopped:
         if position.step > 0:
-            save(position, "step")
+            _save_for_good(save, position, "step")
         raise StopRequested
-    save(position, "final")
+    _save_for_good(save, position, "final")
+
+
+def _save_for_good(save: LoraSaver, position: StepPosition, kind: CheckpointKind) -> None:
+    """The last save of a run: what the output folder refuses is kept in the data folder, or the temporary one."""
+    moment = time.strftime("%Y%m%d-%H%M%S")
+    elsewhere = (data_home(), Path(tempfile.gettempdir()) / "fluxgui")
+    save_or_rescue(
+        lambda folder: dataclasses.replace(save, folder=folder)(position, kind),
+        save.folder,
+        [place / "rescued" / moment for place in elsewhere],
+    )
 
 
 def _announce_plan(checked: CheckedRun, engine: Engine, reporter: Reporter) -> None:
