@@ -83,11 +83,12 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
     network = _attach_lora(checked, model, text, engine, reporter, seed)
     reporter.note(f"LoRA on {network.num_modules} layers, rank {checked.spec.rank}, alpha {checked.spec.alpha}")
     swap = _block_swap(options, model, engine, reporter)
+    optimizer_arguments = parse_optimizer_args(options.optimizer_args, options.optimizer_type)
     optimizer = create_optimizer(
         options.optimizer_type,
         network.parameter_groups(_unet_rate(options), _text_encoder_rate(options)),
         learning_rate=options.learning_rate,
-        arguments=parse_optimizer_args(options.optimizer_args),
+        arguments=optimizer_arguments,
     )
     save = LoraSaver(
         network,
@@ -98,7 +99,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
             seed=seed,
             session_id=secrets.randbits(32),
             started_at=started_at,
-            optimizer=optimizer_description(optimizer, parse_optimizer_args(options.optimizer_args)),
+            optimizer=optimizer_description(optimizer, optimizer_arguments),
             num_processes=engine.num_processes,
         ),
         reporter,
