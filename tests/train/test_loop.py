@@ -213,6 +213,13 @@ def test_events_of_steps_hold_what_the_page_shows(tmp_path: Path) -> None:
     assert steps[1]["loss_average"] == pytest.approx((100.0 + (2.0 - 11) ** 2) / 2)
 
 
+def test_events_that_the_disk_refuses_do_not_end_the_training(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "x", config_toml="", dataset_toml="", sample_prompts="", info={})
+    reporter = Reporter(run, events=EventWriter(run.events_jsonl, 1))
+    run.events_jsonl.mkdir()
+    assert Course(settings(), reporter).loop.run() == (StepPosition(6, 2), False)
+
+
 def test_the_average_covers_one_epoch() -> None:
     average = MeanLoss(2)
     assert [average.add(value) for value in (1.0, 3.0, 5.0)] == [1.0, 2.0, 4.0]
