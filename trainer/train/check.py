@@ -31,7 +31,7 @@ from trainer.schema.checkpoint_header import (
 )
 from trainer.schema.cli import check_files
 from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
-from trainer.schema.memory import OtherModels, estimate, max_blocks_to_swap
+from trainer.schema.memory import OtherModels, estimate, max_blocks_to_swap, usable_bytes
 from trainer.schema.options import Options
 from trainer.schema.toml_io import DatasetConfig, dataset_config
 from trainer.train.lora_form import form_problems
@@ -188,8 +188,8 @@ def warn_of_memory(checked: CheckedRun, total_bytes: int | None, reporter: Repor
     )
     if result.fits is False:
         reporter.warning(
-            f"this will probably not fit: about {format_bytes(result.peak_bytes)} are needed, the card has "
-            f"{format_bytes(total_bytes)}. {result.reason}"
+            f"this will probably not fit: about {format_bytes(result.peak_bytes)} are needed, the card leaves "
+            f"{format_bytes(usable_bytes(total_bytes))} of its {format_bytes(total_bytes)}. {result.reason}"
         )
 
 

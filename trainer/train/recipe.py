@@ -6,7 +6,9 @@ What a phase needs is freed before the next one loads: text encoders, then autoe
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -31,6 +33,7 @@ from trainer.schema.folders import data_home
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun, check_run, warn_of_memory
+from trainer.train.checkpoint import CheckpointKind
 from trainer.train.conditioning import TextSource
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import FileHashes
@@ -40,6 +43,7 @@ from trainer.train.lora_form import base_layers
 from trainer.train.objective import FlowObjective, FlowSettings
 from trainer.train.optim import LearningRateSchedule, create_optimizer, optimizer_description
 from trainer.train.reporting import Reporter, StopRequested
+from trainer.train.rescue import save_or_rescue
 from trainer.train.sample_maker import SampleMaker
 from trainer.train.saver import LoraSaver, model_files, training_facts
 from trainer.train.session import DeviceLock
@@ -86,11 +90,12 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
     network, origin = _attach_lora(checked, model, text, engine, reporter, seed)
     reporter.note(f"LoRA on {network.num_modules} layers, rank {checked.spec.rank}, alpha {checked.spec.alpha}")
     swap = _block_swap(options, model, engine, reporter)
+    optimizer_arguments = parse_optimizer_args(options.optimizer_args, options.optimizer_type)
     optimizer = create_optimizer(
         options.optimizer_type,
         network.parameter_groups(_unet_rate(options), _text_encoder_rate(options)),
         learning_rate=options.learning_rate,
-        arguments=parse_optimizer_args(options.optimizer_args),
+        arguments=optimizer_arguments,
     )
     hashes = FileHashes(model_files(options), data_home() / HASHES_FILE)
     save = LoraSaver(
@@ -102,7 +107,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
             seed=seed,
             session_id=secrets.randbits(32),
             started_at=started_at,
-            optimizer=optimizer_description(optimizer, parse_optimizer_args(options.optimizer_args)),
+            optimizer=optimizer_description(optimizer, optimizer_arguments),
             num_processes=engine.num_processes,
             weight_dtype=str(engine.dtype).removeprefix("torch."),
         ),
@@ -143,9 +148,20 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
             position, was_stopped = loop.run()
         if was_stopped:
             if position.step > 0:
-                save(position, "step")
+                _save_for_good(save, position, "step")
             raise StopRequested
-        save(position, "final")
+        _save_for_good(save, position, "final")
+
+
+def _save_for_good(save: LoraSaver, position: StepPosition, kind: CheckpointKind) -> None:
+    """The last save of a run: what the output folder refuses is kept in the data folder, or the temporary one."""
+    moment = time.strftime("%Y%m%d-%H%M%S")
+    elsewhere = (data_home(), Path(tempfile.gettempdir()) / "fluxgui")
+    save_or_rescue(
+        lambda folder: dataclasses.replace(save, folder=folder)(position, kind),
+        save.folder,
+        [place / "rescued" / moment for place in elsewhere],
+    )
 
 
 def _announce_plan(checked: CheckedRun, engine: Engine, reporter: Reporter) -> None:
