@@ -6,6 +6,7 @@ write every config file, so that the form cannot mean something else than what i
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -163,11 +164,21 @@ def typed_value(field: Field, value: object) -> object:
     if value is None or value == "":
         return None
     if field.kind == "path" and isinstance(value, str):
-        return Path(value).expanduser().absolute()
+        return _path(value)
     if field.kind in ("integer", "number") and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         number = _number(value)
         return value if number is None else number
     return value
+
+
+def _path(text: str) -> Path:
+    """The path that was typed or pasted. Quotes around it come with a path copied from a file manager or a shell."""
+    if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1].strip()
+    path = Path(text.replace("\0", ""))
+    with contextlib.suppress(RuntimeError):  # "~name" of somebody who has no account here: a folder of that name
+        path = path.expanduser()
+    return path.absolute()
 
 
 def _number(value: float | str) -> int | float | None:
