@@ -233,12 +233,14 @@ class TrainTab:
         bar = self.presets
         name = str(data[bar.name] or "").strip()
         if name in {preset.name for preset in presets_of_kind("own")}:
-            return bar.replacing.ask(f"Replace the preset {name}? The settings that it holds now are lost.")
-        return self.save_preset(data)
+            return bar.replacing.ask(f"Replace the preset {name}? The settings that it holds now are lost.", name)
+        return self._save_preset(name, data)
 
-    def save_preset(self, data: Data) -> Updates:
+    def replace_preset(self, data: Data) -> Updates:
+        return self._save_preset(data[self.presets.replacing.subject], data)
+
+    def _save_preset(self, name: str, data: Data) -> Updates:
         bar = self.presets
-        name = str(data[bar.name] or "").strip()
         try:
             saved = save_own(name, preset_values(self.values(data)))
         except (OSError, UserError) as error:
@@ -253,7 +255,7 @@ class TrainTab:
     def ask_to_delete(self, name: str | None) -> Updates:
         if not name:
             raise gr.Error("Choose a saved preset first.", print_exception=False)
-        return self.presets.deleting.ask(f"Delete the preset {name}? Its settings are lost.")
+        return self.presets.deleting.ask(f"Delete the preset {name}? Its settings are lost.", name)
 
     def delete_preset(self, name: str | None) -> Updates:
         bar = self.presets
@@ -410,11 +412,11 @@ def _connect_presets(tab: TrainTab) -> list[Dependency]:
     """Connect the bar. Gives the events that fill the form."""
     bar = tab.presets
     fields = [*tab.form.values()]
-    saved = [bar.own, bar.name, bar.replacing.box, bar.replacing.text]
+    saved = [bar.own, bar.name, *bar.replacing.outputs]
     bar.save.click(tab.ask_to_save, {*tab.inputs, bar.name}, saved, **QUIETLY)
-    bar.replacing.yes.click(tab.save_preset, {*tab.inputs, bar.name}, saved, **QUIETLY)
-    bar.delete.click(tab.ask_to_delete, [bar.own], [bar.deleting.box, bar.deleting.text], **QUIETLY)
-    bar.deleting.yes.click(tab.delete_preset, [bar.own], [bar.own, bar.deleting.box], **QUIETLY)
+    bar.replacing.yes.click(tab.replace_preset, {*tab.inputs, bar.replacing.subject}, saved, **QUIETLY)
+    bar.delete.click(tab.ask_to_delete, [bar.own], bar.deleting.outputs, **QUIETLY)
+    bar.deleting.yes.click(tab.delete_preset, [bar.deleting.subject], [bar.own, bar.deleting.box], **QUIETLY)
     applied = [*fields, tab.parts["vram_gb"]]
     return [
         bar.purpose.input(tab.apply_preset, [bar.purpose], applied, **QUIETLY),

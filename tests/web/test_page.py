@@ -254,7 +254,16 @@ def test_a_preset_is_the_same_after_a_restart(app: App, page: Page) -> None:
         expect(box(page, name)).to_have_value(value)
     expect(page.locator("#field-flip_aug input")).to_be_checked()
 
-    # Replacing and deleting ask first.
+    # Replacing and deleting ask first, and then do what was asked, whatever was chosen meanwhile.
+    page.locator("#preset-name input, #preset-name textarea").fill("My dog")
+    page.locator("#preset-save").click()
+    expect(page.locator("#preset-own input")).to_have_value("My dog")
+    page.locator("#preset-delete").click()
+    expect(page.locator("#preset-delete-question")).to_contain_text("Delete the preset My dog?")
+    choose(page, "#preset-own", "My cat")
+    page.locator("#preset-delete-yes").click()
+    wait_until(lambda: [file.stem for file in (app.home / "presets").glob("*.toml")] == ["My cat"])
+    choose(page, "#preset-own", "My cat")
     page.locator("#preset-name input, #preset-name textarea").fill("My cat")
     page.locator("#preset-save").click()
     expect(page.locator("#preset-replace-question")).to_contain_text("Replace the preset My cat?")
