@@ -24,7 +24,7 @@ def problems(reading: Reading, labels: Mapping[str, str]) -> str:
     parts: list[str] = []
     if reading.problems:
         items = "".join(
-            f"<li>{_link(problem.field, labels)}{escape(problem.what)}"
+            f"<li>{_link(problem.field, labels)}{escape(problem.what.rstrip('.'))}."
             f"{_small(problem.where) if problem.field is None else ''}{_small(problem.hint)}</li>"
             for problem in reading.problems
         )

@@ -131,6 +131,26 @@ def test_any_text_in_a_box_for_a_path_is_answered_at_its_field(filled: dict[str,
         assert recognised({name: cast("Path", typed_value(make_fields()[name], path))}) == {}
 
 
+def test_a_problem_at_a_field_is_told_in_the_words_of_the_page(filled: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(b"x" * 5)
+    found = problem_fields(
+        filled
+        | {
+            "t5xxl": filled["clip_l"],
+            "ae": tmp_path / "cut.safetensors",
+            "pretrained_model_name_or_path": "/nowhere",
+            "network_dim": "0",
+            "num_repeats": "x",
+        }
+    )
+    assert found["t5xxl"].startswith("This is a CLIP text encoder. T5-XXL takes")
+    assert found["t5xxl"].endswith("This file belongs to CLIP-L.")
+    assert found["pretrained_model_name_or_path"] == "This file does not exist. Check the path for a typing error."
+    assert found["network_dim"] == "Rank is 0; it must be 1 to 1024."
+    assert found["num_repeats"].startswith("Repeats is x; it must be a whole number, 1 or more")
+    assert not [text for text in found.values() if "--" in text or "network_dim" in text or "num_repeats" in text]
+
+
 def test_empty_needed_fields_are_missing_not_wrong(filled: dict[str, object]) -> None:
     filled |= {"pretrained_model_name_or_path": "", "image_dir": "  ", "output_name": ""}
     reading = read_form(filled)
