@@ -99,6 +99,15 @@ def test_the_plot_of_a_long_run_stays_small_and_ignores_outliers() -> None:
     assert len(html) < 60_000
 
 
+def test_the_raw_line_of_a_long_run_shows_how_far_the_losses_scatter() -> None:
+    points = tuple(StepPoint(n, 0.3 + 0.5 * (n * 7919 % 1000) / 999) for n in range(1, 50_001))
+    lines = polylines(loss_plot(points, smoothing=0.9, num_steps=50_000))
+    spread = {kind: max(y for _, y in line) - min(y for _, y in line) for kind, line in lines.items()}
+    assert spread["raw"] > 240, "nearly the whole height, as single steps scatter"
+    assert spread["smooth"] < spread["raw"] / 4
+    assert [x for x, _ in lines["raw"]] == sorted(x for x, _ in lines["raw"])
+
+
 def test_the_plot_waits_for_two_steps_and_bears_equal_losses() -> None:
     assert "appears here" in loss_plot((StepPoint(1, 0.5),), smoothing=0.9, num_steps=9)
     assert "polyline" in loss_plot((StepPoint(1, 0.5), StepPoint(2, 0.5)), smoothing=0.9, num_steps=9)
