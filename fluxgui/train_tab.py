@@ -84,7 +84,7 @@ class TrainTab:
     @property
     def inputs(self) -> set[Any]:
         """Components whose values every handler of the form takes."""
-        return {*self.form.values(), *(self.parts[name] for name in ("marks", "strict", "vram_gb"))}
+        return {*self.form.values(), *(self.parts[name] for name in ("marks", "strict", "vram_gb", "estimated_for"))}
 
     @property
     def outputs(self) -> list[Element]:
@@ -120,8 +120,11 @@ class TrainTab:
             # A problem in a closed part would be invisible. Opened once for it, the part can be closed again.
             if any(marks.get(name, "")[:1] == "!" and name not in shown for name in names):
                 updates[fold] = gr.update(open=True)
+        estimated_for = data[parts["estimated_for"]]
+        is_old = estimated_for is not None and estimated_for != _estimated_for(values, data[parts["vram_gb"]])
         return updates | {
             parts["marks"]: marks,
+            parts["estimate_is_old"]: train_view.ESTIMATE_IS_OLD if is_old else "",
             parts["problems"]: train_view.problems(reading, {name: field.label for name, field in self.fields.items()}),
             parts["length"]: train_view.length(reading, num_repeats=_whole_number(values["num_repeats"])),
             parts["preview_command"]: reading.command_line,
@@ -171,13 +174,15 @@ class TrainTab:
     def estimate(self, data: Data) -> Updates:
         """Estimate the peak for the form's settings and put the smallest fitting `blocks_to_swap` into the form."""
         values = self.values(data)
+        estimated_for = _estimated_for(values, data[self.parts["vram_gb"]])
         plan = plan_memory(read_form(values), vram_gb=data[self.parts["vram_gb"]])
         if isinstance(plan, str):
-            return {self.parts["estimate"]: train_view.cannot_estimate(plan)}
+            return {self.parts["estimate"]: train_view.cannot_estimate(plan), self.parts["estimated_for"]: None}
         host = psutil.virtual_memory().total
         return {
             self.parts["estimate"]: train_view.estimate(plan.estimate, vram_bytes=plan.vram_bytes, host_bytes=host),
             self.form["blocks_to_swap"]: plan.estimate.blocks_to_swap,
+            self.parts["estimated_for"]: {**estimated_for, "blocks_to_swap": str(plan.estimate.blocks_to_swap)},
         }
 
     def start(self, data: Data) -> Updates:
@@ -266,6 +271,14 @@ class TrainTab:
         return {bar.own: gr.update(choices=choices("own"), value=None), bar.deleting.box: gr.update(visible=False)}
 
 
+def _estimated_for(values: Mapping[str, object], vram_gb: object) -> dict[str, object]:
+    """What an estimate depends on: everything that a preset keeps, the model files, and the card."""
+    return {
+        **{name: values[name] for name in values if name in MODELS or name not in NOT_IN_PRESETS},
+        "vram_gb": vram_gb,
+    }
+
+
 def _whole_number(value: object) -> int:
     return int(value) if isinstance(value, str) and value.strip().isdecimal() else 1
 
@@ -352,6 +365,7 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
                     elem_id="vram-gb",
                 )
                 estimate = gr.Button("Estimate VRAM and pick blocks_to_swap", elem_id="estimate")
+                parts["estimate_is_old"] = html_part(elem_id="estimate-is-old")
                 parts["estimate"] = html_part(elem_id="estimate-result")
             with gr.Accordion("Files and command line", open=False):
                 copied: dict[str, Any] = {"interactive": False, "buttons": ["copy"], "max_lines": 18, "lines": 3}
@@ -362,6 +376,7 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
         "marks": gr.State({}),
         "strict": gr.State(False),
         "started": gr.State(None),
+        "estimated_for": gr.State(None),
         "remembered": gr.BrowserState({}, storage_key="fluxgui-form", secret="fluxgui"),
     }
     folds = ((frozenset(TOKENIZERS), tokenizers), (frozenset(MEMORY), memory), (MORE_NAMES, more))
@@ -376,7 +391,7 @@ def _connect(tab: TrainTab, *, start: gr.Button, estimate: gr.Button, find: gr.B
     outputs = tab.outputs
 
     gr.on(
-        [_changed(component) for component in form.values()],
+        [_changed(component) for component in (*form.values(), parts["vram_gb"])],
         tab.check,
         whole_form,
         outputs,
@@ -392,7 +407,12 @@ def _connect(tab: TrainTab, *, start: gr.Button, estimate: gr.Button, find: gr.B
         drop.upload(tab.upload, {*whole_form, drop}, [*form.values(), *parts.values()], show_progress="minimal"),
         find.click(tab.fill_from_models_folder, whole_form, [*form.values()], **QUIETLY),
         demo_files.click(tab.fill_with_demo, None, [*form.values()], show_progress="minimal"),
-        estimate.click(tab.estimate, whole_form, [form["blocks_to_swap"], parts["estimate"]], show_progress="minimal"),
+        estimate.click(
+            tab.estimate,
+            whole_form,
+            [form["blocks_to_swap"], parts["estimate"], parts["estimated_for"]],
+            show_progress="minimal",
+        ),
         *_connect_presets(tab),
     ]
     # Ticks and choices that the program fills in are not the user's input.
