@@ -7,7 +7,7 @@ them into values by name, and from there on nothing knows of positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -188,7 +188,7 @@ class TrainTab:
     def start(self, data: Data) -> Updates:
         """Start a run, or show what keeps it from starting."""
         values = self.values(data)
-        reading = read_form(values)
+        reading = _without_broken_pictures(read_form(values))
         job = reading.job
         if job is None:
             gr.Warning(f"Not started: {_first_reason(reading)}")
@@ -269,6 +269,25 @@ class TrainTab:
         except (OSError, UserError) as error:
             gr.Warning(f"Not deleted: {error}")
         return {bar.own: gr.update(choices=choices("own"), value=None), bar.deleting.box: gr.update(visible=False)}
+
+
+def _without_broken_pictures(reading: Reading) -> Reading:
+    """The reading, with a problem and no job when pictures are broken: the trainer would refuse them a little later.
+
+    They have been decoded when the folder was chosen, so that this takes no time.
+    """
+    broken = broken_pictures(reading.pictures.images[:NUM_DECODED]) if reading.pictures is not None else []
+    if reading.pictures is None or not broken:
+        return reading
+    names = "; ".join(broken[: train_view.NAMES_SHOWN])
+    more = f" and {len(broken) - train_view.NAMES_SHOWN} more" if len(broken) > train_view.NAMES_SHOWN else ""
+    problem = Problem(
+        f"these pictures cannot be used: {names}{more}",
+        str(reading.pictures.path),
+        "Replace or remove them.",
+        field="image_dir",
+    )
+    return replace(reading, problems=(*reading.problems, problem), job=None)
 
 
 def _estimated_for(values: Mapping[str, object], vram_gb: object) -> dict[str, object]:

@@ -397,3 +397,18 @@ def test_dropped_pictures_become_a_dataset(app: App, page: Page, tmp_path: Path)
     expect(page.locator("#pictures img")).to_have_count(3)
     assert len(list(folder.glob("*.txt"))) == 3
     assert not (folder / "broken.png").exists()
+
+
+def test_a_broken_picture_is_named_and_keeps_the_run_from_starting(app: App, page: Page, tmp_path: Path) -> None:
+    use_demo_files(page, app)
+    make_images(tmp_path / "cats", 2)
+    (tmp_path / "cats" / "broken.png").write_bytes(b"no picture")
+    box(page, "image_dir").fill(str(tmp_path / "cats"))
+    expect(page.locator("#pictures")).to_contain_text("broken.png: is damaged")
+    page.locator("#start").click()
+    expect(page.locator("#field-image_dir.field-bad")).to_contain_text("broken.png")
+    expect(page.locator("#problems")).to_contain_text("broken.png")
+    assert app.runs() == []
+    (tmp_path / "cats" / "broken.png").unlink()
+    page.locator("#start").click()
+    expect(page).to_have_url(re.compile(r"tab=runs.*run=2"))
