@@ -212,7 +212,9 @@ def build_runs_tab(watcher: RunWatcher) -> RunsTab:
 
 
 def _list_updates(views: list[RunView], chosen: RunView | None) -> dict[str, object]:
-    choices = [(run_view.one_line(view.name, view.status, view.state), view.run_id) for view in views[:MAX_LISTED]]
+    choices = [
+        (run_view.one_line(view.name, view.status, view.state, view.run_id), view.run_id) for view in views[:MAX_LISTED]
+    ]
     live = any(view.is_live for view in views)
     return {
         "list": gr.update(choices=choices),

@@ -73,6 +73,17 @@ def test_samples_stand_newest_first_in_the_order_of_prompts() -> None:
     assert "before training" in html
 
 
+def test_runs_of_the_same_name_differ_in_the_list_by_the_time_of_their_start() -> None:
+    state = RunState(num_steps=100, step=40)
+    for run_id, line in (
+        ("20260114-203112-demo", "demo · running 40 % · 14 Jan 20:31"),
+        ("20261231-000059-demo-2", "demo · running 40 % · 31 Dec 00:00"),
+        ("my-own-folder", "demo · running 40 %"),
+        ("20269999-999999-demo", "demo · running 40 %"),
+    ):
+        assert run_view.one_line("demo", RunStatus("running"), state, run_id) == line
+
+
 def test_durations_read_like_words() -> None:
     assert [run_view.duration(s) for s in (4.4, 75, 3700)] == ["4 s", "1 min 15 s", "1 h 01 min"]
 
