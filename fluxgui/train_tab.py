@@ -426,11 +426,13 @@ def _connect(tab: TrainTab, *, start: gr.Button, estimate: gr.Button, find: gr.B
         drop.upload(tab.upload, {*whole_form, drop}, [*form.values(), *parts.values()], show_progress="minimal"),
         find.click(tab.fill_from_models_folder, whole_form, [*form.values()], **QUIETLY),
         demo_files.click(tab.fill_with_demo, None, [*form.values()], show_progress="minimal"),
+        # A press that comes while an answer is under way counts: it may be about other settings.
         estimate.click(
             tab.estimate,
             whole_form,
             [form["blocks_to_swap"], parts["estimate"], parts["estimated_for"]],
             show_progress="minimal",
+            trigger_mode="always_last",
         ),
         *_connect_presets(tab),
     ]
