@@ -79,10 +79,10 @@ class SingleStreamBlock(nn.Module):
         super().__init__()
         dim, mlp_dim = params.hidden_size, round(params.hidden_size * params.mlp_ratio)
         self.num_heads = params.num_heads
-        self.modulation = Modulation(dim, double=False)
         self.linear1 = FrozenLinear(dim, 3 * dim + mlp_dim)
         self.linear2 = FrozenLinear(dim + mlp_dim, dim)
         self.norm = QKNorm(dim // params.num_heads)
+        self.modulation = Modulation(dim, double=False)
 
     def forward(self, x: Tensor, vec: Tensor, pe: Tensor, key_mask: Tensor | None) -> Tensor:
         """x (B, L + N, C), vec (B, C), pe (., L + N, D/2) -> the new x."""

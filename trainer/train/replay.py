@@ -56,7 +56,7 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
     seed = options.seed if options.seed is not None else secrets.randbits(SEED_BITS)
     model = load_transformer(options, checked.flux, engine)
     _check_sizes(recording, model.params.context_in_dim, model.params.vec_in_dim, source)
-    network = attach_lora(options, checked.spec, model, None, engine, reporter, seed)
+    network, _ = attach_lora(options, checked.spec, model, None, engine, reporter, seed)
     load_initial(network, recording.initial, source)
     objective = flow_objective(options, model, _no_text, engine)
     batch = batch_of(recording, objective, engine.device, apply_mask=options.apply_t5_attn_mask, seed=seed)
@@ -64,7 +64,7 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
         options.optimizer_type,
         network.parameter_groups(unet_rate(options), text_encoder_rate(options)),
         learning_rate=options.learning_rate,
-        arguments=parse_optimizer_args(options.optimizer_args),
+        arguments=parse_optimizer_args(options.optimizer_args, options.optimizer_type),
     )
     witness = _Witness(objective, batch, network)
     loop = TrainingLoop(
