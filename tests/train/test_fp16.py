@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.tiny import TinyModels
+from tests.tiny import TinyModels, make_tiny_dataset
 from trainer.model.flux import Flux
 from trainer.model.layers import FP16_LARGEST, FrozenLinear, saturated, stream_update
 from trainer.model.text_encoders import encode_t5
@@ -22,6 +22,7 @@ from trainer.tools.tiny_models import make_flux
 from trainer.train.conditioning import TextInputs
 from trainer.train.engine import Engine
 from trainer.train.objective import predict_velocity
+from trainer.train.recipe import train
 from trainer.train.replay import replay
 from trainer.train.reporting import Reporter
 
@@ -192,3 +193,23 @@ def test_t5_with_outlier_weights_is_lost_in_fp16_and_not_in_the_format_it_runs_i
     ours = encoded(engine.text_dtype, engine.text_autocast())
     assert torch.isfinite(ours).all()
     assert (ours - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_a_whole_fp16_run_on_the_outliers_draws_samples_and_ends_with_numbers(
+    tiny_models: TinyModels, outlier_flux: Path, tmp_path: Path
+) -> None:
+    dataset = make_tiny_dataset(tmp_path, count=2)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle --w 64 --h 64 --s 2 --d 1\n", encoding="utf-8")
+    words = [word for word in tiny_models.arguments() if not word.startswith("--pretrained")]
+    words += [
+        f"--pretrained_model_name_or_path={outlier_flux}",
+        f"--dataset_config={dataset}",
+        "--mixed_precision=fp16",
+    ]
+    words += [f"--sample_prompts={prompts}", "--sample_every_n_steps=2", f"--output_dir={tmp_path / 'out'}"]
+    words += ["--output_name=x", "--max_train_steps=4", "--network_dim=4", "--device=cpu", "--seed=1"]
+    words += ["--t5xxl_max_token_length=16", "--learning_rate=1e-3", "--network_dropout=0.2"]
+    train(parse_command_line(words), Reporter(is_main=False))
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / "out" / "x.safetensors").values())
+    assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 2
