@@ -1,0 +1,52 @@
+"""Samples of a run: drawn in evaluation mode, whatever the training's dropouts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tests.tiny import TinyModels
+from trainer.lora.lora import LoraNetwork
+from trainer.model.weights import load_autoencoder, load_flux
+from trainer.schema.lora_spec import LoraSpec
+from trainer.train.conditioning import TextInputs
+from trainer.train.loop import StepPosition
+from trainer.train.reporting import Reporter
+from trainer.train.sample_maker import SampleMaker
+from trainer.train.sampling import SamplePrompt
+
+
+def text(captions: Sequence[str]) -> TextInputs:
+    return TextInputs(torch.ones(len(captions), 3, 64), torch.ones(len(captions), 32), None)
+
+
+def test_a_sample_is_drawn_without_the_loras_dropout(tiny_models: TinyModels, tmp_path: Path) -> None:
+    model = load_flux(tiny_models.flux_dev, torch.float32, "cpu")
+    spec = LoraSpec(rank=4, alpha=4, dropout=0.5, rank_dropout=0.5, module_dropout=0.5)
+    network = LoraNetwork.attach(model, None, spec, torch.Generator().manual_seed(0))
+    for parameter in network.training_state().values():
+        parameter.data.normal_(std=0.3)
+    ae = load_autoencoder(tiny_models.ae, torch.float32, "cpu")
+    maker = SampleMaker(
+        [SamplePrompt("x", width=64, height=64, seed=3, num_steps=2)],
+        model=model,
+        network=network,
+        autoencoder=lambda: ae,
+        text=text,
+        autocast=contextlib.nullcontext,
+        autocast_in=lambda _dtype: contextlib.nullcontext(),
+        device=torch.device("cpu"),
+        folder=tmp_path,
+        output_name="x",
+        reporter=Reporter(is_main=False),
+    )
+    for step in (1, 2):
+        network.train()
+        maker(StepPosition(step, 1), False)
+    first, second = (np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("*.png")))
+    assert np.array_equal(first, second)
