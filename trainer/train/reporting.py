@@ -146,8 +146,9 @@ class Reporter:
         if not self._is_main or self._run is not None or self._bar is not None:
             return
         if self._phase_bar is None:
-            self._phase_bar = tqdm(total=total, desc=self._phase, leave=False, file=sys.stderr)
-        self._phase_bar.update(done - self._phase_bar.n)
+            self._phase_bar = tqdm(total=total, desc=self._phase, file=sys.stderr)
+        self._phase_bar.n = done
+        self._phase_bar.refresh()
 
     def _close_phase_bar(self) -> None:
         if self._phase_bar is not None:
