@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.tiny import TinyModels
-from trainer.lora.lora import LoraLinear, LoraNetwork
+from trainer.lora.lora import LoraLinear
+from trainer.lora.network import LoraNetwork
 from trainer.model.flux import Flux
 from trainer.model.weights import load_clip_l, load_flux
 from trainer.schema.base import UserError

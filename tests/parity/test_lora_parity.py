@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.model.flux import Flux
 from trainer.model.weights import load_clip_l, load_flux
 from trainer.schema.checkpoint_header import FluxParams

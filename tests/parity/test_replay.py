@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.model.weights import load_flux
 from trainer.schema.lora_spec import LoraSpec
 from trainer.train.conditioning import TextInputs

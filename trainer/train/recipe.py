@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.batches import BatchPlan, epoch_batches, share_of_rank
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.flux import Flux
 from trainer.model.weights import load_flux

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from trainer.data.index import DatasetSummary, SubsetSummary
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name, remove_superseded, save_dtype, save_lora
