@@ -141,7 +141,9 @@ def test_file_and_output_are_those_of_the_dense_weights(golden: Path, seed: int)
     torch.testing.assert_close(output, expected, atol=LIMIT, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [[], ["split_qkv=1"], ["dora=1"], ["pissa=1", "split_qkv=1"], ["dora=1", "pissa=1"]])
+@pytest.mark.parametrize(
+    "settings", [[], ["split_qkv=1"], ["dora=1"], ["pissa=1", "split_qkv=1"], ["dora=1", "pissa=1"]]
+)
 def test_a_file_read_back_writes_the_same_tensors(golden: Path, settings: list[str]) -> None:
     networks: list[LoraNetwork] = []
     for seed in (1, 2):

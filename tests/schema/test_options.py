@@ -24,7 +24,7 @@ REFERENCE: Mapping[str, Mapping[str, Any]] = json.loads(
 )
 TYPES = {"flag": "flag", "str": "text", "path": "path", "int": "integer", "float": "number", "steps": "steps"}
 # A plain text in the reference that is always a path.
-PATHS = {"pretrained_model_name_or_path"}
+PATHS = {"pretrained_model_name_or_path", "base_weights"}
 # The reference's default is an empty text, which it takes for AdamW.
 OTHER_DEFAULTS = {"optimizer_type": "AdamW"}
 

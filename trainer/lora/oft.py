@@ -101,6 +101,16 @@ class OftLinear(Adapter):
             self._alpha = cast("float", tensors["alpha"].item())
 
 
+def rotated_weight(weight: Tensor, blocks: Sequence[Tensor], alpha: float, parts: Sequence[slice]) -> Tensor:
+    """The weight (O, I) that gives the rotated outputs."""
+    rows: list[Tensor] = []
+    for one, part in zip(blocks, parts, strict=True):
+        turn = _cayley_change(one, alpha * (part.stop - part.start))
+        grouped = weight[part].unflatten(0, (one.shape[0], -1))
+        rows.append((grouped + torch.einsum("knm,kni->kmi", turn, grouped)).flatten(0, 1))
+    return torch.cat(rows)
+
+
 def _cayley_change(blocks: Tensor, limit: float) -> Tensor:
     """R - I = 2 Q (I - Q)^-1 for Q = P - P' with its norm held below `limit`."""
     q = blocks - blocks.transpose(1, 2)

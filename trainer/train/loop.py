@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,7 +104,11 @@ class GradientSync:
 
 
 class TrainingLoop:
-    """Runs the steps. `micro_batches(epoch)` yields callables that give the loss of one micro-batch."""
+    """Runs the steps. `micro_batches(epoch)` yields callables that give the loss of one micro-batch.
+
+    `before_step` is called when the gradients of an optimizer step are complete and clipped, `after_step` when the
+    weights are changed; what it gives is logged.
+    """
 
     def __init__(
         self,
@@ -121,8 +125,12 @@ class TrainingLoop:
         save: Callable[[StepPosition, Literal["step", "epoch"]], None],
         sample: Callable[[StepPosition, bool], None],
         peak_bytes: Callable[[], int],
+        before_step: Callable[[], None] = lambda: None,
+        after_step: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self._settings = settings
+        self._before_step = before_step
+        self._after_weights = after_step
         self._network = network
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._optimizer = optimizer
@@ -207,15 +215,24 @@ class TrainingLoop:
         limit = self._settings.max_grad_norm
         norm = nn.utils.clip_grad_norm_(self._parameters, limit if limit > 0 else math.inf)
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        self._before_step()
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        more = self._after_weights()
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._report(position, torch.stack(list(losses)).mean().item(), float(norm), rates, started, paused)
+        self._report(position, torch.stack(list(losses)).mean().item(), float(norm), rates, started, paused, more)
         return stop
 
     def _report(
-        self, position: StepPosition, loss: float, norm: float, rates: Sequence[float], started: float, paused: float
+        self,
+        position: StepPosition,
+        loss: float,
+        norm: float,
+        rates: Sequence[float],
+        started: float,
+        paused: float,
+        more: Mapping[str, float],
     ) -> None:
         if not math.isfinite(loss):
             raise UserError(
@@ -226,7 +243,7 @@ class TrainingLoop:
         average = self._average.add(loss)
         if position.step % _BYTES_POLL_STEPS == 1 or self._host_bytes == 0:
             self._host_bytes = int(self._process.memory_info().rss)
-        scalars = {"loss/current": loss, "loss/average": average, "norm/grad_norm": norm}
+        scalars = {"loss/current": loss, "loss/average": average, "norm/grad_norm": norm, **more}
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
             scalars[f"lr/{group.get('name', 'unet')}"] = rate
         self._reporter.step(

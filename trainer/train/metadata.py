@@ -38,7 +38,6 @@ _ABSENT: Final[Mapping[str, object]] = {
     "ss_caption_tag_dropout_rate": 0.0,
     "ss_face_crop_aug_range": None,
     "ss_min_snr_gamma": None,
-    "ss_scale_weight_norms": None,
     "ss_debiased_estimation": False,
     "ss_noise_offset_random_strength": False,
     "ss_fp8_base": False,
@@ -186,6 +185,8 @@ class TrainingFacts:
     min_timestep: int | None = None
     max_timestep: int | None = None
     modelspec: ModelSpecFacts = ModelSpecFacts()
+    network_module: str = "networks.lora_flux"
+    scale_weight_norms: float | None = None
 
 
 def lora_metadata(
@@ -222,10 +223,11 @@ def _training_values(facts: TrainingFacts) -> dict[str, object]:
         "ss_max_train_steps": facts.max_train_steps,
         "ss_lr_warmup_steps": facts.lr_warmup_steps,
         "ss_lr_scheduler": facts.lr_scheduler,
-        "ss_network_module": "networks.lora_flux",
+        "ss_network_module": facts.network_module,
         "ss_network_dim": facts.network_dim,
         "ss_network_alpha": float(facts.network_alpha),
         "ss_network_dropout": facts.network_dropout,
+        "ss_scale_weight_norms": facts.scale_weight_norms,
         "ss_mixed_precision": facts.mixed_precision,
         "ss_base_model_version": "flux1",
         "ss_cache_latents": facts.cache_latents,

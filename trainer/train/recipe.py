@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.batches import BatchPlan, epoch_batches, share_of_rank
+from trainer.lora.lycoris import AnyNetwork, LycorisNetwork
 from trainer.lora.network import LoraNetwork
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.flux import Flux
@@ -24,8 +25,10 @@ from trainer.model.weights import load_flux
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.mover import make_mover
 from trainer.schema.cli import ParsedCommand
+from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
+from trainer.train.base_weights import merge_base_weights
 from trainer.train.check import CheckedRun, check_run, warn_of_memory
 from trainer.train.conditioning import TextSource
 from trainer.train.engine import Engine
@@ -37,7 +40,7 @@ from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.sample_maker import SampleMaker
 from trainer.train.saver import LoraSaver, training_facts
 from trainer.train.session import DeviceLock
-from trainer.train.text_phase import PreparedText, prepare_text
+from trainer.train.text_phase import PreparedText, prepare_text, trains_clip
 
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
@@ -75,12 +78,17 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
 
     reporter.phase("model")
     model = _load_model(checked, engine)
+    for line in merge_base_weights({"unet": model}, options):
+        reporter.note(line)
     network = _attach_lora(checked, model, text, engine, reporter, seed)
-    reporter.note(f"LoRA on {network.num_modules} layers, rank {checked.spec.rank}, alpha {checked.spec.alpha}")
+    reporter.note(describe_network(network, checked.spec))
+    if checked.spec.verbose and isinstance(network, LoraNetwork):
+        for name, rank in network.ranks().items():
+            reporter.note(f"{name}: rank {rank}")
     swap = _block_swap(options, model, engine, reporter)
     optimizer = create_optimizer(
         options.optimizer_type,
-        network.parameter_groups(_unet_rate(options), _text_encoder_rate(options)),
+        network.parameter_groups(_unet_rate(options), *_text_encoder_rates(options)),
         learning_rate=options.learning_rate,
         arguments=parse_optimizer_args(options.optimizer_args),
     )
@@ -118,6 +126,8 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         save=save,
         sample=sample,
         peak_bytes=engine.peak_bytes,
+        before_step=network.before_step,
+        after_step=partial(_hold_norms, network, options.scale_weight_norms),
     )
     reporter.phase("training")
     with swap:
@@ -176,18 +186,64 @@ def _load_model(checked: CheckedRun, engine: Engine) -> Flux:
 
 def _attach_lora(
     checked: CheckedRun, model: Flux, text: PreparedText, engine: Engine, reporter: Reporter, seed: int
-) -> LoraNetwork:
-    clip = None if checked.options.network_train_unet_only else text.clip
-    network = LoraNetwork.attach(model, clip, checked.spec, torch.Generator().manual_seed(seed))
+) -> AnyNetwork:
+    options, spec = checked.options, checked.spec
+    clip = text.clip if trains_clip(checked) else None
+    network: AnyNetwork
+    if spec.kind == "lycoris":
+        network = LycorisNetwork.attach(model, clip, spec, seed)
+    else:
+        flux = None if options.network_train_text_encoder_only else model
+        network = LoraNetwork.attach(flux, clip, spec, torch.Generator().manual_seed(seed), text.t5)
     network.to(engine.device)
-    if checked.options.network_weights is not None:
-        _load_weights(network, checked.options.network_weights, reporter)
+    if options.network_weights is not None:
+        _load_weights(network, options.network_weights, reporter)
     return network
 
 
-def _load_weights(network: LoraNetwork, path: Path, reporter: Reporter) -> None:
+def describe_network(network: AnyNetwork, spec: LoraSpec) -> str:
+    """One line about what is trained."""
+    if spec.kind == "oft":
+        return f"OFT on {network.num_modules} layers, {spec.rank} blocks each, constraint {spec.alpha:g}"
+    if spec.kind == "lycoris":
+        return f"LyCORIS ({spec.lycoris.get('algo', 'lora')}) on {network.num_modules} layers"
+    kinds = [
+        name
+        for name, is_on in (
+            ("DoRA", spec.dora),
+            ("rsLoRA", spec.rslora),
+            ("PiSSA", spec.pissa),
+            ("split qkv", spec.split_qkv),
+            ("GGPO", spec.ggpo_sigma is not None),
+        )
+        if is_on
+    ]
+    more = f", {', '.join(kinds)}" if kinds else ""
+    if spec.file_ranks is not None:
+        return f"LoRA on {network.num_modules} layers, ranks and alphas of the file{more}"
+    return f"LoRA on {network.num_modules} layers, rank {spec.rank}, alpha {spec.alpha}{more}"
+
+
+def _hold_norms(network: AnyNetwork, limit: float | None) -> Mapping[str, float]:
+    """`scale_weight_norms` after a step, and what is logged of it under the reference's names."""
+    if limit is None:
+        return {}
+    report = network.hold_norms(limit)
+    return {
+        "max_norm/keys_scaled": report.num_scaled,
+        "max_norm/average_key_norm": report.mean,
+        "max_norm/max_key_norm": report.largest,
+    }
+
+
+def _load_weights(network: AnyNetwork, path: Path, reporter: Reporter) -> None:
     report = network.load_file(path)
     reporter.note(f"starting from {path}")
+    if report.num_corrected:
+        reporter.note(
+            f"{report.num_corrected} layers of it were trained with split_qkv and saved with an alpha that is too small; "
+            "they are used at the strength they were trained with"
+        )
     for names, what in (
         (report.missing, "layers are not in the file and start anew"),
         (report.unexpected, "layers of the file are not trained here and are left out"),
@@ -208,8 +264,10 @@ def _unet_rate(options: Options) -> float:
     return options.learning_rate if options.unet_lr is None else options.unet_lr
 
 
-def _text_encoder_rate(options: Options) -> float:
-    return options.text_encoder_lr[0] if options.text_encoder_lr else options.learning_rate
+def _text_encoder_rates(options: Options) -> tuple[float, float]:
+    """The rates of CLIP-L and T5: one number is for both."""
+    rates = options.text_encoder_lr or (options.learning_rate,)
+    return rates[0], rates[-1]
 
 
 def _output_dir(options: Options) -> Path:
@@ -221,7 +279,7 @@ def _output_dir(options: Options) -> Path:
 def _sample_maker(
     checked: CheckedRun,
     model: Flux,
-    network: LoraNetwork,
+    network: AnyNetwork,
     autoencoder: AutoEncoder | None,
     text: TextSource,
     engine: Engine,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from trainer.data.index import DatasetSummary, SubsetSummary
-from trainer.lora.network import LoraNetwork
+from trainer.lora.lycoris import AnyNetwork
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name, remove_superseded, save_dtype, save_lora
@@ -30,7 +30,7 @@ TRAINER_VERSION: Final = "0.1.0"
 class LoraSaver:
     """Saves `network` into `folder`. Only the main process has one that writes."""
 
-    network: LoraNetwork
+    network: AnyNetwork
     folder: Path
     options: Options
     facts: TrainingFacts
@@ -52,7 +52,7 @@ class LoraSaver:
         )
         # With no precision asked for, alpha stays the whole number that an untouched --network_alpha is.
         state = self.network.published_state_dict(save_dtype(self.options.save_precision))
-        save_lora(path, state, metadata)
+        save_lora(path, state, {**metadata, **self.network.file_metadata})
         self.reporter.checkpoint(path, step=position.step, epoch=position.epoch, is_final=kind == "final")
         self._remove_superseded(kind, number)
 
@@ -125,6 +125,8 @@ def training_facts(
         discrete_flow_shift=options.discrete_flow_shift,
         datasets=tuple(_dataset_facts(summary, checked) for summary in checked.index.datasets),
         uses_dataset_config=options.dataset_config is not None,
+        network_module=options.network_module or "networks.lora_flux",
+        scale_weight_norms=options.scale_weight_norms,
         is_schnell=checked.flux.is_schnell,
         base_model_name=flux_file.name,
         base_model_legacy_hash=legacy_file_hash(flux_file),
