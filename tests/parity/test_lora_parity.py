@@ -21,6 +21,8 @@ from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
 FORWARD_LIMIT = 5e-6
 NETWORKS = (
     "default",
+    "split_qkv",
+    "reg_dims",
     "train_blocks_single",
     "train_blocks_double",
     "block_indices_d0_s1-2",

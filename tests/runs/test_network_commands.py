@@ -62,7 +62,14 @@ def test_split_qkv_writes_block_diagonal_layers_with_the_alpha_of_their_rank_and
     tiny_models: TinyModels, dataset: Path, tmp_path: Path
 ) -> None:
     state, output = trained(
-        tiny_models, dataset, tmp_path / "first", *FLUX_ONLY, *HARD, "--network_args", "split_qkv=true", "rank_dropout=0.1"
+        tiny_models,
+        dataset,
+        tmp_path / "first",
+        *FLUX_ONLY,
+        *HARD,
+        "--network_args",
+        "split_qkv=true",
+        "rank_dropout=0.1",
     )
     assert "split qkv" in output
     for name, parts, alpha in ((QKV, 3, 3), (SINGLE, 4, 4)):
@@ -105,7 +112,9 @@ def test_loraplus_moves_the_ups_further_by_its_ratio(tiny_models: TinyModels, da
     assert float(state["lora_unet_double_blocks_0_img_mlp_0.lora_up.weight"].abs().max()) == 0
 
 
-def test_dora_writes_magnitudes_and_the_norm_limit_holds(tiny_models: TinyModels, dataset: Path, tmp_path: Path) -> None:
+def test_dora_writes_magnitudes_and_the_norm_limit_holds(
+    tiny_models: TinyModels, dataset: Path, tmp_path: Path
+) -> None:
     limit = 1e-3
     state, output = trained(
         tiny_models, dataset, tmp_path, *FLUX_ONLY, *HARD, f"--scale_weight_norms={limit}", "--network_args", "dora=1"
@@ -119,7 +128,9 @@ def test_dora_writes_magnitudes_and_the_norm_limit_holds(tiny_models: TinyModels
     assert float(change.norm()) == pytest.approx(limit, rel=0.01)
 
 
-def test_oft_writes_its_own_keys_for_the_attention_layers(tiny_models: TinyModels, dataset: Path, tmp_path: Path) -> None:
+def test_oft_writes_its_own_keys_for_the_attention_layers(
+    tiny_models: TinyModels, dataset: Path, tmp_path: Path
+) -> None:
     state, output = trained(
         tiny_models,
         dataset,

@@ -8,7 +8,6 @@ saves that with the alpha of a single part, so that every loader, which divides 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Final, cast
 
@@ -105,8 +104,6 @@ def _names_split(metadata: Mapping[str, str]) -> bool:
 
 
 def _shares_alpha(layers: Mapping[str, Mapping[str, Tensor]], split: Mapping[str, int]) -> bool:
-    def alpha(name: str) -> float:
-        return float(layers[name]["alpha"]) if "alpha" in layers[name] else math.nan
-
-    others = {alpha(name) for name in layers if name not in split}
-    return len(others) == 1 and {alpha(name) for name in split} == others
+    alphas = {name: float(tensors["alpha"]) for name, tensors in layers.items() if "alpha" in tensors}
+    others = {alpha for name, alpha in alphas.items() if name not in split}
+    return len(others) == 1 and {alpha for name, alpha in alphas.items() if name in split} == others

@@ -32,7 +32,7 @@ from trainer.schema.network_args import (
 __all__ = ["DEFAULT_RANK", "IN_LAYERS", "LoraSpec", "parse_indices", "spec_from_network_args"]
 
 DEFAULT_RANK = 4
-DEFAULT_PISSA_NITER = 4
+DEFAULT_PISSA_NITER = 8
 
 _BLOCK = re.compile(r"_(double|single)_blocks_(\d+)_")
 _T = TypeVar("_T")
