@@ -344,6 +344,22 @@ def _whole_network(golden: Path, settings: list[str]) -> LoraNetwork:
     )
 
 
+def test_what_trains_has_a_key_of_its_own_for_every_part(golden: Path) -> None:
+    network = _whole_network(golden, ["split_qkv=1", "dora=1"])
+    tensors = network.training_tensors()
+    name = "lora_unet_single_blocks_1_linear1"
+    shapes = {key: parameter[rows].shape for key, (parameter, rows) in tensors.items() if key.startswith(name)}
+    assert shapes == {
+        **{f"{name}.lora_down.{part}.weight": (4, 96) for part in range(4)},
+        **{f"{name}.lora_up.{part}.weight": (384 if part == 3 else 96, 4) for part in range(4)},
+        f"{name}.dora_scale": (96,),
+    }
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    assert sum(parameter[rows].numel() for parameter, rows in tensors.values()) == trained
+    oft = OftLinear(linear(), 3, 10.0, PARTS)
+    assert list(LoraNetwork({"oft_unet_x": oft}).training_tensors()) == [f"oft_unet_x.oft_blocks.{n}" for n in range(3)]
+
+
 @pytest.mark.parametrize("settings", [["dora=1"], ["split_qkv=1", "in_dims=1,2,3,4,5"], ["oft"]])
 def test_a_merged_file_has_the_effect_of_the_dense_weights(golden: Path, settings: list[str]) -> None:
     flux = load_flux(golden / "model_dev.safetensors", torch.float32, "cpu")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
+from trainer.schema.network_args import KEYS
 from trainer.schema.options import Given, Reading, read_options
 
 
@@ -117,3 +120,9 @@ def test_an_expression_wins_over_type_and_block_and_also_holds_for_text_encoders
     assert spec.rank_of("lora_te1_text_model_encoder_layers_0_mlp_fc1") == 2
     assert spec.rank_of("lora_te1_text_model_encoder_layers_0_mlp_fc2") == 4
     assert LoraSpec(file_ranks={"a": 5}, reg_dims=(("a", 1),)).rank_of("a") == 5
+
+
+def test_every_key_is_described() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "network_settings.md").read_text(encoding="utf-8")
+    for kind in ("lora", "oft"):
+        assert not [key for key in KEYS[kind] if f"`{key}`" not in text]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -45,6 +46,7 @@ def spec_from_file(spec: LoraSpec, state: Mapping[str, Tensor], metadata: Mappin
     return replace(
         spec,
         rank=max(ranks.values()),
+        alpha=Counter(alphas.values()).most_common(1)[0][0],
         file_ranks=MappingProxyType(ranks),
         file_alphas=MappingProxyType(alphas),
         split_qkv=split_qkv,

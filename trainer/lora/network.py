@@ -158,6 +158,19 @@ class LoraNetwork(nn.Module):
         """`scale_weight_norms`: no layer's LoRA is larger than `limit` afterwards."""
         return hold_norms([a for a in self._adapters.values() if isinstance(a, LoraLinear)], limit)
 
+    def training_tensors(self) -> dict[str, tuple[nn.Parameter, slice]]:
+        """Everything that trains by key, as a trained parameter and the rows of it: for values, gradients and records.
+
+        Keys are those of a file, except that the parts of a split layer have a number each:
+        `<name>.lora_down.<part>.weight`.
+        """
+        found: dict[str, tuple[nn.Parameter, slice]] = {}
+        for name, adapter in self._adapters.items():
+            for entry in adapter.trained():
+                for suffix, rows in _rows_of(adapter, entry):
+                    found[published_key(name, suffix)] = (entry.parameter, rows)
+        return found
+
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def published_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -210,6 +223,22 @@ def _rate_groups(trained: Sequence[Trained], rate: float, name: str, ratio: floa
         {"params": parameters, "lr": group_rate, "name": group_name}
         for parameters, group_rate, group_name in ((normal, rate, name), (plus, rate * (ratio or 0), f"{name} plus"))
         if parameters and group_rate > 0
+    ]
+
+
+def _rows_of(adapter: Adapter, entry: Trained) -> list[tuple[str, slice]]:
+    """(key without the name, rows) of each part of one trained parameter."""
+    if entry.role == "blocks":
+        return [(f"oft_{entry.name.replace('_', '.')}", slice(None))]
+    if entry.role == "magnitude" or not isinstance(adapter, LoraLinear):
+        return [("dora_scale", slice(None))]
+    key = f"lora_{entry.role}"
+    if len(adapter.parts) == 1:
+        return [(f"{key}.weight", slice(None))]
+    rank = adapter.rank
+    return [
+        (f"{key}.{index}.weight", part if entry.role == "up" else slice(index * rank, (index + 1) * rank))
+        for index, part in enumerate(adapter.parts)
     ]
 
 

@@ -98,7 +98,7 @@ def network_advice(options: Options, explicit: frozenset[str]) -> Iterator[str]:
         yield "the second text_encoder_lr has no effect: T5 is not trained"
     if options.dim_from_weights:
         selected = [key for key in _SELECTION if any(pair.startswith(key) for pair in options.network_args or ())]
-        selected += list(spec.type_dims)
+        selected += [*spec.type_dims, *(name for name in ("network_dim", "network_alpha") if name in explicit)]
         if selected:
             yield f"{', '.join(selected)} have no effect: dim_from_weights takes layers and ranks from the file"
     if spec.kind == "oft":
