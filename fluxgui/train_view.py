@@ -12,6 +12,9 @@ from fluxgui.pictures import PictureFolder
 from trainer.schema.memory import Estimate, Phase
 
 NAMES_SHOWN: Final = 5
+ESTIMATE_IS_OLD: Final = (
+    '<div class="box warn" role="status">Settings have changed since this estimate. Press the button again.</div>'
+)
 COLOURS: Final = ("#6366f1", "#0ea5e9", "#10b981", "#f59e0b", "#ef4444", "#a855f7", "#64748b", "#14b8a6")
 
 
@@ -24,7 +27,7 @@ def problems(reading: Reading, labels: Mapping[str, str]) -> str:
     parts: list[str] = []
     if reading.problems:
         items = "".join(
-            f"<li>{_link(problem.field, labels)}{escape(problem.what)}"
+            f"<li>{_link(problem.field, labels)}{escape(problem.what.rstrip('.'))}."
             f"{_small(problem.where) if problem.field is None else ''}{_small(problem.hint)}</li>"
             for problem in reading.problems
         )

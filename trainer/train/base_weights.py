@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from trainer.data.cache import file_identity
+from trainer.lora.forms import to_published
 from trainer.lora.lora_file import read_lora_file
 from trainer.lora.merge import components_of, merge_file
 from trainer.lora.naming import Component
@@ -19,8 +20,8 @@ def merge_base_weights(models: Mapping[Component, nn.Module], options: Options) 
     multipliers = options.base_weights_multiplier or ()
     for index, path in enumerate(options.base_weights or ()):
         multiplier = multipliers[index] if index < len(multipliers) else 1.0
-        state, metadata = read_lora_file(path)
-        num_merged, unknown = merge_file(models, state, metadata, multiplier, str(path))
+        published = to_published(*read_lora_file(path), where=str(path))
+        num_merged, unknown = merge_file(models, published.state, published.metadata, multiplier, str(path))
         left_out = f"; {len(unknown)} layers are not in this model: {', '.join(unknown[:3])}" if unknown else ""
         lines.append(f"merged {num_merged} layers of {path} at strength {multiplier:g}{left_out}")
     return lines
@@ -31,6 +32,6 @@ def base_weights_identity(options: Options, components: Collection[Component]) -
     found: list[str] = []
     multipliers = options.base_weights_multiplier or ()
     for index, path in enumerate(options.base_weights or ()):
-        if components_of(read_lora_file(path)[0]) & set(components):
+        if components_of(to_published(*read_lora_file(path), where=str(path)).state) & set(components):
             found += [file_identity(path), str(multipliers[index] if index < len(multipliers) else 1.0)]
     return found

@@ -6,7 +6,9 @@ What a phase needs is freed before the next one loads: text encoders, then autoe
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -17,6 +19,9 @@ import torch
 from torch import Tensor
 
 from trainer.data.batches import BatchPlan, epoch_batches, share_of_rank
+from trainer.lora.form_reader import Origin
+from trainer.lora.forms import to_published
+from trainer.lora.lora_file import read_lora_file
 from trainer.lora.lycoris import AnyNetwork, LycorisNetwork
 from trainer.lora.network import LoraNetwork
 from trainer.model.autoencoder import AutoEncoder
@@ -25,25 +30,31 @@ from trainer.model.weights import load_flux
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.mover import make_mover
 from trainer.schema.cli import ParsedCommand
+from trainer.schema.folders import data_home
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
 from trainer.train.base_weights import merge_base_weights
 from trainer.train.check import CheckedRun, check_run, warn_of_memory
+from trainer.train.checkpoint import CheckpointKind
 from trainer.train.conditioning import TextSource
 from trainer.train.engine import Engine
+from trainer.train.file_hashes import FileHashes
 from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
 from trainer.train.loop import GradientSync, LoopSettings, StepPosition, TrainingLoop
+from trainer.train.lora_form import base_layers
 from trainer.train.objective import FlowObjective, FlowSettings
 from trainer.train.optim import LearningRateSchedule, create_optimizer, optimizer_description
 from trainer.train.reporting import Reporter, StopRequested
+from trainer.train.rescue import save_or_rescue
 from trainer.train.sample_maker import SampleMaker
-from trainer.train.saver import LoraSaver, training_facts
+from trainer.train.saver import LoraSaver, model_files, training_facts
 from trainer.train.session import DeviceLock
 from trainer.train.text_phase import PreparedText, prepare_text, trains_clip
 
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
+HASHES_FILE = "model_hashes.json"
 TRACKER_NAME = "network_train"
 
 MicroBatch = Callable[[torch.Generator], Tensor]
@@ -80,18 +91,21 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
     model = _load_model(checked, engine)
     for line in merge_base_weights({"unet": model}, options):
         reporter.note(line)
-    network = _attach_lora(checked, model, text, engine, reporter, seed)
+    base = base_layers(model) if options.lora_form == "bfl" else None
+    network, origin = _attach_lora(checked, model, text, engine, reporter, seed)
     reporter.note(describe_network(network, checked.spec))
     if checked.spec.verbose and isinstance(network, LoraNetwork):
         for name, rank in network.ranks().items():
             reporter.note(f"{name}: rank {rank}")
     swap = _block_swap(options, model, engine, reporter)
+    optimizer_arguments = parse_optimizer_args(options.optimizer_args, options.optimizer_type)
     optimizer = create_optimizer(
         options.optimizer_type,
         network.parameter_groups(_unet_rate(options), *_text_encoder_rates(options)),
         learning_rate=options.learning_rate,
-        arguments=parse_optimizer_args(options.optimizer_args),
+        arguments=optimizer_arguments,
     )
+    hashes = FileHashes(model_files(options), data_home() / HASHES_FILE)
     save = LoraSaver(
         network,
         _output_dir(options),
@@ -101,12 +115,19 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
             seed=seed,
             session_id=secrets.randbits(32),
             started_at=started_at,
-            optimizer=optimizer_description(optimizer, parse_optimizer_args(options.optimizer_args)),
+            optimizer=optimizer_description(optimizer, optimizer_arguments),
             num_processes=engine.num_processes,
+            weight_dtype=str(engine.dtype).removeprefix("torch."),
         ),
         reporter,
         engine.is_main,
+        origin,
+        base,
+        hashes,
     )
+    if options.lora_form != "sd-scripts" and engine.is_main:
+        # What the form cannot hold is better said now than after the training.
+        save.tensors()
     sample = _sample_maker(checked, model, network, autoencoder, text.source, engine, reporter)
     loop = TrainingLoop(
         _loop_settings(checked, seed),
@@ -130,13 +151,27 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         after_step=partial(_hold_norms, network, options.scale_weight_norms),
     )
     reporter.phase("training")
-    with swap:
-        position, was_stopped = loop.run()
-    if was_stopped:
-        if position.step > 0:
-            save(position, "step")
-        raise StopRequested
-    save(position, "final")
+    with contextlib.closing(hashes):
+        if engine.is_main and not options.no_metadata:
+            hashes.start()
+        with swap:
+            position, was_stopped = loop.run()
+        if was_stopped:
+            if position.step > 0:
+                _save_for_good(save, position, "step")
+            raise StopRequested
+        _save_for_good(save, position, "final")
+
+
+def _save_for_good(save: LoraSaver, position: StepPosition, kind: CheckpointKind) -> None:
+    """The last save of a run: what the output folder refuses is kept in the data folder, or the temporary one."""
+    moment = time.strftime("%Y%m%d-%H%M%S")
+    elsewhere = (data_home(), Path(tempfile.gettempdir()) / "fluxgui")
+    save_or_rescue(
+        lambda folder: dataclasses.replace(save, folder=folder)(position, kind),
+        save.folder,
+        [place / "rescued" / moment for place in elsewhere],
+    )
 
 
 def _announce_plan(checked: CheckedRun, engine: Engine, reporter: Reporter) -> None:
@@ -186,7 +221,8 @@ def _load_model(checked: CheckedRun, engine: Engine) -> Flux:
 
 def _attach_lora(
     checked: CheckedRun, model: Flux, text: PreparedText, engine: Engine, reporter: Reporter, seed: int
-) -> AnyNetwork:
+) -> tuple[AnyNetwork, Origin | None]:
+    """The network, and how the file was written that it starts from."""
     options, spec = checked.options, checked.spec
     clip = text.clip if trains_clip(checked) else None
     network: AnyNetwork
@@ -196,9 +232,10 @@ def _attach_lora(
         flux = None if options.network_train_text_encoder_only else model
         network = LoraNetwork.attach(flux, clip, spec, torch.Generator().manual_seed(seed), text.t5)
     network.to(engine.device)
+    origin = None
     if options.network_weights is not None:
-        _load_weights(network, options.network_weights, reporter)
-    return network
+        origin = _load_weights(network, options.network_weights, reporter)
+    return network, origin
 
 
 def describe_network(network: AnyNetwork, spec: LoraSpec) -> str:
@@ -236,9 +273,12 @@ def _hold_norms(network: AnyNetwork, limit: float | None) -> Mapping[str, float]
     }
 
 
-def _load_weights(network: AnyNetwork, path: Path, reporter: Reporter) -> None:
-    report = network.load_file(path)
-    reporter.note(f"starting from {path}")
+def _load_weights(network: AnyNetwork, path: Path, reporter: Reporter) -> Origin | None:
+    state, metadata = read_lora_file(path)
+    published = to_published(state, metadata, where=str(path))
+    origin = published.origin
+    report = network.load_published(published.state, where=str(path), metadata=published.metadata)
+    reporter.note(f"starting from {path}" if origin is None else f"starting from {path}, a file in {origin.form} form")
     if report.num_corrected:
         reporter.note(
             f"{report.num_corrected} layers of it were trained with split_qkv and saved with an alpha that is too small; "
@@ -250,6 +290,7 @@ def _load_weights(network: AnyNetwork, path: Path, reporter: Reporter) -> None:
     ):
         if names:
             reporter.warning(f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+    return origin
 
 
 def _block_swap(options: Options, model: Flux, engine: Engine, reporter: Reporter) -> AbstractContextManager[object]:

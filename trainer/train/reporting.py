@@ -77,6 +77,7 @@ class Reporter:
         self._paused = False
         self._paused_seconds = 0.0
         self._num_steps_done = 0
+        self._events_lost = False
 
     # ---- out -------------------------------------------------------------------------------------------------
 
@@ -95,8 +96,16 @@ class Reporter:
         return self._num_steps_done
 
     def event(self, kind: str, **fields: object) -> None:
-        if self._events is not None and self._is_main:
+        if self._events is None or not self._is_main:
+            return
+        try:
             self._events.write(kind, **fields)
+            self._events_lost = False
+        except OSError as error:
+            # A full disk must not end a training; the next event tries again.
+            if not self._events_lost:
+                logger.warning("events cannot be written: %s", error.strerror or error)
+            self._events_lost = True
 
     def note(self, text: str) -> None:
         """A line that explains a decision; not a problem."""
