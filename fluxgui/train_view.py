@@ -9,7 +9,7 @@ from typing import Final
 
 from fluxgui.form import Reading, missing_text
 from fluxgui.pictures import PictureFolder
-from trainer.schema.memory import Estimate, Phase
+from trainer.schema.memory import Estimate, Phase, usable_bytes
 
 NAMES_SHOWN: Final = 5
 ESTIMATE_IS_OLD: Final = (
@@ -115,7 +115,7 @@ def estimate(result: Estimate, *, vram_bytes: int, host_bytes: int) -> str:
     kind = "good" if result.fits else "bad"
     verdict = (
         f"{'Fits' if result.fits else 'Does not fit'} with blocks_to_swap = {result.blocks_to_swap}: "
-        f"peak {_gib(result.peak_bytes)} of {_gib(vram_bytes)}."
+        f"peak {_gib(result.peak_bytes)} of {_gib(vram_bytes)}, of which {_gib(usable_bytes(vram_bytes))} may be used."
     )
     reason = f"<p>{escape(result.reason)}</p>" if result.reason else ""
     parts = [f'<div class="box {kind}" role="status"><strong>{escape(verdict)}</strong>{reason}</div>']

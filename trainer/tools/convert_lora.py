@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, cast
 
-from safetensors import safe_open
-
 from trainer.lora.form_names import Form
 from trainer.lora.form_writer import BaseLayers
 from trainer.lora.forms import converted
 from trainer.lora.layer_names import is_flux_path, is_norm_path
 from trainer.lora.lora_file import read_lora_file
+from trainer.model.weights import read_planned
 from trainer.schema.base import UserError
-from trainer.schema.checkpoint_header import COMFYUI_PREFIX, check_kind, read_header, strip_prefix
+from trainer.schema.key_plans import flux_plan
+from trainer.schema.model_check import check_kind
+from trainer.schema.weight_files import read_weights
 from trainer.train.checkpoint import save_lora
 
 FORMS: Final[tuple[Form, ...]] = ("sd-scripts", "diffusers", "bfl", "xlabs")
@@ -73,20 +74,19 @@ def _check_output(source: Path, target: Path, *, may_overwrite: bool) -> None:
 
 def _base_layers(model: Path) -> BaseLayers:
     """What a whole BFL file needs of the model: from its header, and a few small tensors."""
-    header = read_header(model)
+    header = read_weights(model, "flux")
     problem = check_kind(header, "flux", "model")
     if problem is not None:
-        raise UserError(problem.what, problem.where, "Give the FLUX.1 model that the LoRA is for, a single file.")
-    stripped = strip_prefix(header.tensors)
+        raise UserError(problem.what, problem.where, "Give the FLUX.1 model that the LoRA is for.")
+    plan = flux_plan(header)
     linears = {
-        name.removesuffix(".weight"): (info.shape[0], info.shape[1])
-        for name, info in stripped.items()
-        if name.endswith(".weight") and len(info.shape) == 2 and is_flux_path(name.removesuffix(".weight"))
+        planned.target.removesuffix(".weight"): (planned.shape[0], planned.shape[1])
+        for planned in plan
+        if planned.target.endswith(".weight")
+        and len(planned.shape) == 2
+        and is_flux_path(planned.target.removesuffix(".weight"))
     }
-    with safe_open(model, framework="pt", device="cpu") as file:
-        norms = {
-            path: file.get_tensor(name)
-            for name in header.tensors
-            if is_norm_path(path := name.removeprefix(COMFYUI_PREFIX).removesuffix(".scale"))
-        }
-    return BaseLayers(linears, norms)
+    norms = [planned for planned in plan if is_norm_path(planned.target.removesuffix(".scale"))]
+    return BaseLayers(
+        linears, {name.removesuffix(".scale"): tensor for name, tensor in read_planned(header, norms).items()}
+    )
