@@ -31,7 +31,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.diffusers_flux import in_diffusers
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.model.flux import Flux
 from trainer.model.packing import image_ids, text_ids
 from trainer.schema.checkpoint_header import FluxParams

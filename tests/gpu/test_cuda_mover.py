@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.model.flux import Flux
 from trainer.model.packing import image_ids, text_ids
 from trainer.model.weights import load_flux

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.tiny import TinyModels
-from trainer.lora.lora import LoraLinear, LoraNetwork
+from trainer.lora.lora import LoraLinear
+from trainer.lora.network import LoraNetwork
 from trainer.model.flux import Flux
 from trainer.model.weights import load_clip_l, load_flux
 from trainer.schema.base import UserError
@@ -25,9 +26,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def layer(
-    *, alpha: float = 2.0, bias: bool = True, dtype: torch.dtype = torch.float32, **dropouts: float
-) -> LoraLinear:
+def layer(*, alpha: float = 2.0, bias: bool = True, dtype: torch.dtype = torch.float32, **dropouts: Any) -> LoraLinear:
     """An adapter with weights that are not zero, around a frozen Linear."""
     base = nn.Linear(IN, OUT, bias=bias).requires_grad_(False)
     with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.offload.poison_mover import PoisonMover
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.model.flux import Flux
 from trainer.model.packing import image_ids, text_ids
 from trainer.model.weights import load_flux

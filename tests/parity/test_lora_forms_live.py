@@ -17,7 +17,7 @@ from trainer.lora.form_names import Form
 from trainer.lora.form_writer import BaseLayers
 from trainer.lora.forms import converted
 from trainer.lora.layer_names import is_flux_path, is_norm_path
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.model.flux import Flux
 from trainer.model.packing import image_ids, text_ids
 from trainer.model.weights import load_clip_l, load_flux

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.model.flux import Flux
 from trainer.model.weights import load_clip_l, load_flux
 from trainer.schema.checkpoint_header import FluxParams
@@ -21,6 +21,8 @@ from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
 FORWARD_LIMIT = 5e-6
 NETWORKS = (
     "default",
+    "split_qkv",
+    "reg_dims",
     "train_blocks_single",
     "train_blocks_double",
     "block_indices_d0_s1-2",

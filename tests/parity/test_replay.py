@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call  # pyright: ignore[reportUnknownVariableType]
 
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.model.flux import Flux
 from trainer.model.packing import image_ids, pack_latents, text_ids, unpack_latents
 from trainer.model.weights import load_flux

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.diffusers_flux import diffusers_lora, in_diffusers
 from tests.runs.commands import Finished, run_command, train
 from tests.tiny import TinyModels, make_full_depth_flux, make_tiny_dataset
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.model.packing import image_ids, text_ids
 from trainer.model.weights import load_flux
 from trainer.schema.checkpoint_header import read_header

@@ -105,3 +105,11 @@ def test_several_processes_and_schnell_have_lines_of_their_own() -> None:
         "each of the 2 processes draws its own noise",
         "the warm-up is 10 steps",
     ]
+
+
+def test_the_strength_of_an_untouched_alpha_depends_on_the_kind_of_network() -> None:
+    without_alpha = {key: value for key, value in GOOD.items() if key != "network_alpha"}
+    line = weak(**without_alpha, network_args=("rslora=1",))
+    assert line is not None
+    assert "network_alpha 1, which is 1/4 of the strength (use 16, the rank)" in line
+    assert weak(**{**without_alpha, "network_module": "networks.oft_flux"}) is None

@@ -24,7 +24,7 @@ REFERENCE: Mapping[str, Mapping[str, Any]] = json.loads(
 )
 TYPES = {"flag": "flag", "str": "text", "path": "path", "int": "integer", "float": "number", "steps": "steps"}
 # A plain text in the reference that is always a path.
-PATHS = {"pretrained_model_name_or_path"}
+PATHS = {"pretrained_model_name_or_path", "base_weights"}
 # The reference's default is an empty text, which it takes for AdamW.
 OTHER_DEFAULTS = {"optimizer_type": "AdamW"}
 
@@ -216,12 +216,6 @@ def test_every_refused_option_is_a_problem_that_names_it(name: str) -> None:
         ("optimizer_type", "prodigy", "optimizer_type prodigy is not supported yet", "Use AdamW or AdamW8bit."),
         ("lr_scheduler", "polynomial", "lr_scheduler polynomial is not supported yet", "constant_with_warmup"),
         ("save_model_as", "ckpt", "save_model_as ckpt is not written: such files can hold code", "Use safetensors."),
-        (
-            "network_module",
-            "networks.oft_flux",
-            "network_module networks.oft_flux is not supported",
-            "networks.lora_flux",
-        ),
         ("network_module", "networks.dylora", "network_module networks.dylora does not fit FLUX", "networks.lora_flux"),
         ("log_with", "wandb", "log_with wandb is not supported yet", "tensorboard"),
         ("full_bf16", True, "full_bf16 is not supported yet", "Use --mixed_precision=bf16."),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.lora.random_lora import LAYERS, assert_same_tensors, random_lora
 from tests.tiny import TinyModels
 from trainer.__main__ import main
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.model.weights import load_flux
 from trainer.schema.lora_spec import LoraSpec
 from trainer.train.checkpoint import save_lora

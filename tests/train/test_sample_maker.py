@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.tiny import TinyModels
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.model.weights import load_autoencoder, load_flux
 from trainer.schema.lora_spec import LoraSpec
 from trainer.train.conditioning import TextInputs

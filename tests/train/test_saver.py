@@ -12,7 +12,7 @@ import torch
 from tests.tiny import TinyModels
 from tests.train.test_metadata import FACTS
 from trainer.lora.form_names import Form
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.model.weights import load_flux
 from trainer.schema.checkpoint_header import read_header
 from trainer.schema.lora_spec import LoraSpec

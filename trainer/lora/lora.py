@@ -1,35 +1,34 @@
-"""The LoRA: an adapter around a frozen Linear, and the network of all adapters of a model.
+"""The LoRA layer: an adapter of low rank around a frozen Linear.
 
 y = W x + b + multiplier * alpha / rank * up(down(x)), after Hu et al., "LoRA: Low-Rank Adaptation of Large Language
-Models" (2021). B batch, L tokens, I in features, O out features, R rank.
+Models" (2021). B batch, L tokens, I in features, O out features, R rank, P parts.
+
+A fused Linear may have a LoRA for each of its P parts (query, key, value, and mlp): `down` is then (P * R, I), one block
+of R rows for each part, and the rows of `up` (O, R) that belong to a part read that part's block only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from trainer.lora.naming import PARTS, Component, foreign_format, published_key, published_name, split_key
-from trainer.schema.base import UserError
-from trainer.schema.lora_spec import IN_LAYERS, LoraSpec
-
-CLIP_CLASSES = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
-"""Classes of CLIP-L whose Linears are adapted."""
+from trainer.lora.adapter import Adapter, Trained, base_linear, frozen_weight, wrong_part
+from trainer.lora.ggpo import Perturbation
+from trainer.lora.pissa import principal_factors
+from trainer.lora.split import merge_up, part_slices, unmerge_up
 
 
 class _LoraContext(FunctionCtx):
-    module: LoraLinear
+    base: nn.Linear
     input_dtype: torch.dtype
     scale: float
+    parts: Sequence[slice]
 
 
 class _LoraFunction(torch.autograd.Function):
@@ -40,42 +39,56 @@ class _LoraFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: _LoraContext, x: Tensor, down: Tensor, up: Tensor, module: LoraLinear, scale: float) -> Tensor:
-        output = F.linear(x, module.base.weight, module.base.bias)
-        dtype = output.dtype
+    def forward(
+        ctx: _LoraContext, x: Tensor, down: Tensor, up: Tensor, base: nn.Linear, scale: float, parts: Sequence[slice]
+    ) -> Tensor:
+        output = base_linear(base, x, base.bias)
+        dtype, rank = output.dtype, up.shape[1]
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             inner = flat @ down.to(dtype).t()
-            output = output.view(-1, output.shape[-1]).addmm_(inner, up.to(dtype).t(), alpha=scale)
+            rows = output.view(-1, output.shape[-1])
+            up_rows = up.to(dtype)
+            for index, part in enumerate(parts):
+                block = inner[:, index * rank : (index + 1) * rank]
+                rows[:, part].addmm_(block, up_rows[part].t(), alpha=scale)
         ctx.save_for_backward(x, inner, down, up)
-        ctx.module, ctx.input_dtype, ctx.scale = module, x.dtype, scale
-        return output.view(*x.shape[:-1], -1)
+        ctx.base, ctx.input_dtype, ctx.scale, ctx.parts = base, x.dtype, scale, parts
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: _LoraContext, grad_output: Tensor
-    ) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+    ) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
         x, inner, down, up = cast("tuple[Tensor, Tensor, Tensor, Tensor]", ctx.saved_tensors)  # pyright: ignore[reportAttributeAccessIssue]
-        dtype = grad_output.dtype
+        dtype, rank = grad_output.dtype, up.shape[1]
         with torch.autocast(grad_output.device.type, enabled=False):
             grad = grad_output.reshape(-1, grad_output.shape[-1])
             flat = x.reshape(-1, x.shape[-1]).to(dtype)
-            grad_inner = (grad @ up.to(dtype)).mul_(ctx.scale)
-            grad_up = (grad.t() @ inner).to(up.dtype).mul_(ctx.scale)
+            up_rows = up.to(dtype)
+            if len(ctx.parts) == 1:
+                grad_inner = (grad @ up_rows).mul_(ctx.scale)
+                grad_up = (grad.t() @ inner).to(up.dtype).mul_(ctx.scale)
+            else:
+                grad_inner, grad_up = torch.empty_like(inner), torch.empty_like(up)
+                for index, part in enumerate(ctx.parts):
+                    block = slice(index * rank, (index + 1) * rank)
+                    grad_inner[:, block] = (grad[:, part] @ up_rows[part]).mul_(ctx.scale)
+                    grad_up[part] = (grad[:, part].t() @ inner[:, block]).to(up.dtype).mul_(ctx.scale)
             grad_down = (grad_inner.t() @ flat).to(down.dtype)
             grad_x = None
             if ctx.needs_input_grad[0]:  # pyright: ignore[reportAttributeAccessIssue]
-                weight = ctx.module.base.weight.to(dtype)
-                grad_x = torch.mm(grad, weight).addmm_(grad_inner, down.to(dtype))
+                grad_x = torch.mm(grad, frozen_weight(ctx.base, dtype)).addmm_(grad_inner, down.to(dtype))
                 grad_x = grad_x.view(x.shape).to(ctx.input_dtype)
-        return grad_x, grad_down, grad_up, None, None
+        return grad_x, grad_down, grad_up, None, None, None
 
 
-class LoraLinear(nn.Module):
-    """Stands in the place of the Linear that it holds as `base`. `lora_down` (R, I) and `lora_up` (O, R) train.
+class LoraLinear(Adapter):
+    """Stands in the place of the Linear that it holds as `base`. `lora_down` (P * R, I) and `lora_up` (O, R) train.
 
-    `alpha` keeps its number type, which is the type it is saved in.
+    `alpha` keeps its number type, which is the type it is saved in. `splits` are the sizes of the base's parts that get
+    a LoRA each; one part by default. With `pissa_niter` it begins at the base's principal part; see `pissa`.
     """
 
     def __init__(
@@ -88,275 +101,157 @@ class LoraLinear(nn.Module):
         dropout: float = 0.0,
         rank_dropout: float = 0.0,
         module_dropout: float = 0.0,
+        splits: tuple[int, ...] = (),
+        pissa_niter: int | None = None,
     ) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.rank = rank
-        self.alpha = alpha if alpha != 0 else rank
-        self.multiplier = 1.0
+        self._alpha = alpha if alpha != 0 else rank
         self.dropout = dropout
         self.rank_dropout = rank_dropout
         self.module_dropout = module_dropout
+        self.parts = part_slices(splits or (base.out_features,))
+        self.perturbation: Perturbation | None = None
         # Kaiming's uniform draw with a = sqrt(5) has the bound 1 / sqrt(I). On the host, so that a seed gives the same
         # weights on every device.
         bound = 1.0 / math.sqrt(base.in_features)
-        down = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        down = torch.empty(rank * len(self.parts), base.in_features).uniform_(-bound, bound, generator=generator)
+        up = torch.zeros(base.out_features, rank)
+        self.begins_at_principal = pissa_niter is not None
+        if pissa_niter is not None and not base.weight.is_meta:
+            down, up = principal_factors(
+                base.weight, self.parts, rank, self._alpha / rank, generator, num_iterations=pissa_niter
+            )
         device = base.weight.device
         self.lora_down = nn.Parameter(down.to(device))
-        self.lora_up = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.lora_up = nn.Parameter(up.to(device))
+        if self.begins_at_principal:
+            # Frozen parameters: they go where the trained ones go, and a state to resume from needs them too.
+            self.first_down = nn.Parameter(self.lora_down.detach().clone(), requires_grad=False)
+            self.first_up = nn.Parameter(self.lora_up.detach().clone(), requires_grad=False)
+
+    @property
+    def alpha(self) -> float:
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        self._alpha = alpha
 
     @property
     def scale(self) -> float:
         """What the adapter's output is multiplied with."""
         return self.multiplier * self.alpha / self.rank
 
+    def trained(self) -> tuple[Trained, ...]:
+        return Trained("down", "down", self.lora_down), Trained("up", "up", self.lora_up)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """down (P * R', I) and up (O, R') of what is added to the base; R' = R, or 2 R for a principal beginning."""
+        if not self.begins_at_principal:
+            return self.lora_down, self.lora_up
+        # up @ down - first_up @ first_down, in a form that loses no digits while the two are close.
+        first_down, first_up = self.first_down, self.first_up
+        blocks = (len(self.parts), self.rank, -1)
+        change = (self.lora_down - first_down).view(blocks)
+        down = torch.cat((change, first_down.view(blocks)), dim=1).flatten(0, 1)
+        return down, torch.cat((self.lora_up, self.lora_up - first_up), dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         if self.multiplier == 0 or (self.training and self._drops_module()):
             return self.base(x)
+        return self._adapted(x, self.scale)
+
+    def _adapted(self, x: Tensor, scale: float) -> Tensor:
         if self.training and (self.dropout > 0 or self.rank_dropout > 0):
-            return self._forward_with_dropout(x)
-        return cast("Tensor", _LoraFunction.apply(x, self.lora_down, self.lora_up, self, self.scale))
+            output = self._forward_with_dropout(x, scale)
+        else:
+            down, up = self.factors()
+            output = cast("Tensor", _LoraFunction.apply(x, down, up, self.base, scale, self.parts))
+        if self.training and self.perturbation is not None:
+            output = output + self.perturbation(x, output.dtype)
+        return output
 
     def _drops_module(self) -> bool:
         return self.module_dropout > 0 and torch.rand(1).item() < self.module_dropout
 
-    def _forward_with_dropout(self, x: Tensor) -> Tensor:
+    def _forward_with_dropout(self, x: Tensor, scale: float) -> Tensor:
         """Neuron dropout on down(x), and whole ranks dropped sample by sample, what is left scaled up."""
         output = self.base(x)
-        inner = F.linear(x, self.lora_down.to(x.dtype))
-        scale = self.scale
+        down, up = self.factors()
+        inner = F.linear(x, down.to(x.dtype))
         if self.dropout > 0:
             inner = F.dropout(inner, self.dropout)
         if self.rank_dropout > 0:
-            kept = torch.rand(inner.shape[0], self.rank, device=inner.device) > self.rank_dropout
-            inner = inner * kept.view(inner.shape[0], *[1] * (inner.dim() - 2), self.rank).to(inner.dtype)
+            width = inner.shape[-1]
+            kept = torch.rand(inner.shape[0], width, device=inner.device) > self.rank_dropout
+            inner = inner * kept.view(inner.shape[0], *[1] * (inner.dim() - 2), width).to(inner.dtype)
             scale = scale / (1.0 - self.rank_dropout)
-        return output + (F.linear(inner, self.lora_up.to(inner.dtype)) * scale).to(output.dtype)
+        rank, up = up.shape[1], up.to(inner.dtype)
+        added = [
+            F.linear(inner[..., index * rank : (index + 1) * rank], up[part]) for index, part in enumerate(self.parts)
+        ]
+        return output + (torch.cat(added, dim=-1) * scale).to(output.dtype)
 
+    # ---- files -------------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What a LoRA file had and this network has not (`unexpected`), and the other way round (`missing`), by name."""
-
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-
-
-class LoraNetwork(nn.Module):
-    """All adapters of a transformer, and of CLIP-L where it trains, in the order in which they are saved.
-
-    The adapters are modules of the models, which own the base weights; of this module only their own weights are
-    parameters, so moving or freezing it never touches a base.
-    """
-
-    def __init__(self, adapters: Mapping[str, LoraLinear]) -> None:
-        super().__init__()
-        self._adapters = dict(adapters)
-        for name, adapter in adapters.items():
-            self.register_parameter(f"{name}_down", adapter.lora_down)
-            self.register_parameter(f"{name}_up", adapter.lora_up)
-
-    @classmethod
-    def attach(
-        cls, flux: nn.Module, clip_l: nn.Module | None, spec: LoraSpec, generator: torch.Generator
-    ) -> LoraNetwork:
-        """Puts an adapter around every Linear that `spec` selects, and gives the network of them.
-
-        Raises `UserError` (exit code 2) when nothing is selected, or blocks are that the model has not.
-        """
-        adapters: dict[str, LoraLinear] = {}
-        for path in _clip_linears(clip_l) if clip_l is not None else ():
-            adapters[published_name("te1", path)] = _wrap(cast("nn.Module", clip_l), path, spec.rank, spec, generator)
-        for path, rank in list(_flux_linears(flux, spec)):
-            adapters[published_name("unet", path)] = _wrap(flux, path, rank, spec, generator)
-        if not adapters:
-            raise UserError("no layer is left to train", "--network_args", "Select more blocks or ranks.", exit_code=2)
-        return cls(adapters)
-
-    @property
-    def num_modules(self) -> int:
-        return len(self._adapters)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters' published names, in the order in which they are saved."""
-        return tuple(self._adapters)
-
-    def train(self, mode: bool = True) -> LoraNetwork:
-        """Training mode switches the dropouts on."""
-        super().train(mode)
-        for adapter in self._adapters.values():
-            adapter.training = mode
-        return self
-
-    def set_multiplier(self, multiplier: float) -> None:
-        """Strength of the whole LoRA; 0 gives exactly the base."""
-        for adapter in self._adapters.values():
-            adapter.multiplier = multiplier
-
-    def parameter_groups(self, unet_lr: float, text_encoder_lr: float) -> list[dict[str, object]]:
-        """Groups for an optimizer, text encoder first. A group whose rate is 0 is left out: it is saved untrained."""
-        groups: list[dict[str, object]] = []
-        for component, name, rate in (("te1", "textencoder", text_encoder_lr), ("unet", "unet", unet_lr)):
-            parameters = [
-                p for key, a in self._adapters.items() if _belongs(key, component) for p in (a.lora_down, a.lora_up)
-            ]
-            if parameters and rate > 0:
-                groups.append({"params": parameters, "lr": rate, "name": name})
-        if not groups:
-            raise UserError(
-                "every learning rate is 0: nothing would be trained",
-                "--learning_rate",
-                field="learning_rate",
-                exit_code=2,
-            )
-        return groups
-
-    def training_state(self) -> dict[str, nn.Parameter]:
-        """Every tensor that trains, under the name it has in a file of this form where it has one."""
-        state: dict[str, nn.Parameter] = {}
-        for name, adapter in self._adapters.items():
-            state[published_key(name, "lora_down.weight")] = adapter.lora_down
-            state[published_key(name, "lora_up.weight")] = adapter.lora_up
-        return state
-
-    def published_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """The tensors of a LoRA file, on the host: alpha, down and up of every adapter.
-
-        `dtype` None keeps float32, and alpha an int64 where it was given as a whole number.
-        """
-        state: dict[str, Tensor] = {}
-        for name, adapter in self._adapters.items():
-            tensors = {
-                "alpha": torch.tensor(adapter.alpha),
-                "lora_down.weight": adapter.lora_down.detach(),
-                "lora_up.weight": adapter.lora_up.detach(),
+    def published(self) -> dict[str, Tensor]:
+        """Alpha, down and up. Parts become one block-diagonal up, whose rank is higher: alpha rises with it, so that
+        every loader, which divides alpha by that rank, comes to the trained strength."""
+        with torch.no_grad():
+            down, up = self.factors()
+            return {
+                "alpha": torch.tensor(self.alpha * (down.shape[0] // self.rank)),
+                "lora_down.weight": down.detach(),
+                "lora_up.weight": merge_up(up.detach(), self.parts),
             }
-            for part in PARTS:
-                tensor = tensors[part].cpu()
-                state[published_key(name, part)] = tensor.clone() if dtype is None else tensor.to(dtype, copy=True)
-        return state
 
-    def load_file(self, path: Path) -> LoadReport:
-        """Takes the weights of a LoRA file; see `load_published`."""
-        return self.load_published(load_file(path), where=str(path))
-
-    def load_published(self, state: Mapping[str, Tensor], *, where: str = "the LoRA file") -> LoadReport:
-        """Takes weights and alpha from published keys. What only one side has is left as it is and reported.
-
-        Raises `UserError` for a file of another format, of another rank or for another model.
-        """
-        known: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in state.items():
-            split = split_key(key)
-            if split is not None:
-                known.setdefault(split[0], {})[split[1]] = tensor
-        if not known:
-            kind = foreign_format(state) or "no LoRA of this format"
-            raise UserError(
-                f"this is {kind}",
-                where,
-                "Give a LoRA with lora_unet_ keys, as sd-scripts writes them.",
-                field="network_weights",
+    def load(self, tensors: Mapping[str, Tensor], name: str, where: str) -> None:
+        for part in ("lora_down.weight", "lora_up.weight"):
+            if part not in tensors:
+                raise wrong_part(f"{name} has no {part}", where, "The file is incomplete.")
+        down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
+        self._check_shapes(down, up, name, where)
+        rows = unmerge_up(up, self.parts)
+        if rows is None:
+            raise wrong_part(
+                f"{name} was not trained in separate parts", where, "Leave split_qkv out of the network settings."
             )
-        for name in known.keys() & self._adapters.keys():
-            self._load_one(name, known[name], where)
-        return LoadReport(
-            missing=tuple(name for name in self._adapters if name not in known),
-            unexpected=tuple(name for name in known if name not in self._adapters),
-        )
+        down, rows = down.float(), rows.float()
+        with torch.no_grad():
+            if self.begins_at_principal:
+                blocks = down.view(len(self.parts), 2, self.rank, -1)
+                first_down, first_up = blocks[:, 1], rows[:, : self.rank] - rows[:, self.rank :]
+                self.first_down.copy_(first_down.flatten(0, 1))
+                self.first_up.copy_(first_up)
+                down, rows = (blocks[:, 0] + first_down).flatten(0, 1), rows[:, : self.rank]
+            self.lora_down.data.copy_(down)
+            self.lora_up.data.copy_(rows)
+        if "alpha" in tensors:
+            self.alpha = _divided(
+                cast("float", tensors["alpha"].item()), tensors["lora_down.weight"].shape[0] // self.rank
+            )
 
-    def _load_one(self, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
-        adapter = self._adapters[name]
-        for part, parameter in (("lora_down.weight", adapter.lora_down), ("lora_up.weight", adapter.lora_up)):
-            tensor = tensors.get(part)
-            if tensor is None:
-                raise UserError(f"{name} has no {part}", where, "The file is incomplete.", field="network_weights")
-            if tensor.shape != parameter.shape:
-                rank = tensors["lora_down.weight"].shape[0] if "lora_down.weight" in tensors else 0
-                if rank != adapter.rank:
-                    hint = f"Use --network_dim={rank}."
-                    raise UserError(
-                        f"the file has rank {rank} for {name}, but rank {adapter.rank} is to be trained",
-                        where,
-                        hint,
-                        field="network_weights",
-                    )
-                raise UserError(
-                    f"{name} is {list(tensor.shape)} in the file and {list(parameter.shape)} in this model",
+    def _check_shapes(self, down: Tensor, up: Tensor, name: str, where: str) -> None:
+        factor = len(self.parts) * (2 if self.begins_at_principal else 1)
+        rank = down.shape[0]
+        if rank != factor * self.rank:
+            hint = f"Use --network_dim={rank // factor}." if rank % factor == 0 else None
+            wanted = f"rank {self.rank}" if factor == 1 else f"rank {self.rank}, saved as {factor * self.rank},"
+            raise wrong_part(f"the file has rank {rank} for {name}, but {wanted} is to be trained", where, hint)
+        for tensor, shape in (
+            (down, (rank, self.base.in_features)),
+            (up, (self.base.out_features, rank)),
+        ):
+            if tuple(tensor.shape) != shape:
+                raise wrong_part(
+                    f"{name} is {list(tensor.shape)} in the file and {list(shape)} in this model",
                     where,
                     "The LoRA belongs to another model.",
-                    field="network_weights",
                 )
-            parameter.data.copy_(tensor)
-        alpha = tensors.get("alpha")
-        if alpha is not None:
-            adapter.alpha = cast("float", alpha.item())
 
 
-def _belongs(name: str, component: Component | str) -> bool:
-    return name.startswith(f"lora_{component}_")
-
-
-def _linears(root: nn.Module, path: str) -> Iterator[str]:
-    """Paths of the Linears below `path` (or of `path` itself) in module order."""
-    for name, module in root.get_submodule(path).named_modules(prefix=path):
-        if isinstance(module, nn.Linear):
-            yield name
-
-
-def _clip_linears(clip_l: nn.Module) -> Iterator[str]:
-    for path, module in list(clip_l.named_modules()):
-        if type(module).__name__ in CLIP_CLASSES:
-            yield from (name for name, child in _direct_linears(path, module) if isinstance(child, nn.Linear))
-
-
-def _direct_linears(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
-        yield f"{path}.{name}", child
-
-
-def _flux_linears(flux: nn.Module, spec: LoraSpec) -> Iterator[tuple[str, int]]:
-    """Path and rank of every Linear that gets an adapter: double blocks, single blocks, then the layers before them."""
-    for kind, indices in (("double", spec.double_indices), ("single", spec.single_indices)):
-        if spec.train_blocks not in ("all", kind):
-            continue
-        blocks = cast("nn.ModuleList", flux.get_submodule(f"{kind}_blocks"))
-        beyond = sorted(index for index in indices or () if index >= len(blocks))
-        if beyond:
-            raise UserError(
-                f"train_{kind}_block_indices names block {beyond[0]}, but this model has {len(blocks)} {kind} blocks",
-                "--network_args",
-                f"Blocks are numbered 0 to {len(blocks) - 1}.",
-                field="network_args",
-                exit_code=2,
-            )
-        for index in range(len(blocks)):
-            if indices is not None and index not in indices:
-                continue
-            for path in _linears(flux, f"{kind}_blocks.{index}"):
-                name = published_name("unet", path)
-                special = spec.type_dim(name)
-                rank = spec.rank if special is None else special
-                if rank > 0:
-                    yield path, rank
-    for layer, rank in zip(IN_LAYERS, spec.in_dims or (), strict=False):
-        if rank > 0 and getattr(flux, layer, None) is not None:
-            yield from ((path, rank) for path in _linears(flux, layer))
-
-
-def _wrap(root: nn.Module, path: str, rank: int, spec: LoraSpec, generator: torch.Generator) -> LoraLinear:
-    owner_path, _, name = path.rpartition(".")
-    owner = root.get_submodule(owner_path)
-    adapter = LoraLinear(
-        cast("nn.Linear", getattr(owner, name)),
-        rank,
-        spec.alpha,
-        generator,
-        dropout=spec.dropout,
-        rank_dropout=spec.rank_dropout,
-        module_dropout=spec.module_dropout,
-    )
-    setattr(owner, name, adapter)
-    return adapter
+def _divided(alpha: float, count: int) -> float:
+    """alpha / count, a whole number where that is exact."""
+    return alpha // count if isinstance(alpha, int) and alpha % count == 0 else alpha / count

@@ -5,31 +5,61 @@ Source of the names: the key patterns that the public FLUX.1 LoRA files and thei
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
+from torch import Tensor
+
 Part = Literal["lora_down.weight", "lora_up.weight", "alpha"]
-Component = Literal["unet", "te1"]
+Component = Literal["unet", "te1", "te3"]
+"""FLUX, CLIP-L and T5. There is no te2: ComfyUI keeps that name for another model's encoder."""
 
 PARTS: tuple[Part, ...] = ("alpha", "lora_down.weight", "lora_up.weight")
 
 _CLIP_ROOT = "text_model."
 
 
-def published_name(component: Component, path: str) -> str:
+_MORE_PARTS: tuple[str, ...] = ("dora_scale",)
+_OFT_BLOCKS = re.compile(r"(oft_unet_.+)\.(alpha|oft_blocks\.\d+)")
+
+
+def published_name(component: Component, path: str, kind: Literal["lora", "oft"] = "lora") -> str:
     """The name of one adapted Linear.
 
-    `path` is the dotted module path inside the transformer (`unet`) or inside CLIP-L (`te1`). Newer transformers
+    `path` is the dotted module path inside the transformer (`unet`), CLIP-L (`te1`) or T5 (`te3`). Newer transformers
     releases have dropped the `text_model.` root from CLIP's module paths; published names keep it.
     """
     if component == "te1":
         path = _CLIP_ROOT + path.removeprefix(_CLIP_ROOT)
-    return f"lora_{component}_{path.replace('.', '_')}"
+    return f"{kind}_{component}_{path.replace('.', '_')}"
 
 
-def published_key(name: str, part: Part) -> str:
+def published_key(name: str, part: str) -> str:
     """The key of one tensor of the adapter called `name`."""
     return f"{name}.{part}"
+
+
+def layers_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a file of this format by layer: name -> part -> tensor. Other keys are left out."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        split = split_any_key(key)
+        if split is not None:
+            layers.setdefault(split[0], {})[split[1]] = tensor
+    return layers
+
+
+def split_any_key(key: str) -> tuple[str, str] | None:
+    """As `split_key`, and also for the parts of DoRA and OFT."""
+    found = _OFT_BLOCKS.fullmatch(key)
+    if found is not None:
+        return found[1], found[2]
+    for part in _MORE_PARTS:
+        name = key.removesuffix(f".{part}")
+        if name != key and name.startswith("lora_"):
+            return name, part
+    return split_key(key)
 
 
 def split_key(key: str) -> tuple[str, Part] | None:

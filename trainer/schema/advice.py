@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 
+from trainer.schema.network_rules import options_spec
 from trainer.schema.options import Options
 
 
@@ -54,7 +55,6 @@ def weak_defaults(options: Options, explicit: Set[str], *, has_guidance: bool = 
     They are the reference's defaults. A value that was chosen is not commented on, but for the prediction type, whose
     output the target does not match whoever chose it. `has_guidance` is false for schnell, which takes none.
     """
-    rank = options.network_dim or 4
     found: list[str] = []
     if options.model_prediction_type != "raw":
         found.append(
@@ -66,8 +66,11 @@ def weak_defaults(options: Options, explicit: Set[str], *, has_guidance: bool = 
         found.append(f"guidance_scale {options.guidance_scale:g} (use 1.0)")
     if "learning_rate" not in explicit and options.unet_lr is None:
         found.append(f"learning_rate {options.learning_rate:g} (use 1e-4)")
-    if "network_alpha" not in explicit and rank > 1:
-        found.append(f"network_alpha 1, which is 1/{rank} of the strength (use {rank}, the rank)")
+    spec = options_spec(options)
+    is_lora = spec is not None and spec.kind == "lora" and not options.dim_from_weights
+    if spec is not None and is_lora and "network_alpha" not in explicit and spec.rank > 1:
+        share = f"1/{spec.rank**0.5:.3g}" if spec.rslora else f"1/{spec.rank}"
+        found.append(f"network_alpha 1, which is {share} of the strength (use {spec.rank}, the rank)")
     if not found:
         return None
     return f"THESE SETTINGS TRAIN BADLY, as sd-scripts' defaults do: {'; '.join(found)}"

@@ -39,8 +39,11 @@ def check_files(options: Options) -> list[Problem]:
             problems.append(_not_given(name, noun))
         else:
             problems += _model_problems(path, kind, name)
-    if options.network_weights is not None:
+    if options.network_weights is not None and not _is_oft(options.network_weights):
         problems += _model_problems(options.network_weights, "lora", "network_weights", read=_read_one_file)
+    for path in options.base_weights or ():
+        if not _is_oft(path):
+            problems += _model_problems(path, "lora", "base_weights", read=_read_one_file)
     problems += _dataset_problems(options)
     if options.sample_prompts is not None:
         problems += _file_problems(options.sample_prompts, "sample_prompts")
@@ -95,6 +98,12 @@ def _model_problems(
         return
     if problem is not None:
         yield problem
+
+
+def _is_oft(path: Path) -> bool:
+    with contextlib.suppress(UserError, OSError, ValueError):
+        return any(name.startswith("oft_unet_") for name in read_header(path).tensors)
+    return False
 
 
 def _dataset_problems(options: Options) -> Iterator[Problem]:

@@ -7,69 +7,51 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from trainer.schema.base import Problem, UserError, nearest
+from trainer.schema.base import Problem, UserError
+from trainer.schema.network_args import (
+    IN_LAYERS,
+    KINDS,
+    LORAPLUS_KEYS,
+    TYPE_DIMS,
+    NetworkKind,
+    TrainBlocks,
+    parse_count,
+    parse_in_dims,
+    parse_indices,
+    parse_number,
+    parse_patterns,
+    parse_probability,
+    parse_rank,
+    parse_switch,
+    parse_train_blocks,
+    split_pairs,
+)
 
-TrainBlocks = Literal["all", "single", "double"]
+__all__ = ["DEFAULT_RANK", "IN_LAYERS", "LoraSpec", "parse_indices", "spec_from_network_args"]
 
 DEFAULT_RANK = 4
+DEFAULT_PISSA_NITER = 8
 
-IN_LAYERS: tuple[str, ...] = ("img_in", "time_in", "vector_in", "guidance_in", "txt_in")
-"""The layers in front of the blocks, in the order of `in_dims`."""
-
-_TYPE_DIMS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "img_attn_dim": ("img_attn",),
-        "txt_attn_dim": ("txt_attn",),
-        "img_mlp_dim": ("img_mlp",),
-        "txt_mlp_dim": ("txt_mlp",),
-        "img_mod_dim": ("img_mod",),
-        "txt_mod_dim": ("txt_mod",),
-        "single_dim": ("single", "linear"),
-        "single_mod_dim": ("single", "modulation"),
-    }
-)
-"""Option -> words that a published name holds when the option applies to it."""
-
-_SUPPORTED = (
-    "verbose",
-    "rank_dropout",
-    "module_dropout",
-    "train_blocks",
-    "train_double_block_indices",
-    "train_single_block_indices",
-    "in_dims",
-    *_TYPE_DIMS,
-)
-_SWITCHES_ONLY_OFF = ("split_qkv", "train_t5xxl")
-_UNSUPPORTED: Mapping[str, str] = MappingProxyType(
-    {
-        "conv_dim": "FLUX has no convolutions; leave it out",
-        "conv_alpha": "FLUX has no convolutions; leave it out",
-        "dropout": "use network_dropout",
-        "split_qkv": "the fused layers get one LoRA each; leave it out",
-        "train_t5xxl": "T5 is not trained; leave it out",
-        "ggpo_sigma": "leave it out",
-        "ggpo_beta": "leave it out",
-        "network_reg_dims": "use the type dims (img_attn_dim and so on) or the block indices",
-        "network_reg_lrs": "use unet_lr and text_encoder_lr",
-        "loraplus_lr_ratio": "leave it out",
-        "loraplus_unet_lr_ratio": "leave it out",
-        "loraplus_text_encoder_lr_ratio": "leave it out",
-    }
-)
+_BLOCK = re.compile(r"_(double|single)_blocks_(\d+)_")
 _T = TypeVar("_T")
+
+
+def _empty() -> Mapping[str, int]:
+    return MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """A LoRA's shape.
+    """A LoRA's shape, or that of another kind of network.
 
     `alpha` keeps the type it was given in: an integer is stored as int64 in the file, as the reference does for its
     untouched default; 0 means "equal to the rank". `double_indices` and `single_indices` are 0-based; None means every
     block. `type_dims` maps `img_attn_dim` and its seven siblings to a rank, 0 leaving those layers out. `in_dims` are
-    the ranks of `IN_LAYERS`; None trains none of them.
+    the ranks of `IN_LAYERS`; None trains none of them. `reg_dims` and `reg_lrs` are (regular expression, value), of
+    which the first that is found in a published name holds. `file_ranks` and `file_alphas` come from a LoRA file
+    (`dim_from_weights`) and then decide alone. For OFT, `rank` is the number of blocks and `alpha` the constraint.
     """
 
     rank: int = DEFAULT_RANK
@@ -80,9 +62,26 @@ class LoraSpec:
     train_blocks: TrainBlocks = "all"
     double_indices: frozenset[int] | None = None
     single_indices: frozenset[int] | None = None
-    type_dims: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    type_dims: Mapping[str, int] = field(default_factory=_empty)
     in_dims: tuple[int, int, int, int, int] | None = None
     verbose: bool = False
+    kind: NetworkKind = "lora"
+    split_qkv: bool = False
+    train_t5xxl: bool = False
+    reg_dims: tuple[tuple[str, int], ...] = ()
+    reg_lrs: tuple[tuple[str, float], ...] = ()
+    loraplus_unet_ratio: float | None = None
+    loraplus_text_encoder_ratio: float | None = None
+    ggpo_sigma: float | None = None
+    ggpo_beta: float | None = None
+    dora: bool = False
+    rslora: bool = False
+    pissa: bool = False
+    pissa_niter: int = DEFAULT_PISSA_NITER
+    enable_all_linear: bool = False
+    file_ranks: Mapping[str, int] | None = None
+    file_alphas: Mapping[str, float] = field(default_factory=_empty)
+    lycoris: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -92,9 +91,49 @@ class LoraSpec:
 
     def type_dim(self, name: str) -> int | None:
         """The rank that the first matching type dim gives the module with this published name; None for no match."""
-        for key, words in _TYPE_DIMS.items():
+        for key, words in TYPE_DIMS.items():
             if key in self.type_dims and all(word in name for word in words):
                 return self.type_dims[key]
+        return None
+
+    def rank_of(self, name: str, default: int | None = None) -> int:
+        """The rank of the layer with this published name, 0 for none. `default` is that of a layer before the blocks.
+
+        In this order: the file's, the first matching regular expression, the type dim, the default; and unless an
+        expression matched, 0 in blocks that are not selected.
+        """
+        if self.file_ranks is not None:
+            return self.file_ranks.get(name, 0)
+        for pattern, rank in self.reg_dims:
+            if re.search(pattern, name):
+                return rank
+        block = _BLOCK.search(name)
+        if block is not None:
+            indices = self.double_indices if block[1] == "double" else self.single_indices
+            if indices is not None and int(block[2]) not in indices:
+                return 0
+        special = self.type_dim(name)
+        if special is not None:
+            return special
+        return self.rank if default is None else default
+
+    def alpha_of(self, name: str, rank: int) -> float:
+        """The alpha of a layer with `rank`: alpha / rank is its scale.
+
+        rsLoRA (Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 2023, arXiv 2312.03732)
+        scales by alpha / sqrt(rank), so that the gradients' size does not depend on the rank. That is an ordinary LoRA
+        with sqrt(rank) times the alpha, which is what its file says to every loader.
+        """
+        if name in self.file_alphas:
+            return self.file_alphas[name]
+        alpha = self.alpha if self.alpha != 0 else rank
+        return alpha * math.sqrt(rank) if self.rslora else alpha
+
+    def rate_of(self, name: str) -> tuple[int, float] | None:
+        """Number and learning rate of the first matching expression of `network_reg_lrs`; None for no match."""
+        for index, (pattern, rate) in enumerate(self.reg_lrs):
+            if re.search(pattern, name):
+                return index, rate
         return None
 
 
@@ -104,6 +143,7 @@ def spec_from_network_args(
     network_dim: int | None = None,
     network_alpha: float | None = 1,
     network_dropout: float | None = None,
+    network_module: str | None = None,
 ) -> LoraSpec:
     """The spec that the network options describe; `network_args` are `key=value` texts.
 
@@ -119,126 +159,80 @@ def spec_from_network_args(
         try:
             return parse()
         except ValueError as error:
-            complain(f"{option} {error}", option=option if option.startswith("network_") else "network_args")
+            complain(f"{option} {error}", option=option if option == "network_dropout" else "network_args")
             return default
 
-    values = _split_pairs(network_args, complain)
+    kind = KINDS.get(network_module, "lora")
+    values = split_pairs(network_args, kind, complain)
     rank = DEFAULT_RANK if network_dim is None else network_dim
     if rank < 1:
         complain(f"network_dim is {rank}; it must be 1 or more", option="network_dim")
     alpha = 1.0 if network_alpha is None else network_alpha
     if not math.isfinite(alpha) or alpha < 0:
         complain(f"network_alpha is {alpha}; it must be 0 (equal to network_dim) or more", option="network_alpha")
+    dropout = attempt("network_dropout", lambda: parse_probability(network_dropout), 0.0)
 
-    def text(key: str) -> str | None:
-        return values.get(key)
+    def get(key: str, parse: Callable[[str | None], _T], default: _T) -> _T:
+        return attempt(key, lambda: parse(values.get(key)), default)
 
-    def number(option: str, raw: str | float | None) -> float:
-        return attempt(option, lambda: 0.0 if raw is None else _probability(raw), 0.0)
+    if kind == "lycoris":
+        if problems:
+            raise UserError.many(problems, exit_code=2)
+        return LoraSpec(rank=rank, alpha=alpha, dropout=dropout, kind=kind, lycoris=MappingProxyType(values))
 
-    dropout = number("network_dropout", network_dropout)
-    rank_dropout = number("rank_dropout", text("rank_dropout"))
-    module_dropout = number("module_dropout", text("module_dropout"))
-    train_blocks: TrainBlocks = attempt("train_blocks", lambda: _train_blocks(text("train_blocks")), "all")
-    double = attempt("train_double_block_indices", lambda: parse_indices(text("train_double_block_indices")), None)
-    single = attempt("train_single_block_indices", lambda: parse_indices(text("train_single_block_indices")), None)
-    type_dims = {key: attempt(key, lambda key=key: _rank(values[key]), 0) for key in _TYPE_DIMS if key in values}
-    in_dims = attempt("in_dims", lambda: _in_dims(text("in_dims")), None)
-    verbose = attempt("verbose", lambda: _switch(text("verbose")), False)
+    ratios: list[float | None] = [get(key, parse_number, None) for key in LORAPLUS_KEYS]
+    is_alpha_wrong = not math.isfinite(alpha) or alpha < 0
+    spec = LoraSpec(
+        # What is wrong with these two is noted already; the rest is read all the same, to be told at once.
+        rank=max(rank, 1),
+        alpha=1 if is_alpha_wrong else alpha,
+        dropout=dropout,
+        rank_dropout=get("rank_dropout", parse_probability, 0.0),
+        module_dropout=get("module_dropout", parse_probability, 0.0),
+        train_blocks=get("train_blocks", parse_train_blocks, "all"),
+        double_indices=get("train_double_block_indices", parse_indices, None),
+        single_indices=get("train_single_block_indices", parse_indices, None),
+        type_dims=MappingProxyType(
+            {key: attempt(key, lambda key=key: parse_rank(values[key]), 0) for key in TYPE_DIMS if key in values}
+        ),
+        in_dims=get("in_dims", parse_in_dims, None),
+        verbose=get("verbose", parse_switch, False),
+        kind=kind,
+        split_qkv=get("split_qkv", parse_switch, False),
+        train_t5xxl=get("train_t5xxl", parse_switch, False),
+        reg_dims=get("network_reg_dims", _regex_dims, ()),
+        reg_lrs=get("network_reg_lrs", _regex_rates, ()),
+        loraplus_unet_ratio=ratios[0] if ratios[1] is None else ratios[1],
+        loraplus_text_encoder_ratio=ratios[0] if ratios[2] is None else ratios[2],
+        ggpo_sigma=get("ggpo_sigma", parse_number, None),
+        ggpo_beta=get("ggpo_beta", parse_number, None),
+        dora=get("dora", parse_switch, False),
+        rslora=get("rslora", parse_switch, False),
+        pissa=get("pissa", parse_switch, False),
+        pissa_niter=get("pissa_niter", lambda raw: parse_count(raw, DEFAULT_PISSA_NITER), DEFAULT_PISSA_NITER),
+        enable_all_linear=get("enable_all_linear", parse_switch, False),
+    )
+    for what, hint in _contradictions(spec):
+        complain(what, hint)
     if problems:
         raise UserError.many(problems, exit_code=2)
-    return LoraSpec(
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        rank_dropout=rank_dropout,
-        module_dropout=module_dropout,
-        train_blocks=train_blocks,
-        double_indices=double,
-        single_indices=single,
-        type_dims=MappingProxyType(type_dims),
-        in_dims=in_dims,
-        verbose=verbose,
-    )
+    return spec
 
 
-def parse_indices(text: str | None) -> frozenset[int] | None:
-    """Block indices from `all`, `none`, nothing, or a comma list of numbers and inclusive `a-b` ranges.
-
-    None means every block. Raises `ValueError` for anything else; whether the blocks exist is checked by the model
-    that the LoRA is attached to, not against a fixed count.
-    """
-    if text is None or text.strip().lower() == "all":
-        return None
-    indices: set[int] = set()
-    if text.strip().lower() in ("none", ""):
-        return frozenset()
-    for entry in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", entry)
-        if match is None:
-            raise ValueError(f'holds "{entry.strip()}"; give numbers and ranges such as 0,2,5-9, or all, or none')
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise ValueError(f'holds "{entry.strip()}"; a range runs from low to high')
-        indices.update(range(first, last + 1))
-    return frozenset(indices)
+def _contradictions(spec: LoraSpec) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    if (spec.ggpo_sigma is None) != (spec.ggpo_beta is None):
+        found.append(("ggpo_sigma and ggpo_beta need each other", "Give both; sd-scripts suggests 0.03 and 0.01."))
+    if spec.pissa and spec.ggpo_sigma is not None:
+        found.append(("pissa and ggpo_sigma do not go together", "Leave one of them out."))
+    if spec.kind == "oft" and spec.alpha == 0:
+        found.append(("network_alpha is 0, which leaves OFT no room to move", "1e-3 is usual for OFT."))
+    return found
 
 
-def _split_pairs(network_args: Sequence[str], complain: Callable[[str, str | None], None]) -> dict[str, str]:
-    values: dict[str, str] = {}
-    for pair in network_args:
-        key, equals, value = (piece.strip() for piece in pair.partition("="))
-        if not equals:
-            complain(f'"{pair}" is not of the form key=value', None)
-        elif key in _SWITCHES_ONLY_OFF and value.lower() in ("false", "0"):
-            continue
-        elif key in _UNSUPPORTED:
-            complain(f"{key} is not supported", _UNSUPPORTED[key])
-        elif key not in _SUPPORTED:
-            near = nearest(key, _SUPPORTED)
-            complain(f'"{key}" is not a known key', f"Did you mean {near}?" if near else None)
-        else:
-            values[key] = value
-    return values
+def _regex_dims(raw: str | None) -> tuple[tuple[str, int], ...]:
+    return tuple((pattern, parse_rank(value)) for pattern, value in parse_patterns(raw))
 
 
-def _probability(raw: str | float) -> float:
-    try:
-        value = float(raw)
-    except ValueError:
-        value = math.nan
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"is {raw}; it must be at least 0 and below 1")
-    return value
-
-
-def _rank(raw: str) -> int:
-    if not re.fullmatch(r"\d+", raw):
-        raise ValueError(f"is {raw}; it must be a whole number, 0 to leave those layers out")
-    return int(raw)
-
-
-def _switch(raw: str | None) -> bool:
-    if raw is None or raw.lower() in ("false", "0"):
-        return False
-    if raw.lower() in ("true", "1"):
-        return True
-    raise ValueError(f"is {raw}; it must be True or False")
-
-
-def _train_blocks(raw: str | None) -> TrainBlocks:
-    if raw is None:
-        return "all"
-    if raw not in ("all", "single", "double"):
-        raise ValueError(f"is {raw}; it must be all, single or double")
-    return raw
-
-
-def _in_dims(raw: str | None) -> tuple[int, int, int, int, int] | None:
-    if raw is None:
-        return None
-    entries = [entry.strip() for entry in raw.strip().removeprefix("[").removesuffix("]").split(",")]
-    if len(entries) != len(IN_LAYERS):
-        raise ValueError(f"has {len(entries)} numbers; it needs {len(IN_LAYERS)}, for {', '.join(IN_LAYERS)}")
-    first, second, third, fourth, fifth = (_rank(entry) for entry in entries)
-    return first, second, third, fourth, fifth
+def _regex_rates(raw: str | None) -> tuple[tuple[str, float], ...]:
+    return tuple((pattern, parse_number(value) or 0.0) for pattern, value in parse_patterns(raw))

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final, Literal
 from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import AutoencoderParams, ClipParams, FluxParams, T5Params
 from trainer.schema.lora_spec import IN_LAYERS, LoraSpec, spec_from_network_args
+from trainer.schema.network_args import fused_parts
 
 if TYPE_CHECKING:
     from trainer.schema.options import Options
@@ -248,26 +249,29 @@ def autoencoder_count(autoencoder: AutoencoderParams) -> int:
 def lora_tensor_sizes(flux: FluxParams, spec: LoraSpec, clip: ClipParams | None) -> Iterator[int]:
     """The number of values in each LoRA matrix, two for each Linear that gets one; `clip` None leaves CLIP-L out."""
     for name, num_in, num_out in _target_linears(flux, spec):
-        type_dim = spec.type_dim(name)
-        rank = spec.rank if type_dim is None else type_dim
-        if rank:
-            yield from (rank * num_in, rank * num_out)
+        rank = spec.rank_of(name)
+        if rank and spec.kind == "oft":
+            if spec.enable_all_linear or "_attn_" in name:
+                yield from (size * size // rank for size in fused_parts(name, num_in, num_out))
+        elif rank:
+            num_parts = len(fused_parts(name, num_in, num_out)) if spec.split_qkv else 1
+            yield from (num_parts * rank * num_in, rank * num_out)
     if spec.in_dims is not None:
         for name, rank in zip(IN_LAYERS, spec.in_dims, strict=True):
             if rank and name in _in_layers(flux):
                 for num_in, num_out in _in_shapes(flux, name):
                     yield from (rank * num_in, rank * num_out)
-    if clip is not None:
+    if clip is not None and spec.kind == "lora":
         c, m = clip.hidden_size, clip.intermediate_size
         for num_in, num_out in ([(c, c)] * 4 + [(c, m), (m, c)]) * clip.num_hidden_layers:
             yield from (spec.rank * num_in, spec.rank * num_out)
 
 
 def _target_linears(flux: FluxParams, spec: LoraSpec) -> Iterator[tuple[str, int, int]]:
-    """Name, inputs and outputs of the block Linears that the spec selects."""
+    """Name, inputs and outputs of the block Linears among which the spec selects."""
     c, m = flux.hidden_size, _mlp_size(flux)
     if spec.train_blocks != "single":
-        for index in _chosen(flux.depth, spec.double_indices):
+        for index in range(flux.depth):
             prefix = f"lora_unet_double_blocks_{index}_"
             for stream in ("img", "txt"):
                 yield f"{prefix}{stream}_mod_lin", c, 6 * c
@@ -276,15 +280,11 @@ def _target_linears(flux: FluxParams, spec: LoraSpec) -> Iterator[tuple[str, int
                 yield f"{prefix}{stream}_mlp_0", c, m
                 yield f"{prefix}{stream}_mlp_2", m, c
     if spec.train_blocks != "double":
-        for index in _chosen(flux.depth_single_blocks, spec.single_indices):
+        for index in range(flux.depth_single_blocks):
             prefix = f"lora_unet_single_blocks_{index}_"
             yield f"{prefix}modulation_lin", c, 3 * c
             yield f"{prefix}linear1", c, 3 * c + m
             yield f"{prefix}linear2", c + m, c
-
-
-def _chosen(depth: int, indices: frozenset[int] | None) -> list[int]:
-    return [index for index in range(depth) if indices is None or index in indices]
 
 
 def optimizer_state_bytes(num_values: int, *, is_8bit: bool) -> int:
@@ -588,6 +588,7 @@ class _Sums:
             network_dim=options.network_dim,
             network_alpha=options.network_alpha,
             network_dropout=options.network_dropout,
+            network_module=options.network_module,
         )
         sizes = list(lora_tensor_sizes(self.flux, spec, self.models.clip if self.trains_clip else None))
         total = sum(sizes)

@@ -231,15 +231,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         ),
         "fused_backward_pass": _refused("it works for Adafactor only, which is not supported yet; leave it out"),
         # Network and model.
-        "network_train_text_encoder_only": _refused("it is not supported yet; FLUX's own LoRA is always trained"),
-        "dim_from_weights": _refused("it is not supported yet; give the file's rank with --network_dim"),
-        "scale_weight_norms": _refused("it is not supported yet; leave it out", "number"),
-        "base_weights": _refused(
-            "it is not supported yet; merge the LoRA into the model beforehand", "text", is_list=True
-        ),
-        "base_weights_multiplier": _refused(
-            "it is not supported yet; merge the LoRA into the model beforehand", "number", is_list=True
-        ),
         "model_type": _refused(
             "Chroma is not supported yet; only --model_type=flux is", "text", default="flux", choices=("flux", "chroma")
         ),
@@ -254,7 +245,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
 
 _OPTIMIZER: Final = "is not supported yet; use AdamW or AdamW8bit"
 _LR_SCHEDULER: Final = "is not supported yet; use constant, constant_with_warmup, cosine or linear"
-_NETWORK: Final = "is not supported yet; use networks.lora_flux"
 _PICKLE: Final = "is not written: such files can hold code; use safetensors"
 _TRACKER: Final = "is not supported yet; use tensorboard"
 _NETWORK_SD: Final = "does not fit FLUX; use networks.lora_flux"
@@ -304,7 +294,6 @@ REFUSED_VALUES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
             _LR_SCHEDULER,
         ),
         "network_module": {
-            **dict.fromkeys(("networks.oft_flux", "lycoris.kohya"), _NETWORK),
             **dict.fromkeys(
                 ("networks.lora_fa", "networks.dylora", "networks.oft", "networks.lora_sd3", "networks.loha"),
                 _NETWORK_SD,

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from trainer.schema.base import Opt, Problem, UserError, nearest
 from trainer.schema.lora_spec import spec_from_network_args
 from trainer.schema.memory import max_blocks_to_swap
+from trainer.schema.network_rules import network_advice, network_contradictions
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.option_table import NOT_SUPPORTED, OPEN_TEXT, REFUSED_VALUES, OptionStatus, ValueType
 from trainer.schema.options_data import SIZE_STEP, CacheOptions, DatasetOptions
@@ -376,11 +377,15 @@ def _broken_rules(options: Options, explicit: frozenset[str]) -> Iterator[tuple[
     """Each broken rule between options: the options that it is about, and the problem."""
     for names, what, hint in _contradictions(options, explicit):
         yield names, Problem(what, f"--{names[0]}", hint, names[0])
-    if options.network_args:
+    for names, what, hint in network_contradictions(options):
+        yield names, Problem(what, f"--{names[0]}", hint, names[0])
+    if options.network_args or options.network_module == "networks.oft_flux":
         try:
-            spec_from_network_args(options.network_args)
+            spec_from_network_args(
+                options.network_args or (), network_alpha=options.network_alpha, network_module=options.network_module
+            )
         except UserError as error:
-            yield from ((("network_args",), problem) for problem in error.problems)
+            yield from ((("network_args", "network_module"), problem) for problem in error.problems)
     if options.optimizer_args:
         kind = "AdamW8bit" if options.use_8bit_adam else options.optimizer_type
         try:
@@ -531,5 +536,4 @@ def _advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
         yield "sample_every_n_steps has no effect: sample_every_n_epochs wins"
     if options.sample_prompts is None and (every_epochs or every_steps or options.sample_at_first):
         yield "no samples are made: sample_prompts is not given"
-    if options.text_encoder_lr is not None and len(options.text_encoder_lr) == 2:
-        yield "the second text_encoder_lr has no effect: T5 is not trained"
+    yield from network_advice(options, explicit)

@@ -113,8 +113,8 @@ class NetworkOptions(OptionGroup):
     """The LoRA network."""
 
     network_module: Annotated[
-        Literal["networks.lora_flux", "networks.lora"] | None,
-        Opt("The kind of network to train: networks.lora_flux.", "Network", "expert"),
+        Literal["networks.lora_flux", "networks.lora", "networks.oft_flux", "lycoris.kohya"] | None,
+        Opt("The kind of network: networks.lora_flux, networks.oft_flux or lycoris.kohya.", "Network", "expert"),
     ] = None
     network_dim: Annotated[
         int | None,
@@ -137,6 +137,27 @@ class NetworkOptions(OptionGroup):
         Opt("More settings of the network, each as key=value.", "Network settings", "expert"),
     ] = None
     network_weights: Annotated[Path | None, Opt("A LoRA file to start from.", "Start from LoRA", "advanced")] = None
+    dim_from_weights: Annotated[
+        bool, Opt("Take ranks and alphas from the LoRA file to start from.", "Ranks from file", "expert")
+    ] = False
+    scale_weight_norms: Annotated[
+        float | None,
+        Field(gt=0),
+        Opt("Largest norm of a layer's LoRA; it is scaled down after each step. 1 is usual.", "Norm limit", "expert"),
+    ] = None
+    base_weights: Annotated[
+        tuple[Path, ...] | None,
+        BeforeValidator(split_words),
+        Opt("LoRA files that are merged into the model before training.", "Merge LoRAs", "expert"),
+    ] = None
+    base_weights_multiplier: Annotated[
+        tuple[float, ...] | None,
+        BeforeValidator(split_words),
+        Opt("Strength of each merged LoRA. Empty: 1.", "Strength of merged LoRAs", "expert"),
+    ] = None
+    network_train_text_encoder_only: Annotated[
+        bool, Opt("Train the text encoders' LoRA only, none of FLUX.", "Text encoders only", "expert")
+    ] = False
     network_train_unet_only: Annotated[bool, Opt("Train FLUX only; otherwise CLIP-L gets a LoRA too.", "FLUX only")] = (
         False
     )

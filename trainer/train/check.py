@@ -16,7 +16,9 @@ from typing import TypeVar
 import torch
 
 from trainer.data.index import DatasetIndex, index_dataset
+from trainer.lora import lycoris
 from trainer.lora.forms import to_published
+from trainer.lora.from_file import spec_from_file
 from trainer.lora.lora_file import read_lora_file
 from trainer.model.hub import fetch_model
 from trainer.model.text_encoders import PromptTokenizer, load_clip_tokenizer, load_t5_tokenizer
@@ -116,6 +118,8 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
     models = None if flux is None else _check_models(options, flux, findings)
     _check_device(options, findings)
     spec = findings.attempt(lambda: _spec(options))
+    if spec is not None and options.dim_from_weights and not _has_problem(findings, "network_weights"):
+        spec = _spec_from_weights(options, spec, findings)
     if flux is not None:
         _check_against_model(options, spec, flux, findings)
     if flux is not None and spec is not None:
@@ -197,6 +201,7 @@ def _spec(options: Options) -> LoraSpec:
         network_dim=options.network_dim,
         network_alpha=options.network_alpha,
         network_dropout=options.network_dropout,
+        network_module=options.network_module,
     )
 
 
@@ -310,6 +315,61 @@ def _check_device(options: Options, findings: _Findings) -> None:
         )
 
 
+def _spec_from_weights(options: Options, spec: LoraSpec, findings: _Findings) -> LoraSpec | None:
+    """The spec with the ranks of the file to start from."""
+    if options.network_weights is None:
+        return spec
+    path = options.network_weights
+
+    def from_file() -> LoraSpec:
+        published = to_published(*read_lora_file(path), where=str(path))
+        return spec_from_file(spec, published.state, published.metadata, str(path))
+
+    found = findings.attempt(from_file)
+    if found is not None and found.train_t5xxl and options.cache_text_encoder_outputs:
+        findings.add(
+            Problem(
+                "this LoRA has layers of T5, whose outputs cache_text_encoder_outputs keeps from before",
+                str(path),
+                "Turn cache_text_encoder_outputs off, or leave dim_from_weights out.",
+                "cache_text_encoder_outputs",
+            ),
+            EXIT_OPTIONS,
+        )
+    return found
+
+
+def _check_network_kind(options: Options, spec: LoraSpec, flux: FluxParams, findings: _Findings) -> None:
+    """What other networks than LoRA ask for."""
+    if spec.kind == "oft":
+        mlp = round(flux.hidden_size * flux.mlp_ratio)
+        sizes = (flux.hidden_size, mlp) if spec.enable_all_linear else (flux.hidden_size,)
+        for size in sizes:
+            if size % spec.rank:
+                findings.add(
+                    Problem(
+                        f"network_dim is the number of OFT's blocks, but {size} cannot be divided by {spec.rank}",
+                        "--network_dim",
+                        "Use a power of two, such as 4.",
+                        "network_dim",
+                    ),
+                    EXIT_OPTIONS,
+                )
+    if spec.kind == "lycoris":
+        if not lycoris.is_installed():
+            findings.add(lycoris.not_installed().problems[0], EXIT_OPTIONS)
+        if options.blocks_to_swap:
+            findings.add(
+                Problem(
+                    "lycoris.kohya keeps weights for backward, which blocks_to_swap moves away",
+                    "--blocks_to_swap",
+                    "Leave it out, or use networks.lora_flux.",
+                    "blocks_to_swap",
+                ),
+                EXIT_OPTIONS,
+            )
+
+
 def _check_against_model(options: Options, spec: LoraSpec | None, flux: FluxParams, findings: _Findings) -> None:
     wanted = options.blocks_to_swap or 0
     largest = max_blocks_to_swap(flux.depth, flux.depth_single_blocks)
@@ -326,6 +386,7 @@ def _check_against_model(options: Options, spec: LoraSpec | None, flux: FluxPara
         )
     if spec is None:
         return
+    _check_network_kind(options, spec, flux, findings)
     for kind, indices, count in (
         ("double", spec.double_indices, flux.depth),
         ("single", spec.single_indices, flux.depth_single_blocks),

@@ -90,7 +90,7 @@ def text_inputs(txt: Tensor, vec: Tensor, mask: Tensor, *, apply_mask: bool) -> 
 
 
 class LiveText:
-    """Encodes at every call. CLIP-L keeps its gradient when its LoRA trains; T5 never trains."""
+    """Encodes at every call. CLIP-L and T5 keep their gradients when their LoRA trains."""
 
     def __init__(
         self,
@@ -100,10 +100,12 @@ class LiveText:
         trains_clip: bool,
         apply_mask: bool,
         autocast: Callable[[], AbstractContextManager[object]],
+        trains_t5: bool = False,
     ) -> None:
         self._clip = clip
         self._t5 = t5
         self._trains_clip = trains_clip
+        self._trains_t5 = trains_t5
         self._apply_mask = apply_mask
         self._autocast = autocast
 
@@ -111,7 +113,7 @@ class LiveText:
         with self._autocast():
             with torch.set_grad_enabled(self._trains_clip and torch.is_grad_enabled()):
                 vec = self._clip(captions)
-            with torch.no_grad():
+            with torch.set_grad_enabled(self._trains_t5 and torch.is_grad_enabled()):
                 txt, mask = self._t5(captions)
         return text_inputs(txt, vec, mask, apply_mask=self._apply_mask)
 

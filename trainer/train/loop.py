@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -127,7 +127,11 @@ class GradientSync:
 
 
 class TrainingLoop:
-    """Runs the steps. `micro_batches(epoch)` yields callables that give the loss of one micro-batch."""
+    """Runs the steps. `micro_batches(epoch)` yields callables that give the loss of one micro-batch.
+
+    `before_step` is called when the gradients of an optimizer step are complete and clipped, `after_step` when the
+    weights are changed; what it gives is logged.
+    """
 
     def __init__(
         self,
@@ -145,9 +149,13 @@ class TrainingLoop:
         sample: Callable[[StepPosition, bool], None],
         peak_bytes: Callable[[], int],
         inspect_gradients: Callable[[int], None] | None = None,
+        before_step: Callable[[], None] = lambda: None,
+        after_step: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         """`inspect_gradients(step)` is called with each step's gradients in place, averaged and not yet clipped."""
         self._settings = settings
+        self._before_step = before_step
+        self._after_weights = after_step
         self._network = network
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._optimizer = optimizer
@@ -250,15 +258,18 @@ class TrainingLoop:
         if not math.isfinite(loss) or (not math.isfinite(norm) and not self._may_skip()):
             raise self._numbers_lost(before, losses, micro_batches, loss, norm)
         rates = [float(group["lr"]) for group in self._optimizer.param_groups]
+        more: Mapping[str, float] = {}
         if math.isfinite(norm):
             self._num_skipped_in_a_row = 0
+            self._before_step()
             self._scaler.step(self._optimizer)
             self._scaler.update()
+            more = self._after_weights()
         else:
             self._skip(position)
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._report(position, loss, norm, rates, started, paused)
+        self._report(position, loss, norm, rates, started, paused, more)
         return stop
 
     def _may_skip(self) -> bool:
@@ -295,12 +306,19 @@ class TrainingLoop:
         )
 
     def _report(
-        self, position: StepPosition, loss: float, norm: float, rates: Sequence[float], started: float, paused: float
+        self,
+        position: StepPosition,
+        loss: float,
+        norm: float,
+        rates: Sequence[float],
+        started: float,
+        paused: float,
+        more: Mapping[str, float],
     ) -> None:
         average = self._average.add(loss)
         if position.step % _BYTES_POLL_STEPS == 1 or self._host_bytes == 0:
             self._host_bytes = int(self._process.memory_info().rss)
-        scalars = {"loss/current": loss, "loss/average": average, "norm/grad_norm": norm}
+        scalars = {"loss/current": loss, "loss/average": average, "norm/grad_norm": norm, **more}
         if self._scaler.is_enabled():
             scalars["norm/loss_scale"] = self._scaler.get_scale()
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):

@@ -11,7 +11,7 @@ from trainer.lora.form_names import inexpressible
 from trainer.lora.form_reader import listed
 from trainer.lora.form_writer import BaseLayers
 from trainer.lora.layer_names import is_flux_path, is_norm_path
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.model.flux import Flux
 from trainer.schema.base import Problem
 from trainer.schema.checkpoint_header import FluxParams
@@ -24,6 +24,14 @@ _ATTENTION_ONLY = "train_blocks=double img_mlp_dim=0 txt_mlp_dim=0 img_mod_dim=0
 def form_problems(options: Options, spec: LoraSpec, flux: FluxParams) -> Iterator[Problem]:
     """What `--lora_form` has no place for among the layers that are to be trained."""
     form = options.lora_form
+    if form != "sd-scripts" and (spec.kind != "lora" or spec.dora):
+        yield Problem(
+            f"the {form} form has no place for {'magnitudes (DoRA)' if spec.dora else options.network_module}",
+            f"--lora_form={form}",
+            "Use --lora_form=sd-scripts.",
+            "lora_form",
+        )
+        return
     if form not in ("bfl", "xlabs"):
         return
     if not options.network_train_unet_only:

@@ -10,9 +10,10 @@ import dataclasses
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from trainer.data.batches import BatchPlan, epoch_batches, share_of_rank
 from trainer.lora.form_reader import Origin
 from trainer.lora.forms import to_published
-from trainer.lora.lora import LoraNetwork
 from trainer.lora.lora_file import read_lora_file
+from trainer.lora.lycoris import AnyNetwork, LycorisNetwork
+from trainer.lora.network import LoraNetwork
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.flux import Flux
 from trainer.model.weights import load_flux
@@ -36,6 +38,7 @@ from trainer.schema.folders import data_home
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
+from trainer.train.base_weights import merge_base_weights
 from trainer.train.check import CheckedRun, check_run, warn_of_memory
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
@@ -52,7 +55,7 @@ from trainer.train.rescue import save_or_rescue
 from trainer.train.sample_maker import SampleMaker
 from trainer.train.saver import LoraSaver, model_files, training_facts
 from trainer.train.session import DeviceLock
-from trainer.train.text_phase import prepare_text
+from trainer.train.text_phase import prepare_text, trains_clip
 
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
@@ -100,15 +103,20 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
 
     reporter.phase("model")
     model = load_transformer(options, checked.flux, engine)
+    for line in merge_base_weights({"unet": model}, options):
+        reporter.note(line)
     base = base_layers(model) if options.lora_form == "bfl" else None
-    clip = None if options.network_train_unet_only else text.clip
-    network, origin = attach_lora(options, checked.spec, model, clip, engine, reporter, seed)
-    reporter.note(f"LoRA on {network.num_modules} layers, rank {checked.spec.rank}, alpha {checked.spec.alpha}")
+    clip = text.clip if trains_clip(checked) else None
+    network, origin = attach_network(options, checked.spec, model, engine, reporter, seed, clip=clip, t5=text.t5)
+    reporter.note(describe_network(network, checked.spec))
+    if checked.spec.verbose and isinstance(network, LoraNetwork):
+        for name, rank in network.ranks().items():
+            reporter.note(f"{name}: rank {rank}")
     swap = block_swap(options, model, engine, reporter)
     optimizer_arguments = parse_optimizer_args(options.optimizer_args, options.optimizer_type)
     optimizer = create_optimizer(
         options.optimizer_type,
-        network.parameter_groups(unet_rate(options), text_encoder_rate(options)),
+        network.parameter_groups(unet_rate(options), *text_encoder_rates(options)),
         learning_rate=options.learning_rate,
         arguments=optimizer_arguments,
     )
@@ -156,6 +164,8 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         save=save,
         sample=sample,
         peak_bytes=engine.peak_bytes,
+        before_step=network.before_step,
+        after_step=partial(hold_norms, network, options.scale_weight_norms),
     )
     reporter.phase("training")
     with contextlib.closing(hashes):
@@ -228,18 +238,25 @@ def load_transformer(options: Options, flux: FluxParams, engine: Engine) -> Flux
     return model
 
 
-def attach_lora(
+def attach_network(
     options: Options,
     spec: LoraSpec,
     model: Flux,
-    clip: nn.Module | None,
     engine: Engine,
     reporter: Reporter,
     seed: int,
-) -> tuple[LoraNetwork, Origin | None]:
-    """The LoRA around the transformer's layers, and CLIP-L's where `clip` is given, on the device; and how the file was
-    written that it starts from."""
-    network = LoraNetwork.attach(model, clip, spec, torch.Generator().manual_seed(seed))
+    *,
+    clip: nn.Module | None = None,
+    t5: nn.Module | None = None,
+) -> tuple[AnyNetwork, Origin | None]:
+    """The network around the transformer's layers, and those of the text encoders that are given, on the device; and how
+    the file was written that it starts from."""
+    network: AnyNetwork
+    if spec.kind == "lycoris":
+        network = LycorisNetwork.attach(model, clip, spec, seed)
+    else:
+        flux = None if options.network_train_text_encoder_only else model
+        network = LoraNetwork.attach(flux, clip, spec, torch.Generator().manual_seed(seed), t5)
     network.to(engine.device)
     origin = None
     if options.network_weights is not None:
@@ -247,12 +264,52 @@ def attach_lora(
     return network, origin
 
 
-def _load_weights(network: LoraNetwork, path: Path, reporter: Reporter) -> Origin | None:
+def describe_network(network: AnyNetwork, spec: LoraSpec) -> str:
+    """One line about what is trained."""
+    if spec.kind == "oft":
+        return f"OFT on {network.num_modules} layers, {spec.rank} blocks each, constraint {spec.alpha:g}"
+    if spec.kind == "lycoris":
+        return f"LyCORIS ({spec.lycoris.get('algo', 'lora')}) on {network.num_modules} layers"
+    kinds = [
+        name
+        for name, is_on in (
+            ("DoRA", spec.dora),
+            ("rsLoRA", spec.rslora),
+            ("PiSSA", spec.pissa),
+            ("split qkv", spec.split_qkv),
+            ("GGPO", spec.ggpo_sigma is not None),
+        )
+        if is_on
+    ]
+    more = f", {', '.join(kinds)}" if kinds else ""
+    if spec.file_ranks is not None:
+        return f"LoRA on {network.num_modules} layers, ranks and alphas of the file{more}"
+    return f"LoRA on {network.num_modules} layers, rank {spec.rank}, alpha {spec.alpha}{more}"
+
+
+def hold_norms(network: AnyNetwork, limit: float | None) -> Mapping[str, float]:
+    """`scale_weight_norms` after a step, and what is logged of it under the reference's names."""
+    if limit is None:
+        return {}
+    report = network.hold_norms(limit)
+    return {
+        "max_norm/keys_scaled": report.num_scaled,
+        "max_norm/average_key_norm": report.mean,
+        "max_norm/max_key_norm": report.largest,
+    }
+
+
+def _load_weights(network: AnyNetwork, path: Path, reporter: Reporter) -> Origin | None:
     state, metadata = read_lora_file(path)
     published = to_published(state, metadata, where=str(path))
     origin = published.origin
-    report = network.load_file(path) if origin is None else network.load_published(published.state, where=str(path))
+    report = network.load_published(published.state, where=str(path), metadata=published.metadata)
     reporter.note(f"starting from {path}" if origin is None else f"starting from {path}, a file in {origin.form} form")
+    if report.num_corrected:
+        reporter.note(
+            f"{report.num_corrected} layers of it were trained with split_qkv and saved with an alpha that is too small; "
+            "they are used at the strength they were trained with"
+        )
     for names, what in (
         (report.missing, "layers are not in the file and start anew"),
         (report.unexpected, "layers of the file are not trained here and are left out"),
@@ -274,8 +331,10 @@ def unet_rate(options: Options) -> float:
     return options.learning_rate if options.unet_lr is None else options.unet_lr
 
 
-def text_encoder_rate(options: Options) -> float:
-    return options.text_encoder_lr[0] if options.text_encoder_lr else options.learning_rate
+def text_encoder_rates(options: Options) -> tuple[float, float]:
+    """The rates of CLIP-L and T5: one number is for both."""
+    rates = options.text_encoder_lr or (options.learning_rate,)
+    return rates[0], rates[-1]
 
 
 def _output_dir(options: Options) -> Path:
@@ -287,7 +346,7 @@ def _output_dir(options: Options) -> Path:
 def _sample_maker(
     checked: CheckedRun,
     model: Flux,
-    network: LoraNetwork,
+    network: AnyNetwork,
     autoencoder: AutoEncoder | None,
     text: TextSource,
     engine: Engine,
@@ -408,7 +467,7 @@ def _micro_batches(
 
 
 def _after_lost_numbers(
-    lost: NumbersLost, network: LoraNetwork, options: Options, save: LoraSaver, engine: Engine
+    lost: NumbersLost, network: AnyNetwork, options: Options, save: LoraSaver, engine: Engine
 ) -> UserError:
     """Keeps what can be used: the batch as a replay file, and the LoRA as it was. Gives the error that ends the run."""
     if not isinstance(lost.micro_batch, PlannedBatch):

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.lycoris import AnyNetwork
 from trainer.schema.base import UserError
 from trainer.schema.cli import ParsedCommand
 from trainer.schema.optimizer_args import parse_optimizer_args
+from trainer.train.base_weights import merge_base_weights
 from trainer.train.check import check_replay
 from trainer.train.checkpoint import write_file
 from trainer.train.conditioning import TextInputs, text_inputs
@@ -29,11 +31,12 @@ from trainer.train.objective import Comparison, FlowBatch, FlowObjective
 from trainer.train.optim import LearningRateSchedule, create_optimizer
 from trainer.train.recipe import (
     SEED_BITS,
-    attach_lora,
+    attach_network,
     block_swap,
     flow_objective,
+    hold_norms,
     load_transformer,
-    text_encoder_rate,
+    text_encoder_rates,
     unet_rate,
 )
 from trainer.train.recording import Recording, read_recording
@@ -56,13 +59,15 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
     seed = options.seed if options.seed is not None else secrets.randbits(SEED_BITS)
     model = load_transformer(options, checked.flux, engine)
     _check_sizes(recording, model.params.context_in_dim, model.params.vec_in_dim, source)
-    network, _ = attach_lora(options, checked.spec, model, None, engine, reporter, seed)
+    for line in merge_base_weights({"unet": model}, options):
+        reporter.note(line)
+    network, _ = attach_network(options, checked.spec, model, engine, reporter, seed)
     load_initial(network, recording.initial, source)
     objective = flow_objective(options, model, _no_text, engine)
     batch = batch_of(recording, objective, engine.device, apply_mask=options.apply_t5_attn_mask, seed=seed)
     optimizer = create_optimizer(
         options.optimizer_type,
-        network.parameter_groups(unet_rate(options), text_encoder_rate(options)),
+        network.parameter_groups(unet_rate(options), *text_encoder_rates(options)),
         learning_rate=options.learning_rate,
         arguments=parse_optimizer_args(options.optimizer_args, options.optimizer_type),
     )
@@ -95,6 +100,8 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
         sample=lambda _position, _is_epoch_end: None,
         peak_bytes=engine.peak_bytes,
         inspect_gradients=witness.inspect_gradients,
+        before_step=network.before_step,
+        after_step=partial(hold_norms, network, options.scale_weight_norms),
     )
     failure: NumbersLost | None = None
     with block_swap(options, model, engine, reporter):
@@ -114,7 +121,7 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
 class _Witness:
     """Hands the same batch to every step and writes down what the output file holds."""
 
-    def __init__(self, objective: FlowObjective, batch: FlowBatch, network: LoraNetwork) -> None:
+    def __init__(self, objective: FlowObjective, batch: FlowBatch, network: AnyNetwork) -> None:
         self._objective = objective
         self._batch = batch
         self._network = network
@@ -136,8 +143,7 @@ class _Witness:
     def inspect_gradients(self, step: int) -> None:
         if step == 1:
             self._gradients = {
-                key: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
-                for key, parameter in self._network.training_state().items()
+                key: gradient.detach().clone() for key, gradient in self._network.training_gradients().items()
             }
 
     def outputs(self, num_steps: int) -> dict[str, Tensor]:
@@ -190,14 +196,14 @@ def batch_of(
     )
 
 
-def load_initial(network: LoraNetwork, initial: Mapping[str, Tensor], source: Path) -> None:
+def load_initial(network: AnyNetwork, initial: Mapping[str, Tensor], source: Path) -> None:
     """Sets the LoRA to the recorded tensors: all of it, or nothing when none are recorded.
 
     Raises `UserError` when the recording is of another LoRA than the options describe.
     """
     if not initial:
         return
-    state: Mapping[str, nn.Parameter] = network.training_state()
+    state = network.training_state()
     hint = "Give the options that the recording was made with: --network_dim, --network_args and so on."
     tensors = {key: tensor for key, tensor in initial.items() if not key.endswith(".alpha")}
     for names, what in (
@@ -217,7 +223,7 @@ def load_initial(network: LoraNetwork, initial: Mapping[str, Tensor], source: Pa
             what = f"{key} is {list(tensor.shape)} in the recording and {list(state[key].shape)} here"
             raise UserError(what, str(source), hint, field="input")
         else:
-            state[key].data.copy_(tensor)
+            state[key].copy_(tensor)
 
 
 def _check_sizes(recording: Recording, context_in_dim: int, vec_in_dim: int, source: Path) -> None:

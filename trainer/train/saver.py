@@ -14,7 +14,7 @@ from trainer.data.index import DatasetSummary, SubsetSummary
 from trainer.lora.form_reader import Origin
 from trainer.lora.form_writer import BaseLayers
 from trainer.lora.forms import from_published
-from trainer.lora.lora import LoraNetwork
+from trainer.lora.lycoris import AnyNetwork
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name, remove_superseded, save_dtype, save_lora
@@ -42,7 +42,7 @@ class LoraSaver:
     those of `model_files`, by the same names.
     """
 
-    network: LoraNetwork
+    network: AnyNetwork
     folder: Path
     options: Options
     facts: TrainingFacts
@@ -86,7 +86,8 @@ class LoraSaver:
         """
         # With no precision asked for, alpha stays the whole number that an untouched --network_alpha is.
         published = self.network.published_state_dict(save_dtype(self.options.save_precision))
-        return from_published(published, self.options.lora_form, origin=self.origin, base=self.base)
+        state, added = from_published(published, self.options.lora_form, origin=self.origin, base=self.base)
+        return state, {**self.network.file_metadata, **added} if self.options.lora_form == "sd-scripts" else added
 
     def _remove_superseded(self, kind: CheckpointKind, number: int) -> None:
         options = self.options
@@ -193,10 +194,10 @@ def training_facts(
         discrete_flow_shift=options.discrete_flow_shift,
         datasets=tuple(_dataset_facts(summary, checked) for summary in checked.index.datasets),
         uses_dataset_config=options.dataset_config is not None,
+        network_module=options.network_module or "networks.lora_flux",
         is_schnell=checked.flux.is_schnell,
         base_model_name=flux.name,
         base_model_legacy_hash=flux.legacy_hash,
-        network_module=options.network_module or "networks.lora_flux",
         settings=used_settings(options),
         other_models=models,
         own=_own_settings(options, weight_dtype),

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, T5EncoderModel
 
 from trainer.data.cache import CacheRequest, TensorCache, files_identity, text_key, text_requests
 from trainer.model.weights import load_clip_l, load_t5xxl
 from trainer.schema.memory import text_encoders_fit
 from trainer.schema.options import Options
 from trainer.schema.weight_files import read_weights
+from trainer.train.base_weights import base_weights_identity, merge_base_weights
 from trainer.train.check import CheckedRun
 from trainer.train.conditioning import CachedText, ClipEncoder, LiveText, StoredText, T5Encoder, TextSource
 from trainer.train.engine import Engine
@@ -22,15 +23,22 @@ from trainer.train.reporting import Reporter
 
 @dataclass(frozen=True)
 class PreparedText:
-    """Where text inputs come from, and CLIP-L when it stays in memory (for its LoRA, or because nothing is cached)."""
+    """Where text inputs come from, CLIP-L when it stays in memory (for its LoRA, or because nothing is cached), and T5
+    when its LoRA trains."""
 
     source: TextSource
     clip: CLIPTextModel | None
+    t5: T5EncoderModel | None = None
 
 
-def trains_clip(options: Options) -> bool:
-    """CLIP-L gets a LoRA unless the options leave it out."""
-    return not options.network_train_unet_only
+def trains_clip(checked: CheckedRun) -> bool:
+    """CLIP-L gets a LoRA unless the options leave it out; other networks than LoRA are FLUX's only."""
+    return not checked.options.network_train_unet_only and checked.spec.kind != "oft"
+
+
+def trains_t5(checked: CheckedRun) -> bool:
+    """T5 gets a LoRA when the network settings ask for it, or the file that they are taken from has one."""
+    return checked.spec.train_t5xxl and not checked.options.network_train_unet_only
 
 
 def prepare_text(checked: CheckedRun, engine: Engine, reporter: Reporter) -> PreparedText:
@@ -41,15 +49,22 @@ def prepare_text(checked: CheckedRun, engine: Engine, reporter: Reporter) -> Pre
     reporter.phase("text")
     if not options.cache_text_encoder_outputs:
         clip = _load_clip(options, engine, engine.device)
+        t5 = _load_t5(checked, engine, engine.device)
+        if trains_t5(checked) and options.gradient_checkpointing:
+            # It checkpoints in training mode only; it has no dropout that this would switch on.
+            t5.model.gradient_checkpointing_enable({"use_reentrant": False})
+            t5.model.train()
         return PreparedText(
             LiveText(
                 ClipEncoder(clip, checked.tokenizers.clip_l, engine.device),
-                _load_t5(checked, engine, engine.device),
-                trains_clip=trains_clip(options),
+                t5,
+                trains_clip=trains_clip(checked),
+                trains_t5=trains_t5(checked),
                 apply_mask=options.apply_t5_attn_mask,
                 autocast=engine.text_autocast,
             ),
             clip,
+            t5.model if trains_t5(checked) else None,
         )
 
     max_length = checked.tokenizers.t5xxl_tokens
@@ -67,7 +82,7 @@ def prepare_text(checked: CheckedRun, engine: Engine, reporter: Reporter) -> Pre
         # Prompts go beside the pictures, too: else the encoders would be loaded again for them alone.
         folder = checked.index.items[0].path.parent
         requests = [request if request.folder else replace(request, folder=folder) for request in requests]
-    clip = _load_clip(options, engine, engine.device) if trains_clip(options) else None
+    clip = _load_clip(options, engine, engine.device) if trains_clip(checked) else None
     if missing := cache.missing(requests):
         _encode(missing, cache, checked, engine, reporter)
     else:
@@ -152,15 +167,19 @@ def _batch_size(options: Options) -> int:
 def _load_clip(options: Options, engine: Engine, device: torch.device) -> CLIPTextModel:
     if options.clip_l is None:
         raise AssertionError("the checks demand CLIP-L")
-    return load_clip_l(options.clip_l, engine.text_dtype, device, options.clip_l_activation)
+    clip = load_clip_l(options.clip_l, engine.text_dtype, device, options.clip_l_activation)
+    merge_base_weights({"te1": clip}, options)
+    return clip
 
 
 def _load_t5(checked: CheckedRun, engine: Engine, device: torch.device) -> T5Encoder:
     options = checked.options
     if options.t5xxl is None:
         raise AssertionError("the checks demand T5")
+    t5 = load_t5xxl(options.t5xxl, engine.text_dtype, device)
+    merge_base_weights({"te3": t5}, options)
     return T5Encoder(
-        load_t5xxl(options.t5xxl, engine.text_dtype, device),
+        t5,
         checked.tokenizers.t5xxl,
         device,
         max_length=checked.tokenizers.t5xxl_tokens,
@@ -181,5 +200,6 @@ def _identity(checked: CheckedRun, engine: Engine) -> str:
             tokenizers.t5xxl.identity,
             options.clip_l_activation,
             str(engine.text_dtype),
+            *base_weights_identity(options, ("te1", "te3")),
         )
     )

@@ -1,0 +1,201 @@
+"""Networks of the lycoris-lora package (`lycoris.kohya`): LoHa, LoKr, IA3 and others, trained and saved by its own code.
+
+The package is not required and is imported only for such a network. Its modules replace the `forward` of the Linears and
+keep references to them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor, nn
+
+from trainer.lora.adapter import wrong_part
+from trainer.lora.lora_file import read_lora_file
+from trainer.lora.max_norm import NormReport
+from trainer.lora.network import LoadReport, LoraNetwork
+from trainer.schema.base import UserError
+from trainer.schema.lora_spec import LoraSpec
+
+PACKAGE: Final = "lycoris-lora"
+
+_FLAGS: Final = {"true": True, "1": True, "false": False, "0": False}
+_FLAG_KEYS: Final = frozenset(
+    {
+        "use_tucker",
+        "use_cp",
+        "use_conv_cp",
+        "disable_conv_cp",
+        "use_scalar",
+        "train_norm",
+        "rescaled",
+        "dora_wd",
+        "wd_on_output",
+        "full_matrix",
+        "bypass_mode",
+        "rs_lora",
+        "unbalanced_factorization",
+        "decompose_both",
+    }
+)
+_BARE_CLIP, _PUBLISHED_CLIP = "lora_te1_", "lora_te1_text_model_"
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("lycoris") is not None
+
+
+def not_installed() -> UserError:
+    return UserError(
+        f"lycoris.kohya needs the package {PACKAGE}, which is not installed",
+        "--network_module",
+        f"Run: pip install {PACKAGE}",
+        field="network_module",
+        exit_code=2,
+    )
+
+
+class LycorisNetwork(nn.Module):
+    """A network of the package, with the methods that training needs of a `LoraNetwork`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._network = network
+
+    @classmethod
+    def attach(cls, flux: nn.Module, clip_l: nn.Module | None, spec: LoraSpec, seed: int) -> LycorisNetwork:
+        """Makes the network that `spec.lycoris` describes and puts it on the models.
+
+        Raises `UserError` (exit code 2) without the package, for settings that it refuses, or when it finds no layer.
+        """
+        if not is_installed():
+            raise not_installed()
+        kohya = cast(Any, importlib.import_module("lycoris.kohya"))
+        settings = {key: _value(key, text) for key, text in spec.lycoris.items()}
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                network = kohya.create_network(
+                    1.0,
+                    spec.rank,
+                    spec.alpha or spec.rank,
+                    None,
+                    None if clip_l is None else [clip_l],
+                    flux,
+                    warn_on_unmatched=False,
+                    **{"dropout": spec.dropout, **settings},
+                )
+        except (AssertionError, KeyError, TypeError, ValueError, NotImplementedError, OSError) as error:
+            raise UserError(
+                f"{PACKAGE} refuses these settings: {error!r}", "--network_args", field="network_args", exit_code=2
+            ) from error
+        if not network.unet_loras and not network.text_encoder_loras:
+            raise UserError("no layer is left to train", "--network_args", "Choose another preset.", exit_code=2)
+        network.apply_to(None if clip_l is None else [clip_l], flux, clip_l is not None, True)
+        network.requires_grad_(True)
+        return cls(network)
+
+    @property
+    def num_modules(self) -> int:
+        return len(self._modules_of("text_encoder_loras")) + len(self._modules_of("unet_loras"))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Published names of the adapted layers, in the order in which they are saved."""
+        return tuple(dict.fromkeys(key.split(".")[0] for key in self.published_state_dict(None)))
+
+    @property
+    def file_metadata(self) -> dict[str, str]:
+        return {}
+
+    def set_multiplier(self, multiplier: float) -> None:
+        for module in (*self._modules_of("text_encoder_loras"), *self._modules_of("unet_loras")):
+            cast(Any, module).multiplier = multiplier
+
+    def parameter_groups(
+        self, unet_lr: float, text_encoder_lr: float, t5xxl_lr: float | None = None
+    ) -> list[dict[str, object]]:
+        """Groups for an optimizer, CLIP-L first. A group whose rate is 0 is left out. T5 is never trained."""
+        groups: list[dict[str, object]] = []
+        for attribute, rate, name in (
+            ("text_encoder_loras", text_encoder_lr, "textencoder"),
+            ("unet_loras", unet_lr, "unet"),
+        ):
+            parameters = [p for module in self._modules_of(attribute) for p in module.parameters()]
+            if parameters and rate > 0:
+                groups.append({"params": parameters, "lr": rate, "name": name})
+        if not groups:
+            raise UserError(
+                "every learning rate is 0: nothing would be trained",
+                "--learning_rate",
+                field="learning_rate",
+                exit_code=2,
+            )
+        return groups
+
+    def before_step(self) -> None:
+        """Nothing is to be done."""
+
+    def hold_norms(self, limit: float) -> NormReport:
+        raise ValueError("the options rule this out")
+
+    def training_state(self) -> dict[str, Tensor]:
+        """The values of everything that trains, by published key: the tensors themselves."""
+        return {_published(key): parameter.data for key, parameter in self._network.named_parameters()}
+
+    def training_gradients(self) -> dict[str, Tensor]:
+        """The gradients of everything that trains, by published key; zeros where there is none."""
+        return {
+            _published(key): torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for key, parameter in self._network.named_parameters()
+        }
+
+    def published_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """The package's own keys, with CLIP-L's names as published."""
+        state: dict[str, Tensor] = {}
+        for key, tensor in self._network.state_dict().items():
+            host = tensor.detach().cpu()
+            state[_published(key)] = host.clone() if dtype is None else host.to(dtype, copy=True)
+        return state
+
+    def load_file(self, path: Path) -> LoadReport:
+        state, metadata = read_lora_file(path)
+        return self.load_published(state, where=str(path), metadata=metadata)
+
+    def load_published(
+        self, state: Mapping[str, Tensor], *, where: str = "the file", metadata: Mapping[str, str] | None = None
+    ) -> LoadReport:
+        """Takes the tensors whose keys the network has. Raises `UserError` when shapes don't fit."""
+        own = {_published(key): key for key in self._network.state_dict()}
+        try:
+            self._network.load_state_dict({own[key]: t for key, t in state.items() if key in own}, strict=False)
+        except RuntimeError as error:
+            raise wrong_part(f"this file does not fit the network: {error}", where) from error
+        return LoadReport(
+            missing=tuple(dict.fromkeys(key.split(".")[0] for key in own if key not in state)),
+            unexpected=tuple(dict.fromkeys(key.split(".")[0] for key in state if key not in own)),
+        )
+
+    def _modules_of(self, attribute: str) -> list[nn.Module]:
+        return cast("list[nn.Module]", getattr(self._network, attribute))
+
+
+AnyNetwork = LoraNetwork | LycorisNetwork
+
+
+def _value(key: str, text: str) -> object:
+    if key in _FLAG_KEYS and text.lower() in _FLAGS:
+        return _FLAGS[text.lower()]
+    return int(text) if key == "factor" else text
+
+
+def _published(key: str) -> str:
+    """Newer transformers releases have dropped `text_model.` from CLIP's paths; published names keep it."""
+    if key.startswith(_BARE_CLIP) and not key.startswith(_PUBLISHED_CLIP):
+        return _PUBLISHED_CLIP + key.removeprefix(_BARE_CLIP)
+    return key

@@ -1,0 +1,123 @@
+"""Which Linears get an adapter, under which published name, and which kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from trainer.lora.adapter import Adapter
+from trainer.lora.dora import DoraLinear
+from trainer.lora.ggpo import Perturbation
+from trainer.lora.lora import LoraLinear
+from trainer.lora.naming import Component, published_name
+from trainer.lora.oft import OftLinear
+from trainer.schema.base import UserError
+from trainer.schema.lora_spec import IN_LAYERS, LoraSpec
+from trainer.schema.network_args import fused_parts
+
+CLIP_CLASSES = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
+"""Classes of CLIP-L whose Linears are adapted."""
+
+T5_CLASSES = ("T5Attention", "T5DenseGatedActDense")
+"""Classes of T5-XXL whose Linears are adapted."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A Linear that gets an adapter: `path` inside the model, published `name`, and rank."""
+
+    path: str
+    name: str
+    rank: int
+
+
+def text_encoder_targets(model: nn.Module, component: Component, spec: LoraSpec) -> list[Target]:
+    """The attention and MLP Linears of CLIP-L (`te1`) or T5 (`te3`)."""
+    if spec.kind != "lora":
+        return []
+    targets: list[Target] = []
+    for path, module in model.named_modules():
+        if type(module).__name__ in (CLIP_CLASSES if component == "te1" else T5_CLASSES):
+            for child_name, child in module.named_children():
+                if isinstance(child, nn.Linear):
+                    name = published_name(component, f"{path}.{child_name}")
+                    targets.append(Target(f"{path}.{child_name}", name, spec.rank_of(name)))
+    return [target for target in targets if target.rank > 0]
+
+
+def flux_targets(flux: nn.Module, spec: LoraSpec) -> list[Target]:
+    """Double blocks, single blocks, then the layers before them. Raises `UserError` for blocks that do not exist."""
+    targets: list[Target] = []
+    for kind, indices in (("double", spec.double_indices), ("single", spec.single_indices)):
+        blocks = cast("nn.ModuleList", flux.get_submodule(f"{kind}_blocks"))
+        _check_indices(kind, indices, len(blocks))
+        if spec.train_blocks in ("all", kind) or spec.file_ranks is not None:
+            for path in _linears(flux, f"{kind}_blocks"):
+                if spec.kind == "oft" and not spec.enable_all_linear and "_attn." not in path:
+                    continue
+                name = published_name("unet", path, "oft" if spec.kind == "oft" else "lora")
+                targets.append(Target(path, name, spec.rank_of(name)))
+    in_ranks = spec.in_dims if spec.file_ranks is None else (0,) * len(IN_LAYERS)
+    for layer, rank in zip(IN_LAYERS, in_ranks or (), strict=False):
+        if getattr(flux, layer, None) is not None:
+            for path in _linears(flux, layer):
+                name = published_name("unet", path)
+                targets.append(Target(path, name, spec.rank_of(name, rank)))
+    return [target for target in targets if target.rank > 0]
+
+
+def wrap(root: nn.Module, target: Target, spec: LoraSpec, generator: torch.Generator) -> Adapter:
+    """Puts the adapter in the Linear's place."""
+    owner_path, _, attribute = target.path.rpartition(".")
+    owner = root.get_submodule(owner_path)
+    base = cast("nn.Linear", getattr(owner, attribute))
+    if spec.kind == "oft":
+        adapter: Adapter = OftLinear(base, target.rank, spec.alpha, _parts(base, target.name))
+    else:
+        adapter = _make_lora(base, target, spec, generator)
+    setattr(owner, attribute, adapter)
+    return adapter
+
+
+def _make_lora(base: nn.Linear, target: Target, spec: LoraSpec, generator: torch.Generator) -> LoraLinear:
+    adapter = (DoraLinear if spec.dora else LoraLinear)(
+        base,
+        target.rank,
+        spec.alpha_of(target.name, target.rank),
+        generator,
+        dropout=spec.dropout,
+        rank_dropout=spec.rank_dropout,
+        module_dropout=spec.module_dropout,
+        splits=_parts(base, target.name) if spec.split_qkv else (),
+        pissa_niter=spec.pissa_niter if spec.pissa else None,
+    )
+    if spec.ggpo_sigma is not None and spec.ggpo_beta is not None:
+        adapter.perturbation = Perturbation(base, spec.ggpo_sigma, spec.ggpo_beta)
+    return adapter
+
+
+def _parts(base: nn.Linear, name: str) -> tuple[int, ...]:
+    return fused_parts(name, base.in_features, base.out_features)
+
+
+def _linears(root: nn.Module, path: str) -> Iterator[str]:
+    """Paths of the Linears below `path` (or of `path` itself) in module order."""
+    for name, module in list(root.get_submodule(path).named_modules(prefix=path)):
+        if isinstance(module, nn.Linear):
+            yield name
+
+
+def _check_indices(kind: str, indices: frozenset[int] | None, num_blocks: int) -> None:
+    beyond = sorted(index for index in indices or () if index >= num_blocks)
+    if beyond:
+        raise UserError(
+            f"train_{kind}_block_indices names block {beyond[0]}, but this model has {num_blocks} {kind} blocks",
+            "--network_args",
+            f"Blocks are numbered 0 to {num_blocks - 1}.",
+            field="network_args",
+            exit_code=2,
+        )

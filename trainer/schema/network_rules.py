@@ -1,0 +1,108 @@
+"""The rules between the network's options, and what is worth saying about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from trainer.schema.base import UserError
+from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
+
+if TYPE_CHECKING:
+    from trainer.schema.options import Options
+
+_SELECTION = ("train_blocks", "train_double_block_indices", "train_single_block_indices", "in_dims", "network_reg_dims")
+
+
+def options_spec(options: Options) -> LoraSpec | None:
+    """The spec of the network options; None when they are wrong, which is told elsewhere."""
+    try:
+        return spec_from_network_args(
+            options.network_args or (),
+            network_dim=options.network_dim,
+            network_alpha=options.network_alpha,
+            network_dropout=options.network_dropout,
+            network_module=options.network_module,
+        )
+    except UserError:
+        return None
+
+
+def network_contradictions(options: Options) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """(names, what, hint) of each contradiction. The first name is the option to change."""
+    if options.dim_from_weights and options.network_weights is None:
+        yield (
+            ("dim_from_weights", "network_weights"),
+            "dim_from_weights needs a LoRA file",
+            "Give the file as network_weights.",
+        )
+    num_multipliers, num_files = len(options.base_weights_multiplier or ()), len(options.base_weights or ())
+    if num_multipliers > num_files:
+        yield (
+            ("base_weights_multiplier", "base_weights"),
+            f"base_weights_multiplier has {num_multipliers} numbers for {num_files} files of base_weights",
+            "Give one number for each file.",
+        )
+    if options.network_train_unet_only and options.network_train_text_encoder_only:
+        yield (
+            ("network_train_text_encoder_only", "network_train_unet_only"),
+            "network_train_text_encoder_only and network_train_unet_only leave nothing to train",
+            "Give one of them.",
+        )
+    spec = options_spec(options)
+    if spec is not None:
+        yield from _spec_contradictions(options, spec)
+
+
+def _spec_contradictions(options: Options, spec: LoraSpec) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    if spec.train_t5xxl and (options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk):
+        yield (
+            ("network_args", "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
+            "train_t5xxl trains T5, whose outputs cache_text_encoder_outputs keeps from before",
+            "Turn one of the two off.",
+        )
+    if spec.train_t5xxl and options.network_train_unet_only:
+        yield (
+            ("network_args", "network_train_unet_only"),
+            "train_t5xxl trains a text encoder, which network_train_unet_only rules out",
+            "Leave one of the two out.",
+        )
+    if spec.kind != "lora":
+        for name in ("scale_weight_norms", "dim_from_weights", "network_train_text_encoder_only"):
+            if getattr(options, name):
+                yield (
+                    (name, "network_module"),
+                    f"{name} belongs to LoRAs, which {options.network_module} does not train",
+                    "Leave it out, or use networks.lora_flux.",
+                )
+    if spec.kind == "oft" and options.network_dropout:
+        yield (
+            ("network_dropout", "network_module"),
+            "networks.oft_flux has no dropout",
+            "Leave network_dropout out.",
+        )
+    if spec.pissa and options.scale_weight_norms is not None:
+        yield (
+            ("scale_weight_norms", "network_args"),
+            "scale_weight_norms would scale what pissa begins with",
+            "Leave one of the two out.",
+        )
+
+
+def network_advice(options: Options, explicit: frozenset[str]) -> Iterator[str]:
+    """One line for each setting that has no effect, or trains badly."""
+    spec = options_spec(options)
+    if spec is None:
+        return
+    if options.text_encoder_lr is not None and len(options.text_encoder_lr) == 2 and not spec.train_t5xxl:
+        yield "the second text_encoder_lr has no effect: T5 is not trained"
+    if options.dim_from_weights:
+        selected = [key for key in _SELECTION if any(pair.startswith(key) for pair in options.network_args or ())]
+        selected += [*spec.type_dims, *(name for name in ("network_dim", "network_alpha") if name in explicit)]
+        if selected:
+            yield f"{', '.join(selected)} have no effect: dim_from_weights takes layers and ranks from the file"
+    if spec.kind == "oft":
+        if options.network_alpha >= 1:
+            yield f"network_alpha is {options.network_alpha:g}, which does not hold OFT back at all; 1e-3 is usual"
+        if not options.network_train_unet_only:
+            yield "networks.oft_flux trains FLUX only: the text encoders get nothing"

@@ -1,0 +1,37 @@
+"""`base_weights`: LoRA files that become part of the frozen models before anything is trained or encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from trainer.data.cache import file_identity
+from trainer.lora.forms import to_published
+from trainer.lora.lora_file import read_lora_file
+from trainer.lora.merge import components_of, merge_file
+from trainer.lora.naming import Component
+from trainer.schema.options import Options
+
+
+def merge_base_weights(models: Mapping[Component, nn.Module], options: Options) -> list[str]:
+    """Merges every file's layers that belong to `models`, in the order of the files; a line about each file."""
+    lines: list[str] = []
+    multipliers = options.base_weights_multiplier or ()
+    for index, path in enumerate(options.base_weights or ()):
+        multiplier = multipliers[index] if index < len(multipliers) else 1.0
+        published = to_published(*read_lora_file(path), where=str(path))
+        num_merged, unknown = merge_file(models, published.state, published.metadata, multiplier, str(path))
+        left_out = f"; {len(unknown)} layers are not in this model: {', '.join(unknown[:3])}" if unknown else ""
+        lines.append(f"merged {num_merged} layers of {path} at strength {multiplier:g}{left_out}")
+    return lines
+
+
+def base_weights_identity(options: Options, components: Collection[Component]) -> list[str]:
+    """What an encoding by these components depends on besides their own files."""
+    found: list[str] = []
+    multipliers = options.base_weights_multiplier or ()
+    for index, path in enumerate(options.base_weights or ()):
+        if components_of(to_published(*read_lora_file(path), where=str(path)).state) & set(components):
+            found += [file_identity(path), str(multipliers[index] if index < len(multipliers) else 1.0)]
+    return found
