@@ -20,7 +20,6 @@ from trainer.schema.checkpoint_header import (
     clip_params,
     flux_params,
     format_bytes,
-    read_header,
     t5_params,
 )
 from trainer.schema.cli import ParsedCommand, parse_command_line, validate_options
@@ -30,6 +29,7 @@ from trainer.schema.options import Options
 from trainer.schema.options_data import parse_resolution
 from trainer.schema.run_folder import RunFolder
 from trainer.schema.toml_io import read_config_file
+from trainer.schema.weight_files import read_weights
 
 EXIT_DONE, EXIT_OPTIONS, EXIT_INTERRUPTED = 0, 2, 130
 DEFAULT_SIDE: Final = 1024
@@ -165,7 +165,7 @@ def estimate_memory(arguments: Sequence[str]) -> int:
     options: Options = parse_command_line(rest).options
     if options.pretrained_model_name_or_path is None:
         raise UserError("no model is given", "--pretrained_model_name_or_path", "Give the FLUX.1 model.", exit_code=2)
-    params = flux_params(read_header(options.pretrained_model_name_or_path))
+    params = flux_params(read_weights(options.pretrained_model_name_or_path, "flux"))
     width, height = parse_resolution(options.resolution) if options.resolution else (DEFAULT_SIDE, DEFAULT_SIDE)
     batch_size = options.train_batch_size
     models = _other_models(options)
@@ -195,9 +195,9 @@ def _other_models(options: Options) -> OtherModels | None:
     if options.t5xxl is None or options.clip_l is None or options.ae is None:
         return None
     return OtherModels(
-        t5_params(read_header(options.t5xxl)),
-        clip_params(read_header(options.clip_l)),
-        autoencoder_params(read_header(options.ae)),
+        t5_params(read_weights(options.t5xxl, "t5xxl")),
+        clip_params(read_weights(options.clip_l, "clip_l")),
+        autoencoder_params(read_weights(options.ae, "autoencoder")),
     )
 
 

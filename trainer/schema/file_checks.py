@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 from trainer.schema.base import Problem, UserError
-from trainer.schema.checkpoint_header import ModelKind, check_kind, read_header
+from trainer.schema.hub_cache import hub_id
+from trainer.schema.model_check import check_kind
+from trainer.schema.model_kinds import ModelKind
 from trainer.schema.options import Options
+from trainer.schema.weight_files import read_weights
 
 _MODELS: Final[tuple[tuple[str, ModelKind, str], ...]] = (
     ("pretrained_model_name_or_path", "flux", "the FLUX.1 model"),
@@ -18,12 +21,14 @@ _MODELS: Final[tuple[tuple[str, ModelKind, str], ...]] = (
     ("t5xxl", "t5xxl", "the T5-XXL text encoder"),
     ("ae", "autoencoder", "the autoencoder"),
 )
+MODEL_KINDS: Final[Mapping[str, ModelKind]] = {name: kind for name, kind, _ in _MODELS}
+"""The kind of model that each option takes."""
 
 
 def check_files(options: Options) -> list[Problem]:
     """Everything that is wrong with the files and folders, each with the option that names it. Never raises.
 
-    Model files are known by their headers. The output folder is tried with a temporary file in it, or in the nearest
+    Model files are known by their headers; a hub id that is not on this machine yet is left to the start of training. The output folder is tried with a temporary file in it, or in the nearest
     parent that exists; nothing stays behind.
     """
     problems: list[Problem] = []
@@ -69,8 +74,10 @@ def _not_given(name: str, noun: str) -> Problem:
 
 def _model_problems(path: Path, kind: ModelKind, name: str) -> Iterator[Problem]:
     try:
-        problem = check_kind(read_header(path), kind, name)
+        problem = check_kind(read_weights(path, kind), kind, name)
     except UserError as error:
+        if hub_id(path) is not None:
+            return  # It is downloaded when training starts, and checked then.
         for found in error.problems:
             hint = f"{found.hint or ''} It is given as --{name}.".strip()
             yield Problem(found.what, found.where, hint, name)

@@ -31,11 +31,12 @@ from trainer.train.conditioning import TextSource
 from trainer.train.engine import Engine
 from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
 from trainer.train.loop import GradientSync, LoopSettings, StepPosition, TrainingLoop
+from trainer.train.model_hash import ModelHash
 from trainer.train.objective import FlowObjective, FlowSettings
 from trainer.train.optim import LearningRateSchedule, create_optimizer, optimizer_description
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.sample_maker import SampleMaker
-from trainer.train.saver import LoraSaver, training_facts
+from trainer.train.saver import LoraSaver, base_model_file, training_facts
 from trainer.train.session import DeviceLock
 from trainer.train.text_phase import PreparedText, prepare_text
 
@@ -84,6 +85,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         learning_rate=options.learning_rate,
         arguments=parse_optimizer_args(options.optimizer_args),
     )
+    model_hash = ModelHash(base_model_file(options) if engine.is_main and not options.no_metadata else None)
     save = LoraSaver(
         network,
         _output_dir(options),
@@ -98,6 +100,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         ),
         reporter,
         engine.is_main,
+        model_hash,
     )
     sample = _sample_maker(checked, model, network, autoencoder, text.source, engine, reporter)
     loop = TrainingLoop(
@@ -120,13 +123,14 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         peak_bytes=engine.peak_bytes,
     )
     reporter.phase("training")
-    with swap:
-        position, was_stopped = loop.run()
-    if was_stopped:
-        if position.step > 0:
-            save(position, "step")
-        raise StopRequested
-    save(position, "final")
+    with contextlib.closing(model_hash):
+        with swap:
+            position, was_stopped = loop.run()
+        if was_stopped:
+            if position.step > 0:
+                save(position, "step")
+            raise StopRequested
+        save(position, "final")
 
 
 def _announce_plan(checked: CheckedRun, engine: Engine, reporter: Reporter) -> None:

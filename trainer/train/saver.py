@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from trainer.data.index import DatasetSummary, SubsetSummary
 from trainer.lora.lora import LoraNetwork
 from trainer.schema.options import Options
+from trainer.schema.weight_files import read_weights
 from trainer.train.check import CheckedRun
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name, remove_superseded, save_dtype, save_lora
 from trainer.train.loop import StepPosition
@@ -21,9 +22,12 @@ from trainer.train.metadata import (
     legacy_file_hash,
     lora_metadata,
 )
+from trainer.train.model_hash import ModelHash
 from trainer.train.reporting import Reporter
 
 TRAINER_VERSION: Final = "0.1.0"
+FINAL_HASH_SECONDS: Final = 60.0
+"""How long the last file waits for the base model's hash."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class LoraSaver:
     facts: TrainingFacts
     reporter: Reporter
     is_main: bool
+    model_hash: ModelHash | None = None
 
     def __call__(self, position: StepPosition, kind: CheckpointKind) -> None:
         if not self.is_main:
@@ -44,7 +49,7 @@ class LoraSaver:
         number = position.epoch if kind == "epoch" else position.step
         path = self.folder / checkpoint_name(self.options.output_name, kind, number)
         metadata = lora_metadata(
-            self.facts,
+            self._facts(kind),
             step=position.step,
             epoch=position.epoch,
             finished_at=time.time(),
@@ -55,6 +60,13 @@ class LoraSaver:
         save_lora(path, state, metadata)
         self.reporter.checkpoint(path, step=position.step, epoch=position.epoch, is_final=kind == "final")
         self._remove_superseded(kind, number)
+
+    def _facts(self, kind: CheckpointKind) -> TrainingFacts:
+        """With the base model's hash as soon as it is known; the last file waits a little for it."""
+        if self.model_hash is None:
+            return self.facts
+        sha256 = self.model_hash.value(FINAL_HASH_SECONDS if kind == "final" else 0.0)
+        return replace(self.facts, base_model_sha256=sha256)
 
     def _remove_superseded(self, kind: CheckpointKind, number: int) -> None:
         options = self.options
@@ -70,14 +82,23 @@ class LoraSaver:
         )
 
 
+def base_model_file(options: Options) -> Path | None:
+    """The transformer's file when it is a single one."""
+    if options.pretrained_model_name_or_path is None:
+        return None
+    files = read_weights(options.pretrained_model_name_or_path, "flux").files
+    return files[0] if len(files) == 1 else None
+
+
 def training_facts(
     checked: CheckedRun, *, seed: int, session_id: int, started_at: float, optimizer: str, num_processes: int
 ) -> TrainingFacts:
     """What the files of this run say about it."""
     options, spec, schedule = checked.options, checked.spec, checked.schedule
-    flux_file = options.pretrained_model_name_or_path
-    if flux_file is None:
+    flux_path = options.pretrained_model_name_or_path
+    if flux_path is None:
         raise AssertionError("the checks demand the model")
+    flux_file = base_model_file(options)
     return TrainingFacts(
         session_id=session_id,
         started_at=started_at,
@@ -126,8 +147,9 @@ def training_facts(
         datasets=tuple(_dataset_facts(summary, checked) for summary in checked.index.datasets),
         uses_dataset_config=options.dataset_config is not None,
         is_schnell=checked.flux.is_schnell,
-        base_model_name=flux_file.name,
-        base_model_legacy_hash=legacy_file_hash(flux_file),
+        # As in the reference: the name of a file, else what was given.
+        base_model_name=flux_path.name if flux_path.is_file() else flux_path.as_posix(),
+        base_model_legacy_hash=None if flux_file is None else legacy_file_hash(flux_file),
         min_timestep=options.min_timestep,
         max_timestep=options.max_timestep,
         modelspec=ModelSpecFacts(
