@@ -117,7 +117,7 @@ def chroma_in_diffusers(chroma: Chroma) -> nn.Module:
     )
     model.load_state_dict(diffusers_names(chroma.state_dict(), params.hidden_size))
     # The published code has 1e-6 here as everywhere; diffusers leaves it to torch, whose default depends on the type.
-    for norm in cast("nn.ModuleList", model.distilled_guidance_layer.norms):
+    for norm in model.distilled_guidance_layer.norms:
         cast("nn.RMSNorm", norm).eps = 1e-6
     return model.eval().requires_grad_(False)
 

@@ -88,9 +88,7 @@ def build(shape: Shape) -> Flux | Chroma:
     if shape.variant == "chroma":
         size, hidden, depth = shape.approximator
         model = Chroma(
-            ChromaParams(
-                **common, approximator_in_dim=size, approximator_hidden_size=hidden, approximator_depth=depth
-            )
+            ChromaParams(**common, approximator_in_dim=size, approximator_hidden_size=hidden, approximator_depth=depth)
         )
     else:
         model = Flux(FluxParams(**common, vec_in_dim=shape.pooled, guidance_embed=shape.variant == "dev"))

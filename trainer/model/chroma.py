@@ -171,9 +171,7 @@ class Chroma(nn.Module):
         batch = timesteps.shape[0]
         moment = torch.cat((timestep_embedding(timesteps, dim // 4), timestep_embedding(guidance, dim // 4)), dim=-1)
         index = timestep_embedding(torch.arange(num_vectors, device=timesteps.device), dim // 2)
-        given = torch.cat(
-            (moment[:, None].expand(-1, num_vectors, -1), index[None].expand(batch, -1, -1)), dim=-1
-        )
+        given = torch.cat((moment[:, None].expand(-1, num_vectors, -1), index[None].expand(batch, -1, -1)), dim=-1)
         return self.distilled_guidance_layer(given.to(self._input_dtype()))
 
     def _split(self, vectors: Tensor) -> tuple[Tensor, ...]:

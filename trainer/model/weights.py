@@ -18,7 +18,14 @@ from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import Header, autoencoder_params, clip_params, flux_params, t5_params
 from trainer.schema.chroma_header import chroma_params
 from trainer.schema.key_plans import (
-    Piece, Plan, PlannedTensor, autoencoder_plan, chroma_plan, clip_plan, flux_plan, t5_plan,
+    Piece,
+    Plan,
+    PlannedTensor,
+    autoencoder_plan,
+    chroma_plan,
+    clip_plan,
+    flux_plan,
+    t5_plan,
 )
 from trainer.schema.weight_files import read_weights
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Final, Literal
 
 from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import (
@@ -13,11 +14,13 @@ from trainer.schema.checkpoint_header import (
     Shapes,
     check_axes,
     default_axes,
+    flux_params,
     require_kind,
 )
 from trainer.schema.key_names import Part, Parts, flux_in_diffusers
 from trainer.schema.model_kinds import is_diffusers_flux, strip_prefix
 from trainer.schema.model_shapes import Shape, flux_shapes
+from trainer.schema.weight_files import read_weights
 
 DOUBLE_VECTORS: Final = 12
 """Modulation vectors of a double block: shift, scale and gate, of attention and MLP, of image and text."""
@@ -53,12 +56,23 @@ class ChromaParams:
     approximator_depth: int
 
     @property
+    def is_schnell(self) -> bool:
+        """False: the length of the text and the schedule of samples are those of dev, though schnell's blocks were taken."""
+        return False
+
+    @property
     def num_modulation_vectors(self) -> int:
         """How many vectors the approximator gives; 344 for Chroma1."""
         return SINGLE_VECTORS * self.depth_single_blocks + DOUBLE_VECTORS * self.depth + LAST_VECTORS
 
 
 TransformerParams = FluxParams | ChromaParams
+
+
+def read_transformer(path: Path, model_type: Literal["flux", "chroma"]) -> TransformerParams:
+    """The sizes of the transformer that `path` names. Raises `UserError` when it is not of `model_type`."""
+    header = read_weights(path, model_type)
+    return chroma_params(header) if model_type == "chroma" else flux_params(header)
 
 
 def chroma_params(header: Header) -> ChromaParams:

@@ -241,9 +241,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "base_weights_multiplier": _refused(
             "it is not supported yet; merge the LoRA into the model beforehand", "number", is_list=True
         ),
-        "model_type": _refused(
-            "Chroma is not supported yet; only --model_type=flux is", "text", default="flux", choices=("flux", "chroma")
-        ),
         # Validation.
         "validation_seed": _refused(_VALIDATION, "integer"),
         "validation_split": _refused(_VALIDATION, "number", default=0.0),

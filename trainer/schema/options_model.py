@@ -30,6 +30,10 @@ class ModelOptions(OptionGroup):
     pretrained_model_name_or_path: Annotated[
         Path | None, Opt("The FLUX.1 transformer, a .safetensors file.", "FLUX.1 model", "basic")
     ] = None
+    model_type: Annotated[
+        Literal["flux", "chroma"],
+        Opt("The family of the transformer: flux for FLUX.1 dev and schnell, chroma for Chroma1.", "Model type"),
+    ] = "flux"
     clip_l: Annotated[Path | None, Opt("The CLIP-L text encoder, a .safetensors file.", "CLIP-L", "basic")] = None
     t5xxl: Annotated[Path | None, Opt("The T5-XXL text encoder, a .safetensors file.", "T5-XXL", "basic")] = None
     ae: Annotated[Path | None, Opt("The FLUX autoencoder, a .safetensors file.", "Autoencoder", "basic")] = None

@@ -19,8 +19,7 @@ from torch import Tensor
 from trainer.data.batches import BatchPlan, epoch_batches, share_of_rank
 from trainer.lora.lora import LoraNetwork
 from trainer.model.autoencoder import AutoEncoder
-from trainer.model.flux import Flux
-from trainer.model.weights import load_flux
+from trainer.model.transformer import Transformer, load_transformer
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.mover import make_mover
 from trainer.schema.cli import ParsedCommand
@@ -162,14 +161,15 @@ def _start_trackers(options: Options, engine: Engine, reporter: Reporter) -> Non
         reporter.use_tensorboard(options.logging_dir / f"{options.log_prefix or ''}{moment}" / tracker)
 
 
-def _load_model(checked: CheckedRun, engine: Engine) -> Flux:
+def _load_model(checked: CheckedRun, engine: Engine) -> Transformer:
     """The transformer on the device, except what will be swapped, which never goes there as a whole."""
     options = checked.options
     if options.pretrained_model_name_or_path is None:
         raise AssertionError("the checks demand the model")
     on_host = swapped_prefixes(checked.flux, options.blocks_to_swap or 0)
-    model = load_flux(
+    model = load_transformer(
         options.pretrained_model_name_or_path,
+        options.model_type,
         engine.dtype,
         engine.device,
         device_of=lambda name: "cpu" if name.startswith(on_host) else engine.device,
@@ -179,7 +179,7 @@ def _load_model(checked: CheckedRun, engine: Engine) -> Flux:
 
 
 def _attach_lora(
-    checked: CheckedRun, model: Flux, text: PreparedText, engine: Engine, reporter: Reporter, seed: int
+    checked: CheckedRun, model: Transformer, text: PreparedText, engine: Engine, reporter: Reporter, seed: int
 ) -> LoraNetwork:
     clip = None if checked.options.network_train_unet_only else text.clip
     network = LoraNetwork.attach(model, clip, checked.spec, torch.Generator().manual_seed(seed))
@@ -200,7 +200,9 @@ def _load_weights(network: LoraNetwork, path: Path, reporter: Reporter) -> None:
             reporter.warning(f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
 
 
-def _block_swap(options: Options, model: Flux, engine: Engine, reporter: Reporter) -> AbstractContextManager[object]:
+def _block_swap(
+    options: Options, model: Transformer, engine: Engine, reporter: Reporter
+) -> AbstractContextManager[object]:
     wanted = options.blocks_to_swap or 0
     if wanted == 0:
         return contextlib.nullcontext()
@@ -224,7 +226,7 @@ def _output_dir(options: Options) -> Path:
 
 def _sample_maker(
     checked: CheckedRun,
-    model: Flux,
+    model: Transformer,
     network: LoraNetwork,
     autoencoder: AutoEncoder | None,
     text: TextSource,
@@ -277,7 +279,7 @@ def _loop_settings(checked: CheckedRun, seed: int) -> LoopSettings:
     )
 
 
-def _objective(checked: CheckedRun, model: Flux, text: TextSource, engine: Engine) -> FlowObjective:
+def _objective(checked: CheckedRun, model: Transformer, text: TextSource, engine: Engine) -> FlowObjective:
     options = checked.options
     return FlowObjective(
         model,

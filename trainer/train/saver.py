@@ -86,7 +86,7 @@ def base_model_file(options: Options) -> Path | None:
     """The transformer's file when it is a single one."""
     if options.pretrained_model_name_or_path is None:
         return None
-    files = read_weights(options.pretrained_model_name_or_path, "flux").files
+    files = read_weights(options.pretrained_model_name_or_path, options.model_type).files
     return files[0] if len(files) == 1 else None
 
 
@@ -147,6 +147,7 @@ def training_facts(
         datasets=tuple(_dataset_facts(summary, checked) for summary in checked.index.datasets),
         uses_dataset_config=options.dataset_config is not None,
         is_schnell=checked.flux.is_schnell,
+        model_type=options.model_type,
         # As in the reference: the name of a file, else what was given.
         base_model_name=flux_path.name if flux_path.is_file() else flux_path.as_posix(),
         base_model_legacy_hash=None if flux_file is None else legacy_file_hash(flux_file),
