@@ -39,6 +39,8 @@ python -m trainer --option=value ...     train a LoRA; --help lists the options
 python -m trainer demo --output_dir D    train the bundled demo; the LoRA and the samples are written to D
 python -m trainer check --option=...     check options, files and pictures as before training, and stop there
 python -m trainer estimate --option=...  print what memory the training needs; --vram_gb picks blocks_to_swap
+python -m trainer convert-lora --input X --output Y --form F
+                                         write a LoRA in another form: sd-scripts, diffusers, bfl or xlabs
 python -m trainer make-demo [--dir D]    write the demo's models and pictures
 python -m trainer run FOLDER             train what a run folder holds (the page starts this)
 """
@@ -139,6 +141,13 @@ def make_demo(arguments: Sequence[str]) -> int:
     return EXIT_DONE
 
 
+def convert_lora_file(arguments: Sequence[str]) -> int:
+    from trainer.tools.convert_lora import convert_lora  # noqa: PLC0415 - torch takes seconds to load
+
+    print(convert_lora(arguments))
+    return EXIT_DONE
+
+
 def check(arguments: Sequence[str]) -> int:
     parsed = parse_command_line(arguments)
     from trainer.train.check import check_run  # noqa: PLC0415
@@ -207,6 +216,7 @@ COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType
         "run": train_run_folder,
         "demo": train_demo,
         "make-demo": make_demo,
+        "convert-lora": convert_lora_file,
         "check": check,
         "estimate": estimate_memory,
     }

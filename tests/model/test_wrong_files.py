@@ -20,6 +20,7 @@ from trainer.train import check as check  # loads torch, which is not what is ti
 
 LIMIT_SECONDS = 5.0
 FLUX, CLIP, T5, AE = "pretrained_model_name_or_path", "clip_l", "t5xxl", "ae"
+LORA = "network_weights"
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,8 @@ CASES: list[tuple[str, Callable[[Place], Path], str]] = [
     (FLUX, lambda p: p.zeros(redux_up__weight=(4, 8), redux_down__weight=(8, 4)), "the FLUX.1 Redux adapter"),
     (FLUX, chroma_of_unknown_make, "a FLUX-like model that is not FLUX.1"),
     (FLUX, lambda p: p.zeros(anything=(4, 8)), "unknown content (its first tensor is 'anything')"),
+    (LORA, lambda p: p.models.flux_dev, "this is a FLUX.1 dev model, given as --network_weights"),
+    (LORA, lambda p: p.folder, "this is a folder, not a model file"),
     # The right model, not as it should be.
     (FLUX, missing_block, "tensors are missing (single_blocks.2."),
     (FLUX, wrong_shape, "double_blocks.1.img_mod.lin.bias [7] instead of [384]"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.chroma import Chroma
 from trainer.model.flux import Flux
-from trainer.model.mapped_file import MappedFile
+from trainer.model.mapped_file import DTYPES, MappedFile
 from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import Header, autoencoder_params, clip_params, flux_params, t5_params
 from trainer.schema.chroma_header import chroma_params
@@ -159,6 +159,18 @@ def _fill(
             tensors = [_read_piece(files, header, piece, dtype, device) for piece in planned.pieces]
             value = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
             _set_parameter(model, prefix + planned.target, value.reshape(planned.shape))
+
+
+def read_planned(header: Header, planned_tensors: Iterable[PlannedTensor]) -> dict[str, Tensor]:
+    """Some parameters without their model, in main memory and in the type that they are stored in, by name."""
+    tensors: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(closing(MappedFile(path))) for path in header.files}
+        for planned in planned_tensors:
+            dtype = DTYPES[planned.pieces[0].info.dtype]
+            pieces = [_read_piece(files, header, piece, dtype, torch.device("cpu")) for piece in planned.pieces]
+            tensors[planned.target] = torch.cat(pieces).reshape(planned.shape)
+    return tensors
 
 
 def _place_in_files(header: Header, planned: PlannedTensor) -> tuple[Path, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +13,7 @@ from trainer.schema.hub_cache import hub_id
 from trainer.schema.model_check import check_kind
 from trainer.schema.model_kinds import ModelKind
 from trainer.schema.options import Options
+from trainer.schema.safetensors_header import Header, read_header
 from trainer.schema.weight_files import read_weights
 
 _MODELS: Final[tuple[tuple[str, ModelKind, str], ...]] = (
@@ -46,7 +47,7 @@ def check_files(options: Options) -> list[Problem]:
         else:
             problems += _model_problems(path, kind, name)
     if options.network_weights is not None:
-        problems += _model_problems(options.network_weights, "lora", "network_weights")
+        problems += _model_problems(options.network_weights, "lora", "network_weights", read=_read_one_file)
     problems += _dataset_problems(options)
     if options.sample_prompts is not None:
         problems += _file_problems(options.sample_prompts, "sample_prompts")
@@ -79,11 +80,18 @@ def _not_given(name: str, noun: str) -> Problem:
     return Problem(f"{noun} is not given", f"--{name}", f"Add --{name}=...", name)
 
 
-def _model_problems(path: Path, kind: ModelKind, name: str) -> Iterator[Problem]:
+def _read_one_file(path: Path, _kind: ModelKind) -> Header:
+    """A LoRA is one file, never a folder or a hub id."""
+    return read_header(path)
+
+
+def _model_problems(
+    path: Path, kind: ModelKind, name: str, *, read: Callable[[Path, ModelKind], Header] = read_weights
+) -> Iterator[Problem]:
     try:
-        problem = check_kind(read_weights(path, kind), kind, name)
+        problem = check_kind(read(path, kind), kind, name)
     except UserError as error:
-        if hub_id(path) is not None:
+        if read is read_weights and hub_id(path) is not None:
             return  # It is downloaded when training starts, and checked then.
         for found in error.problems:
             hint = f"{found.hint or ''} It is given as --{name}.".strip()

@@ -16,6 +16,8 @@ from typing import TypeVar
 import torch
 
 from trainer.data.index import DatasetIndex, index_dataset
+from trainer.lora.forms import to_published
+from trainer.lora.lora_file import read_lora_file
 from trainer.model.hub import fetch_model
 from trainer.model.text_encoders import PromptTokenizer, load_clip_tokenizer, load_t5_tokenizer
 from trainer.schema.base import Problem, UserError
@@ -30,10 +32,11 @@ from trainer.schema.chroma_header import ChromaParams, TransformerParams, read_t
 from trainer.schema.cli import check_files
 from trainer.schema.file_checks import MODEL_KINDS, needed_models
 from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
-from trainer.schema.memory import OtherModels, estimate, max_blocks_to_swap
+from trainer.schema.memory import OtherModels, estimate, max_blocks_to_swap, usable_bytes
 from trainer.schema.options import Options
 from trainer.schema.toml_io import DatasetConfig, dataset_config
 from trainer.schema.weight_files import read_weights
+from trainer.train.lora_form import form_problems
 from trainer.train.reporting import Reporter
 from trainer.train.sampling import SamplePrompt, read_sample_prompts
 
@@ -123,6 +126,12 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
     )
     if flux is not None:
         _check_against_model(options, spec, flux, findings)
+    if flux is not None and spec is not None:
+        for problem in form_problems(options, spec, flux):
+            findings.add(problem, EXIT_OPTIONS)
+    if options.network_weights is not None and not _has_problem(findings, "network_weights"):
+        weights: Path = options.network_weights
+        findings.attempt(lambda: to_published(*read_lora_file(weights), where=str(weights)))
     tokenizers = _check_tokenizers(options, flux, findings)
     prompts: tuple[SamplePrompt, ...] | None = ()
     if options.sample_prompts is not None and not _has_problem(findings, "sample_prompts"):
@@ -186,8 +195,8 @@ def warn_of_memory(checked: CheckedRun, total_bytes: int | None, reporter: Repor
     )
     if result.fits is False:
         reporter.warning(
-            f"this will probably not fit: about {format_bytes(result.peak_bytes)} are needed, the card has "
-            f"{format_bytes(total_bytes)}. {result.reason}"
+            f"this will probably not fit: about {format_bytes(result.peak_bytes)} are needed, the card leaves "
+            f"{format_bytes(usable_bytes(total_bytes))} of its {format_bytes(total_bytes)}. {result.reason}"
         )
 
 
