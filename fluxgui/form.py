@@ -116,9 +116,11 @@ def read_form(values: FormValues) -> Reading:
     """Check the whole form. Reads the headers of the model files and lists the folder of pictures, nothing more."""
     fields = make_fields()
     typed = {name: typed_value(field, values.get(name)) for name, field in fields.items()}
-    missing = tuple(name for name in _NEEDED if typed[name] is None)
     problems: list[Problem] = []
     more = _more_options(typed["more_options"], problems)
+    # Chroma has no CLIP-L.
+    needed = [name for name in _NEEDED if name != "clip_l" or more.get("model_type") != "chroma"]
+    missing = tuple(name for name in needed if typed[name] is None)
     problems += _own_problems(typed)
 
     prompts = cast("str | None", typed["sample_prompt_lines"])

@@ -9,12 +9,11 @@ from typing import Final
 from fluxgui.form import Reading
 from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import (
-    FluxParams,
     autoencoder_params,
     clip_params,
-    flux_params,
     t5_params,
 )
+from trainer.schema.chroma_header import TransformerParams, read_transformer
 from trainer.schema.memory import Estimate, OtherModels, pick_blocks_to_swap, usual_models
 from trainer.schema.options import Options
 from trainer.schema.options_data import parse_resolution
@@ -39,7 +38,7 @@ def plan_memory(reading: Reading, *, vram_gb: float | None) -> MemoryPlan | str:
     if options.pretrained_model_name_or_path is None:
         return "Choose the FLUX.1 model first: its sizes are read from the file."
     try:
-        params = flux_params(read_weights(options.pretrained_model_name_or_path, "flux"))
+        params = read_transformer(options.pretrained_model_name_or_path, options.model_type)
     except UserError as error:
         return str(error)
     width, height = parse_resolution(options.resolution or DEFAULT_SIDE)
@@ -59,7 +58,7 @@ def plan_memory(reading: Reading, *, vram_gb: float | None) -> MemoryPlan | str:
     return MemoryPlan(plan, vram_bytes)
 
 
-def _other_models(flux: FluxParams, options: Options) -> OtherModels:
+def _other_models(flux: TransformerParams, options: Options) -> OtherModels:
     """The sizes of the chosen encoders, and the usual ones for those not chosen yet or not readable."""
     models = usual_models(flux)
     with contextlib.suppress(UserError):

@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trainer.model.chroma import Chroma
 from trainer.model.flux import Flux
 
 if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_chroma import ChromaTransformer2DModel
     from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 else:
     diffusers = pytest.importorskip("diffusers")
+    ChromaTransformer2DModel = diffusers.ChromaTransformer2DModel
     FluxTransformer2DModel = diffusers.FluxTransformer2DModel
 
 
@@ -54,7 +57,10 @@ def diffusers_names(state: dict[str, Tensor], dim: int) -> dict[str, Tensor]:
     for name, tensor in state.items():
         path, _, leaf = name.rpartition(".")
         leaf = "weight" if leaf == "scale" else leaf
-        if path in direct:
+        if path.startswith("distilled_guidance_layer."):
+            path = path.replace("in_layer", "linear_1").replace("out_layer", "linear_2")
+            renamed[f"{path}.{leaf}"] = tensor
+        elif path in direct:
             renamed[f"{direct[path]}.{leaf}"] = tensor
         elif path == "final_layer.adaLN_modulation.1":
             shift, scale = tensor.chunk(2)
@@ -91,6 +97,28 @@ def in_diffusers(flux: Flux) -> nn.Module:
         axes_dims_rope=cast("tuple[int, int, int]", params.axes_dim),
     )
     model.load_state_dict(diffusers_names(flux.state_dict(), params.hidden_size))
+    return model.eval().requires_grad_(False)
+
+
+def chroma_in_diffusers(chroma: Chroma) -> nn.Module:
+    params = chroma.params
+    model = ChromaTransformer2DModel(
+        patch_size=1,
+        in_channels=params.in_channels,
+        num_layers=params.depth,
+        num_single_layers=params.depth_single_blocks,
+        attention_head_dim=params.hidden_size // params.num_heads,
+        num_attention_heads=params.num_heads,
+        joint_attention_dim=params.context_in_dim,
+        axes_dims_rope=params.axes_dim,
+        approximator_num_channels=params.approximator_in_dim,
+        approximator_hidden_dim=params.approximator_hidden_size,
+        approximator_layers=params.approximator_depth,
+    )
+    model.load_state_dict(diffusers_names(chroma.state_dict(), params.hidden_size))
+    # The published code has 1e-6 here as everywhere; diffusers leaves it to torch, whose default depends on the type.
+    for norm in model.distilled_guidance_layer.norms:
+        cast("nn.RMSNorm", norm).eps = 1e-6
     return model.eval().requires_grad_(False)
 
 

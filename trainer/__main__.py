@@ -18,10 +18,10 @@ from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import (
     autoencoder_params,
     clip_params,
-    flux_params,
     format_bytes,
     t5_params,
 )
+from trainer.schema.chroma_header import read_transformer
 from trainer.schema.cli import ParsedCommand, parse_command_line, validate_options
 from trainer.schema.folders import demo_dir
 from trainer.schema.memory import OtherModels, estimate, pick_blocks_to_swap
@@ -215,7 +215,7 @@ def estimate_memory(arguments: Sequence[str]) -> int:
     options: Options = parse_command_line(rest).options
     if options.pretrained_model_name_or_path is None:
         raise UserError("no model is given", "--pretrained_model_name_or_path", "Give the FLUX.1 model.", exit_code=2)
-    params = flux_params(read_weights(options.pretrained_model_name_or_path, "flux"))
+    params = read_transformer(options.pretrained_model_name_or_path, options.model_type)
     width, height = parse_resolution(options.resolution) if options.resolution else (DEFAULT_SIDE, DEFAULT_SIDE)
     batch_size = options.train_batch_size
     models = _other_models(options)
@@ -241,12 +241,13 @@ def estimate_memory(arguments: Sequence[str]) -> int:
 
 
 def _other_models(options: Options) -> OtherModels | None:
-    """The encoders' own sizes when all three files are given; None stands for the published ones."""
-    if options.t5xxl is None or options.clip_l is None or options.ae is None:
+    """The encoders' own sizes when all their files are given; None stands for the published ones."""
+    has_clip = options.model_type == "flux"
+    if options.t5xxl is None or options.ae is None or (has_clip and options.clip_l is None):
         return None
     return OtherModels(
         t5_params(read_weights(options.t5xxl, "t5xxl")),
-        clip_params(read_weights(options.clip_l, "clip_l")),
+        None if options.clip_l is None else clip_params(read_weights(options.clip_l, "clip_l")),
         autoencoder_params(read_weights(options.ae, "autoencoder")),
     )
 

@@ -23,6 +23,7 @@ from trainer.schema.base import UserError
 from trainer.schema.cli import parse_command_line
 from trainer.schema.options import Options
 from trainer.schema.toml_io import read_config_file, read_dataset_config
+from trainer.tools.tiny_chroma import make_chroma
 from trainer.tools.tiny_pictures import make_images
 
 
@@ -220,6 +221,15 @@ def test_several_problems_are_shown_at_once(filled: dict[str, object]) -> None:
         "num_repeats",
         "ae",
     }
+
+
+def test_chroma_is_trained_from_the_page_without_clip(filled: dict[str, object], tmp_path: Path) -> None:
+    chroma = make_chroma(tmp_path / "chroma.safetensors")
+    values = {**filled, "pretrained_model_name_or_path": str(chroma), "clip_l": None}
+    reading = read_form({**values, "more_options": 'model_type = "chroma"'})
+    assert reading.job is not None, (reading.problems, reading.missing)
+    assert 'model_type = "chroma"' in reading.job.config_toml
+    assert read_form(values).missing == ("clip_l",)
 
 
 def test_more_options_reach_the_config(filled: dict[str, object]) -> None:

@@ -230,7 +230,7 @@ def test_a_swapped_encoder_names_both_options(tiny_models: TinyModels) -> None:
 @pytest.mark.parametrize(
     ("names", "kind", "expected"),
     [
-        (["double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.x"], "flux", "Chroma is not supported yet"),
+        (["double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.x"], "flux", "this is a Chroma model"),
         (["a.lora_up.weight"], "flux", "this is a LoRA, given as --pretrained_model_name_or_path"),
     ],
 )

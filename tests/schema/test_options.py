@@ -220,7 +220,6 @@ def test_every_refused_option_is_a_problem_that_names_it(name: str) -> None:
         ("log_with", "wandb", "log_with wandb is not supported yet", "tensorboard"),
         ("full_bf16", True, "full_bf16 is not supported yet", "Use --mixed_precision=bf16."),
         ("validation_split", 0.1, "validation_split cannot be used: validation is not supported yet", "Leave it out."),
-        ("model_type", "chroma", "model_type cannot be used: Chroma is not supported yet", "model_type=flux"),
     ],
 )
 def test_what_is_not_supported_names_the_alternative(name: str, value: object, what: str, hint: str) -> None:

@@ -11,7 +11,16 @@ from tests.tiny import TinyModels
 from trainer.model.packing import image_ids, text_ids
 from trainer.model.text_encoders import load_clip_tokenizer, load_t5_tokenizer
 from trainer.model.weights import load_clip_l, load_flux, load_t5xxl
-from trainer.train.conditioning import CachedText, ClipEncoder, LiveText, StoredText, T5Encoder, text_inputs
+from trainer.train.conditioning import (
+    CachedText,
+    ClipEncoder,
+    LiveText,
+    NoClip,
+    StoredText,
+    T5Encoder,
+    show_padding,
+    text_inputs,
+)
 
 CPU = torch.device("cpu")
 LENGTH = 24
@@ -88,3 +97,37 @@ def test_clip_keeps_its_gradient_only_when_it_trains(tiny_models: TinyModels) ->
     for trains in (False, True):
         live = LiveText(clip, t5, trains_clip=trains, apply_mask=False, autocast=contextlib.nullcontext)
         assert live(CAPTIONS[:1]).vec.requires_grad is trains
+
+
+def test_visible_padding_is_the_first_of_each_row_as_far_as_there_is_any() -> None:
+    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+    assert show_padding(mask, 1).tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    assert torch.equal(show_padding(mask, 0), mask)
+
+
+def test_for_chroma_one_padding_token_is_kept_whether_cached_or_live(tiny_models: TinyModels) -> None:
+    tokenizer = load_t5_tokenizer(str(tiny_models.t5xxl_tokenizer))
+    model = load_t5xxl(tiny_models.t5xxl, torch.float32, CPU)
+    t5 = T5Encoder(model, tokenizer, CPU, max_length=LENGTH, apply_mask=True, visible_padding=1)
+    _, real = tokenizer.encode(CAPTIONS, LENGTH)
+    live = LiveText(NoClip(CPU), t5, trains_clip=False, apply_mask=True, autocast=contextlib.nullcontext)(CAPTIONS)
+    assert live.vec.shape == (2, 0)
+    assert live.txt.shape[1] == int(real.sum(dim=1).max()) + 1
+    assert live.mask is not None
+    assert live.mask.sum(dim=1).tolist() == (real.sum(dim=1) + 1).tolist()
+    # T5 itself sees the real tokens only: the kept padding token is computed from them.
+    with torch.no_grad():
+        expected = model(input_ids=tokenizer.encode(CAPTIONS, LENGTH)[0], attention_mask=real).last_hidden_state
+    torch.testing.assert_close(live.txt, expected[:, : live.txt.shape[1]], atol=1e-6, rtol=0)
+
+    stored: dict[str, StoredText] = {}
+    for caption in CAPTIONS:
+        txt, mask = t5([caption])
+        stored[caption] = StoredText(txt[0, : int(mask.sum())].detach(), torch.zeros(0))
+    cached = CachedText(stored.__getitem__, CPU, apply_mask=True, live_clip=None, autocast=contextlib.nullcontext)(
+        CAPTIONS
+    )
+    assert cached.mask is not None
+    assert torch.equal(cached.mask, live.mask)
+    visible = live.mask.bool()
+    torch.testing.assert_close(cached.txt[visible], live.txt[visible], atol=1e-5, rtol=0)

@@ -55,8 +55,8 @@ def problems_of(path: Path) -> tuple[Problem, ...]:
 # ------------------------------------------------------------------------------------------------------ prompt files
 
 
-def test_a_bare_prompt_has_the_references_defaults() -> None:
-    assert parse("a cat") == SamplePrompt("a cat", "", 512, 512, None, 20, 3.5, 1.0, ())
+def test_a_bare_prompt_has_the_references_defaults_and_leaves_guidance_to_the_model() -> None:
+    assert parse("a cat") == SamplePrompt("a cat", "", 512, 512, None, 20, None, 1.0, ())
 
 
 def test_every_flag_is_read_in_any_case_and_order() -> None:
@@ -249,6 +249,34 @@ def test_the_negative_prompt_pushes_away_by_the_cfg_scale() -> None:
     torch.testing.assert_close(ends[0], initial_noise(prompt, 1) - 7.0, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="its encoding is needed"):
         draw(prompt, predict)
+
+
+def test_prompts_of_different_lengths_make_one_batch_with_the_rest_hidden() -> None:
+    """The text mask cuts each prompt to its own length."""
+    seen: list[TextInputs] = []
+
+    def predict(latents: Tensor, timesteps: Tensor, text: TextInputs, guidance: float) -> Tensor:
+        seen.append(text)
+        return latents
+
+    prompt = SamplePrompt("a cat", "bad", width=64, height=64, seed=1, num_steps=1, cfg_scale=3.0)
+    longer = TextInputs(torch.ones(1, 5, 8), torch.ones(1, 4), None)
+    draw(prompt, predict, negative_text=longer)
+    assert seen[0].txt.shape == (2, 5, 8)
+    assert seen[0].mask is not None
+    assert seen[0].mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 3.5), (0.0, 0.0), (2.0, 2.0)])
+def test_a_prompt_without_guidance_is_drawn_with_the_usual_one(given: float | None, expected: float) -> None:
+    seen: list[float] = []
+
+    def predict(latents: Tensor, timesteps: Tensor, text: TextInputs, guidance: float) -> Tensor:
+        seen.append(guidance)
+        return latents
+
+    draw(SamplePrompt("a cat", width=64, height=64, seed=1, num_steps=1, guidance_scale=given), predict)
+    assert seen == [expected]
 
 
 def test_progress_and_commands_come_after_every_step_and_may_end_it() -> None:

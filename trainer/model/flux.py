@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,14 +19,15 @@ from trainer.model.layers import (
     Modulation,
     QKNorm,
     SelfAttention,
-    add_gated,
     as_stream,
-    attention,
+    double_stream,
+    feed_forward,
+    joint_ids,
+    joint_key_mask,
     modulated_norm,
     rotation_table,
     saturated,
-    split_norm_rotate,
-    stream_update,
+    single_stream,
     timestep_embedding,
     to_compute,
 )
@@ -45,31 +45,16 @@ class DoubleStreamBlock(nn.Module):
         self.num_heads = params.num_heads
         self.img_mod = Modulation(dim, double=True)
         self.img_attn = SelfAttention(dim, params.num_heads, params.qkv_bias)
-        self.img_mlp = _mlp(dim, mlp_dim)
+        self.img_mlp = feed_forward(dim, mlp_dim)
         self.txt_mod = Modulation(dim, double=True)
         self.txt_attn = SelfAttention(dim, params.num_heads, params.qkv_bias)
-        self.txt_mlp = _mlp(dim, mlp_dim)
+        self.txt_mlp = feed_forward(dim, mlp_dim)
 
     def forward(
         self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, key_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """img (B, N, C), txt (B, L, C), vec (B, C), pe (., L + N, D/2) -> the new img and txt."""
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
-
-        txt_qkv = saturated(self.txt_attn.qkv(modulated_norm(txt, txt_shift1, txt_scale1)))
-        img_qkv = saturated(self.img_attn.qkv(modulated_norm(img, img_shift1, img_scale1)))
-        query, key, value, _ = split_norm_rotate(
-            (txt_qkv, img_qkv), (self.txt_attn.norm, self.img_attn.norm), self.num_heads, pe
-        )
-        attended = attention(query, key, value, key_mask)
-        num_text = txt.shape[1]
-
-        img = add_gated(img, img_gate1, stream_update(self.img_attn.proj, attended[:, num_text:]))
-        img = add_gated(img, img_gate2, _run_mlp(self.img_mlp, modulated_norm(img, img_shift2, img_scale2)))
-        txt = add_gated(txt, txt_gate1, stream_update(self.txt_attn.proj, attended[:, :num_text]))
-        txt = add_gated(txt, txt_gate2, _run_mlp(self.txt_mlp, modulated_norm(txt, txt_shift2, txt_scale2)))
-        return img, txt
+        return double_stream(self, img, txt, self.img_mod(vec), self.txt_mod(vec), pe, key_mask)
 
 
 class SingleStreamBlock(nn.Module):
@@ -86,12 +71,7 @@ class SingleStreamBlock(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor, pe: Tensor, key_mask: Tensor | None) -> Tensor:
         """x (B, L + N, C), vec (B, C), pe (., L + N, D/2) -> the new x."""
-        shift, scale, gate = self.modulation(vec)
-        projection = saturated(self.linear1(modulated_norm(x, shift, scale)))
-        query, key, value, mlp = split_norm_rotate((projection,), (self.norm,), self.num_heads, pe)
-        attended = attention(query, key, value, key_mask)
-        update = stream_update(self.linear2, torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1))
-        return add_gated(x, gate, update)
+        return single_stream(self, x, self.modulation(vec), pe, key_mask)
 
 
 class LastLayer(nn.Module):
@@ -106,16 +86,6 @@ class LastLayer(nn.Module):
         """img (B, N, C), vec (B, C) -> (B, N, out_channels)."""
         shift, scale = saturated(self.adaLN_modulation(vec)).chunk(2, dim=-1)
         return saturated(self.linear(modulated_norm(img, shift, scale)))
-
-
-def _run_mlp(mlp: nn.Sequential, x: Tensor) -> Tensor:
-    """(B, L, C) -> (B, L, C), to be added to a stream."""
-    first, activation, second = mlp
-    return stream_update(second, activation(saturated(first(x))))
-
-
-def _mlp(dim: int, mlp_dim: int) -> nn.Sequential:
-    return nn.Sequential(FrozenLinear(dim, mlp_dim), nn.GELU(approximate="tanh"), FrozenLinear(mlp_dim, dim))
 
 
 class Flux(nn.Module):
@@ -173,8 +143,8 @@ class Flux(nn.Module):
         img = as_stream(self.img_in(to_compute(img, dtype)))
         txt = as_stream(self.txt_in(to_compute(txt, dtype)))
 
-        pe = rotation_table(_joint_ids(txt_ids, img_ids), self.params.axes_dim, self.params.theta)
-        key_mask = None if txt_attention_mask is None else _key_mask(txt_attention_mask, img.shape[1])
+        pe = rotation_table(joint_ids(txt_ids, img_ids), self.params.axes_dim, self.params.theta)
+        key_mask = None if txt_attention_mask is None else joint_key_mask(txt_attention_mask, img.shape[1])
         num_text = txt.shape[1]
         for block in self.double_blocks:
             img, txt = cast("tuple[Tensor, Tensor]", self._run(block, img, txt, vec, pe, key_mask))
@@ -191,16 +161,3 @@ class Flux(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
-
-
-def _joint_ids(txt_ids: Tensor, img_ids: Tensor) -> Tensor:
-    """(1 or B, L, 3) and (1 or B, N, 3) -> (1 or B, L + N, 3), text first."""
-    batch = max(txt_ids.shape[0], img_ids.shape[0])
-    return torch.cat((txt_ids.expand(batch, -1, -1), img_ids.expand(batch, -1, -1)), dim=1)
-
-
-def _key_mask(txt_attention_mask: Tensor, num_image: int) -> Tensor:
-    """(B, L) -> (B, 1, 1, L + N): the same keys are visible to every head and query; image keys always are."""
-    visible = txt_attention_mask.bool()
-    image = visible.new_ones(visible.shape[0], num_image)
-    return torch.cat((visible, image), dim=1)[:, None, None, :]

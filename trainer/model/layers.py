@@ -10,7 +10,8 @@ rotation and the split into query, key and value are one autograd function that 
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -348,3 +349,92 @@ def attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=key_mask
     )
     return output.transpose(1, 2).flatten(2)
+
+
+def joint_ids(txt_ids: Tensor, img_ids: Tensor) -> Tensor:
+    """(1 or B, L, 3) and (1 or B, N, 3) -> (1 or B, L + N, 3), text first."""
+    batch = max(txt_ids.shape[0], img_ids.shape[0])
+    return torch.cat((txt_ids.expand(batch, -1, -1), img_ids.expand(batch, -1, -1)), dim=1)
+
+
+def joint_key_mask(txt_attention_mask: Tensor, num_image: int) -> Tensor:
+    """(B, L) -> (B, 1, 1, L + N): the same keys are visible to every head and query; image keys always are."""
+    visible = txt_attention_mask.bool()
+    image = visible.new_ones(visible.shape[0], num_image)
+    return torch.cat((visible, image), dim=1)[:, None, None, :]
+
+
+# ----------------------------------------------------------------------------------------------------------- blocks
+
+
+class DoubleStreamLayers(Protocol):
+    """What a double block holds beside its modulation."""
+
+    num_heads: int
+    img_attn: SelfAttention
+    img_mlp: nn.Sequential
+    txt_attn: SelfAttention
+    txt_mlp: nn.Sequential
+
+
+class SingleStreamLayers(Protocol):
+    """What a single block holds beside its modulation."""
+
+    num_heads: int
+    linear1: FrozenLinear
+    linear2: FrozenLinear
+    norm: QKNorm
+
+
+def feed_forward(dim: int, mlp_dim: int) -> nn.Sequential:
+    """The MLP of one stream of a double block."""
+    return nn.Sequential(FrozenLinear(dim, mlp_dim), nn.GELU(approximate="tanh"), FrozenLinear(mlp_dim, dim))
+
+
+def _run_mlp(mlp: nn.Sequential, x: Tensor) -> Tensor:
+    """(B, L, C) -> (B, L, C), to be added to a stream."""
+    first, activation, second = mlp
+    return stream_update(second, activation(saturated(first(x))))
+
+
+def double_stream(
+    block: DoubleStreamLayers,
+    img: Tensor,
+    txt: Tensor,
+    img_modulation: Sequence[Tensor],
+    txt_modulation: Sequence[Tensor],
+    pe: Tensor,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A double block, wherever its modulation comes from: img (B, N, C), txt (B, L, C) -> the new img and txt.
+
+    Each modulation is shift, scale, gate of the attention and then of the MLP, (B, C) each; pe (., L + N, D/2).
+    """
+    img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_modulation
+    txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_modulation
+
+    txt_qkv = saturated(block.txt_attn.qkv(modulated_norm(txt, txt_shift1, txt_scale1)))
+    img_qkv = saturated(block.img_attn.qkv(modulated_norm(img, img_shift1, img_scale1)))
+    query, key, value, _ = split_norm_rotate(
+        (txt_qkv, img_qkv), (block.txt_attn.norm, block.img_attn.norm), block.num_heads, pe
+    )
+    attended = attention(query, key, value, key_mask)
+    num_text = txt.shape[1]
+
+    img = add_gated(img, img_gate1, stream_update(block.img_attn.proj, attended[:, num_text:]))
+    img = add_gated(img, img_gate2, _run_mlp(block.img_mlp, modulated_norm(img, img_shift2, img_scale2)))
+    txt = add_gated(txt, txt_gate1, stream_update(block.txt_attn.proj, attended[:, :num_text]))
+    txt = add_gated(txt, txt_gate2, _run_mlp(block.txt_mlp, modulated_norm(txt, txt_shift2, txt_scale2)))
+    return img, txt
+
+
+def single_stream(
+    block: SingleStreamLayers, x: Tensor, modulation: Sequence[Tensor], pe: Tensor, key_mask: Tensor | None
+) -> Tensor:
+    """A single block, wherever its modulation (shift, scale, gate, (B, C) each) comes from: x (B, L + N, C) -> new x."""
+    shift, scale, gate = modulation
+    projection = saturated(block.linear1(modulated_norm(x, shift, scale)))
+    query, key, value, mlp = split_norm_rotate((projection,), (block.norm,), block.num_heads, pe)
+    attended = attention(query, key, value, key_mask)
+    update = stream_update(block.linear2, torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1))
+    return add_gated(x, gate, update)

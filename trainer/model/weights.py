@@ -11,11 +11,22 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from trainer.model.autoencoder import AutoEncoder
+from trainer.model.chroma import Chroma
 from trainer.model.flux import Flux
 from trainer.model.mapped_file import DTYPES, MappedFile
 from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import Header, autoencoder_params, clip_params, flux_params, t5_params
-from trainer.schema.key_plans import Piece, Plan, PlannedTensor, autoencoder_plan, clip_plan, flux_plan, t5_plan
+from trainer.schema.chroma_header import chroma_params
+from trainer.schema.key_plans import (
+    Piece,
+    Plan,
+    PlannedTensor,
+    autoencoder_plan,
+    chroma_plan,
+    clip_plan,
+    flux_plan,
+    t5_plan,
+)
 from trainer.schema.weight_files import read_weights
 
 PlaceTensor = Callable[[str], torch.device | str]
@@ -33,6 +44,17 @@ def load_flux(
     with torch.device("meta"):
         model = Flux(flux_params(header))
     _fill(model, header, flux_plan(header), dtype, device_of or (lambda _: device))
+    return model.eval()
+
+
+def load_chroma(
+    path: Path, dtype: torch.dtype, device: torch.device | str, *, device_of: PlaceTensor | None = None
+) -> Chroma:
+    """The Chroma transformer that `path` names; as `load_flux`."""
+    header = read_weights(path, "chroma")
+    with torch.device("meta"):
+        model = Chroma(chroma_params(header))
+    _fill(model, header, chroma_plan(header), dtype, device_of or (lambda _: device))
     return model.eval()
 
 

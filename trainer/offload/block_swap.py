@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from trainer.offload.mover import Mover
 from trainer.schema.base import UserError
-from trainer.schema.checkpoint_header import FluxParams
+from trainer.schema.chroma_header import TransformerParams
 from trainer.schema.memory import max_blocks_to_swap, split_swap
 
 NUM_SLOTS = 2
@@ -52,7 +52,7 @@ def swapped_blocks(depth: int, depth_single_blocks: int, blocks_to_swap: int) ->
     return spread(num_double, depth), spread(num_single, depth_single_blocks)
 
 
-def swapped_prefixes(params: FluxParams, blocks_to_swap: int) -> tuple[str, ...]:
+def swapped_prefixes(params: TransformerParams, blocks_to_swap: int) -> tuple[str, ...]:
     """State-dict prefixes of the blocks that are swapped, such as `double_blocks.3.`: what to load into main memory."""
     double, single = swapped_blocks(params.depth, params.depth_single_blocks, blocks_to_swap)
     return (*(f"double_blocks.{index}." for index in double), *(f"single_blocks.{index}." for index in single))

@@ -100,25 +100,26 @@ class T5Params:
 
 EXPECTED_NOUNS: Final[Mapping[str, str]] = {
     "flux": "a FLUX.1 model such as flux1-dev.safetensors",
+    "chroma": "a Chroma model such as Chroma1-HD.safetensors",
     "autoencoder": "the FLUX.1 autoencoder, ae.safetensors",
     "clip_l": "the CLIP-L text encoder, clip_l.safetensors",
     "t5xxl": "the T5-XXL text encoder, t5xxl_fp16.safetensors",
     "lora": "a LoRA file",
 }
-REFUSALS: Final[Mapping[str, tuple[str, str]]] = {
-    "chroma": ("this is a Chroma model; Chroma is not supported yet", "Use a FLUX.1 dev or schnell file."),
+CHROMA_HINTS: Final[Mapping[tuple[str, str], str]] = {
+    ("flux", "chroma"): "Add --model_type=chroma.",
+    ("chroma", "flux"): "Leave --model_type=chroma out.",
 }
+"""(kind needed, kind found) -> what to do when only --model_type is wrong."""
 
 
-def _require(header: Header, kind: ModelKind) -> None:
+def require_kind(header: Header, kind: ModelKind) -> None:
     """Raise unless the file is of `kind` and stored in a way that can be read."""
     found = identify(header)
     where = str(header.path)
     if found != kind:
-        refusal = REFUSALS.get(found)
-        if refusal is not None:
-            raise UserError(refusal[0], where, refusal[1])
-        raise UserError(f"this is {noun(header)}", where, f"What is needed here is {EXPECTED_NOUNS[kind]}.")
+        hint = CHROMA_HINTS.get((kind, found), f"What is needed here is {EXPECTED_NOUNS[kind]}.")
+        raise UserError(f"this is {noun(header)}", where, hint)
     stored_scales(header)
 
 
@@ -127,9 +128,9 @@ def _require(header: Header, kind: ModelKind) -> None:
 
 def flux_params(header: Header) -> FluxParams:
     """The sizes of a FLUX.1 file in any layout. Raises `UserError` for other files and for sizes that cannot be told."""
-    _require(header, "flux")
+    require_kind(header, "flux")
     stripped = strip_prefix(header.tensors)
-    shapes = _Shapes(header, stripped)
+    shapes = Shapes(header, stripped)
     in_diffusers = is_diffusers_flux(stripped)
 
     def name(published: str) -> str:
@@ -147,7 +148,7 @@ def flux_params(header: Header) -> FluxParams:
     mlp_hidden = shapes.matrix(name("double_blocks.0.img_mlp.0.weight"))[0]
     if in_channels != out_channels:
         raise _control_model(header, in_channels, out_channels)
-    config = _Config(header)
+    config = Config(header)
     params = FluxParams(
         in_channels=in_channels,
         out_channels=out_channels,
@@ -158,30 +159,35 @@ def flux_params(header: Header) -> FluxParams:
         num_heads=max(hidden_size // head_dim, 1),
         depth=shapes.count(r"(?:double_blocks|transformer_blocks)\.(\d+)\."),
         depth_single_blocks=shapes.count(r"(?:single_blocks|single_transformer_blocks)\.(\d+)\."),
-        axes_dim=config.integers("axes_dim", _default_axes(head_dim)),
+        axes_dim=config.integers("axes_dim", default_axes(head_dim)),
         theta=config.integer("theta", 10_000),
         qkv_bias=shapes.has(name("double_blocks.0.img_attn.qkv.bias")),
         guidance_embed=shapes.has(name("guidance_in.in_layer.weight")),
     )
-    if params.num_heads * head_dim != hidden_size:
+    check_axes(header, hidden_size, head_dim, params.axes_dim)
+    return params
+
+
+def check_axes(header: Header, hidden_size: int, head_dim: int, axes_dim: tuple[int, ...]) -> None:
+    """Raise `UserError` unless heads of `head_dim` fill the width and the rotation axes fill a head."""
+    if max(hidden_size // head_dim, 1) * head_dim != hidden_size:
         raise UserError(
             f"the width {hidden_size} is not a multiple of the head size {head_dim}",
             str(header.path),
             "The file is damaged or of another model; use a FLUX.1 dev or schnell file.",
         )
-    if sum(params.axes_dim) != head_dim:
+    if sum(axes_dim) != head_dim:
         raise UserError(
-            f"the rotation axes {params.axes_dim} do not add up to the head size {head_dim}",
+            f"the rotation axes {axes_dim} do not add up to the head size {head_dim}",
             str(header.path),
             'Give the right "axes_dim" in the metadata entry "config" of the file.',
         )
-    if any(axis % 2 for axis in params.axes_dim):
+    if any(axis % 2 for axis in axes_dim):
         raise UserError(
-            f"the rotation axes {params.axes_dim} must all be even",
+            f"the rotation axes {axes_dim} must all be even",
             str(header.path),
             'Give the right "axes_dim" in the metadata entry "config" of the file.',
         )
-    return params
 
 
 def _control_model(header: Header, in_channels: int, out_channels: int) -> UserError:
@@ -195,7 +201,7 @@ def _control_model(header: Header, in_channels: int, out_channels: int) -> UserE
     )
 
 
-def _default_axes(head_dim: int) -> tuple[int, ...]:
+def default_axes(head_dim: int) -> tuple[int, ...]:
     """One eighth of the head for axis 0, the rest halved; (16, 56, 56) for 128. Rounded up so that all three are even."""
     first = head_dim // 8
     while first < head_dim and (first % 2 or (head_dim - first) % 4):
@@ -205,14 +211,14 @@ def _default_axes(head_dim: int) -> tuple[int, ...]:
 
 def autoencoder_params(header: Header) -> AutoencoderParams:
     """The sizes of a FLUX.1 autoencoder file in any layout. Raises `UserError` for other files."""
-    _require(header, "autoencoder")
-    shapes = _Shapes(header, header.tensors)
+    require_kind(header, "autoencoder")
+    shapes = Shapes(header, header.tensors)
     in_diffusers = is_diffusers_autoencoder(header.tensors)
     down, first = ("down_blocks", "resnets.0") if in_diffusers else ("down", "block.0")
     ch, in_channels = shapes.of("encoder.conv_in.weight", 4)[:2]
     num_levels = shapes.count(rf"encoder\.{down}\.(\d+)\.")
     widths = [shapes.of(f"encoder.{down}.{level}.{first}.conv1.weight", 4)[0] for level in range(num_levels)]
-    config = _Config(header)
+    config = Config(header)
     scale_factor = config.number("scale_factor", 0.3611)
     if abs(scale_factor - _SD3_SCALE_FACTOR) < 1e-4:
         raise UserError(
@@ -235,11 +241,11 @@ def autoencoder_params(header: Header) -> AutoencoderParams:
 
 def clip_params(header: Header) -> ClipParams:
     """The sizes of a CLIP text encoder file; its heads have 64 dimensions unless the file's metadata says otherwise."""
-    _require(header, "clip_l")
+    require_kind(header, "clip_l")
     prefix = "text_model." if "text_model.embeddings.token_embedding.weight" in header.tensors else ""
-    shapes = _Shapes(header, header.tensors)
+    shapes = Shapes(header, header.tensors)
     vocab_size, hidden_size = shapes.matrix(f"{prefix}embeddings.token_embedding.weight")
-    config = _Config(header)
+    config = Config(header)
     num_heads = config.integer("num_attention_heads", max(hidden_size // 64, 1))
     if hidden_size % num_heads or ("num_attention_heads" not in config and hidden_size % 64):
         raise UserError(
@@ -261,8 +267,8 @@ def clip_params(header: Header) -> ClipParams:
 
 def t5_params(header: Header) -> T5Params:
     """The sizes of a T5 v1.1 encoder file. Raises `UserError` for other files."""
-    _require(header, "t5xxl")
-    shapes = _Shapes(header, header.tensors)
+    require_kind(header, "t5xxl")
+    shapes = Shapes(header, header.tensors)
     embedding = "shared.weight" if shapes.has("shared.weight") else "encoder.embed_tokens.weight"
     vocab_size, d_model = shapes.matrix(embedding)
     attention = "encoder.block.0.layer.0.SelfAttention"
@@ -274,7 +280,7 @@ def t5_params(header: Header) -> T5Params:
             str(header.path),
             "The file is damaged or of another model; use t5xxl_fp16.safetensors.",
         )
-    config = _Config(header)
+    config = Config(header)
     return T5Params(
         d_model=d_model,
         d_ff=shapes.matrix("encoder.block.0.layer.1.DenseReluDense.wi_0.weight")[0],
@@ -288,7 +294,7 @@ def t5_params(header: Header) -> T5Params:
     )
 
 
-class _Shapes:
+class Shapes:
     """Shapes by tensor name; a missing or odd one is a `UserError` that names it."""
 
     def __init__(self, header: Header, tensors: Mapping[str, TensorInfo]) -> None:
@@ -322,7 +328,7 @@ class _Shapes:
         return max((int(match[1]) + 1 for match in matches if match is not None), default=0)
 
 
-class _Config:
+class Config:
     """What a file states about itself beyond its shapes: JSON under the metadata key `config`."""
 
     def __init__(self, header: Header) -> None:

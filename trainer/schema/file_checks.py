@@ -17,13 +17,20 @@ from trainer.schema.safetensors_header import Header, read_header
 from trainer.schema.weight_files import read_weights
 
 _MODELS: Final[tuple[tuple[str, ModelKind, str], ...]] = (
-    ("pretrained_model_name_or_path", "flux", "the FLUX.1 model"),
     ("clip_l", "clip_l", "the CLIP-L text encoder"),
     ("t5xxl", "t5xxl", "the T5-XXL text encoder"),
     ("ae", "autoencoder", "the autoencoder"),
 )
 MODEL_KINDS: Final[Mapping[str, ModelKind]] = {name: kind for name, kind, _ in _MODELS}
-"""The kind of model that each option takes."""
+"""The kind of model that each option beside the transformer's takes."""
+
+
+def needed_models(options: Options) -> tuple[tuple[str, ModelKind, str], ...]:
+    """Option, kind and noun of every model that training needs."""
+    path = "pretrained_model_name_or_path"
+    if options.model_type == "chroma":
+        return (path, "chroma", "the Chroma model"), *(entry for entry in _MODELS if entry[0] != "clip_l")
+    return (path, "flux", "the FLUX.1 model"), *_MODELS
 
 
 def check_files(options: Options) -> list[Problem]:
@@ -33,7 +40,7 @@ def check_files(options: Options) -> list[Problem]:
     parent that exists; nothing stays behind.
     """
     problems: list[Problem] = []
-    for name, kind, noun in _MODELS:
+    for name, kind, noun in needed_models(options):
         path: Path | None = getattr(options, name)
         if path is None:
             problems.append(_not_given(name, noun))

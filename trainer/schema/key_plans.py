@@ -18,6 +18,7 @@ from trainer.schema.checkpoint_header import (
     flux_params,
     t5_params,
 )
+from trainer.schema.chroma_header import chroma_in_diffusers, chroma_params, chroma_shapes
 from trainer.schema.key_names import (
     DIFFUSERS_ATTENTION,
     OLD_DIFFUSERS_ATTENTION,
@@ -73,11 +74,20 @@ Plan = tuple[PlannedTensor, ...]
 def flux_plan(header: Header) -> Plan:
     """The plan of a FLUX.1 transformer in any layout. Raises `UserError` for a file that is not exactly that."""
     params = flux_params(header)
-    shapes = flux_shapes(params)
-    if is_diffusers_flux(strip_prefix(header.tensors)):
-        return _plan(header, _without_prefix(header), shapes, flux_in_diffusers, width=params.hidden_size)
+    return _transformer_plan(header, flux_shapes(params), flux_in_diffusers, params.hidden_size)
+
+
+def chroma_plan(header: Header) -> Plan:
+    """The plan of a Chroma transformer in any layout."""
+    params = chroma_params(header)
+    return _transformer_plan(header, chroma_shapes(params), chroma_in_diffusers, params.hidden_size)
+
+
+def _transformer_plan(header: Header, shapes: Mapping[str, Shape], in_diffusers: NameParts, width: int) -> Plan:
     names = _without_prefix(header)
-    return _plan(header, names, shapes, lambda name: (Part(_norm_name(name, names)),), width=params.hidden_size)
+    if is_diffusers_flux(strip_prefix(header.tensors)):
+        return _plan(header, names, shapes, in_diffusers, width=width)
+    return _plan(header, names, shapes, lambda name: (Part(_norm_name(name, names)),), width=width)
 
 
 def autoencoder_plan(header: Header) -> Plan:
@@ -113,6 +123,7 @@ def t5_plan(header: Header) -> Plan:
 
 PLANS: Final[Mapping[ModelKind, Callable[[Header], Plan]]] = {
     "flux": flux_plan,
+    "chroma": chroma_plan,
     "autoencoder": autoencoder_plan,
     "clip_l": clip_plan,
     "t5xxl": t5_plan,

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import AutoencoderParams, ClipParams, FluxParams, T5Params
+from trainer.schema.chroma_header import ChromaParams, TransformerParams
 from trainer.schema.lora_spec import IN_LAYERS, LoraSpec, spec_from_network_args
 from trainer.schema.network_args import fused_parts
 
@@ -89,10 +90,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class OtherModels:
-    """Sizes of the models beside the transformer."""
+    """Sizes of the models beside the transformer; Chroma has no CLIP-L."""
 
     t5: T5Params
-    clip: ClipParams
+    clip: ClipParams | None
     autoencoder: AutoencoderParams
 
 
@@ -101,12 +102,14 @@ PUBLISHED_CLIP: Final = ClipParams(768, 3072, 12, 12, 49408, 77)
 PUBLISHED_AUTOENCODER: Final = AutoencoderParams(256, 3, 128, 3, (1, 2, 4, 4), 2, 16)
 
 
-def usual_models(flux: FluxParams) -> OtherModels:
+def usual_models(flux: TransformerParams) -> OtherModels:
     """The published encoders, or for a transformer of other text widths their like, scaled to its widths."""
     t5, clip = PUBLISHED_T5, PUBLISHED_CLIP
     if flux.context_in_dim != t5.d_model:
         width = flux.context_in_dim
         t5 = dataclasses.replace(t5, d_model=width, d_ff=5 * width // 2, num_heads=max(width // 64, 1))
+    if isinstance(flux, ChromaParams):
+        return OtherModels(t5, None, PUBLISHED_AUTOENCODER)
     if flux.vec_in_dim != clip.hidden_size:
         width = flux.vec_in_dim
         clip = dataclasses.replace(
@@ -140,7 +143,7 @@ def max_blocks_to_swap(depth: int, depth_single_blocks: int) -> int:
 
 @dataclass(frozen=True)
 class FluxCounts:
-    """Parameters of a FLUX.1 transformer. `*_linear` are the Linear weights of one block, which can be swapped."""
+    """Parameters of a transformer. `*_linear` are the Linear weights of one block, which can be swapped."""
 
     double_linear: int
     double_other: int
@@ -159,20 +162,22 @@ class FluxCounts:
         )
 
 
-def flux_counts(flux: FluxParams) -> FluxCounts:
-    """The exact numbers of parameters; 11,901,408,320 in total for FLUX.1 dev."""
+def flux_counts(flux: TransformerParams) -> FluxCounts:
+    """The exact numbers of parameters; 11,901,408,320 in total for FLUX.1 dev, 8,899,983,424 for Chroma1."""
     c, m = flux.hidden_size, _mlp_size(flux)
+    # Chroma's blocks have no modulation of their own.
+    mod = 0 if isinstance(flux, ChromaParams) else c
     head_dim = c // flux.num_heads
     qkv_bias = 3 * c if flux.qkv_bias else 0
     return FluxCounts(
-        double_linear=2 * _double_linear_weights(c, m),
-        double_other=2 * (6 * c + qkv_bias + c + m + c + 2 * head_dim),
-        single_linear=3 * c * c + c * (3 * c + m) + (c + m) * c,
-        single_other=3 * c + (3 * c + m) + c + 2 * head_dim,
+        double_linear=2 * (6 * c * mod + _double_linear_weights(c, m)),
+        double_other=2 * (6 * mod + qkv_bias + c + m + c + 2 * head_dim),
+        single_linear=3 * c * mod + c * (3 * c + m) + (c + m) * c,
+        single_other=3 * mod + (3 * c + m) + c + 2 * head_dim,
         outside=(
             sum(rows * columns + rows for name in _in_layers(flux) for columns, rows in _in_shapes(flux, name))
             + (c * flux.out_channels + flux.out_channels)
-            + (2 * c * c + 2 * c)
+            + (_approximator_count(flux) if isinstance(flux, ChromaParams) else 2 * c * c + 2 * c)
         ),
         depth=flux.depth,
         depth_single_blocks=flux.depth_single_blocks,
@@ -180,26 +185,37 @@ def flux_counts(flux: FluxParams) -> FluxCounts:
 
 
 def _double_linear_weights(c: int, m: int) -> int:
-    """Modulation, qkv, projection and MLP of one of the two streams."""
-    return 6 * c * c + 3 * c * c + c * c + 2 * c * m
+    """qkv, projection and MLP of one of the two streams."""
+    return 3 * c * c + c * c + 2 * c * m
 
 
-def _mlp_size(flux: FluxParams) -> int:
+def _approximator_count(chroma: ChromaParams) -> int:
+    a = chroma.approximator_hidden_size
+    layer = 2 * (a * a + a) + a
+    ends = chroma.approximator_in_dim * a + a + a * chroma.hidden_size + chroma.hidden_size
+    return ends + chroma.approximator_depth * layer
+
+
+def _mlp_size(flux: TransformerParams) -> int:
     return round(flux.hidden_size * flux.mlp_ratio)
 
 
-def _in_layers(flux: FluxParams) -> tuple[str, ...]:
+def _in_layers(flux: TransformerParams) -> tuple[str, ...]:
+    if isinstance(flux, ChromaParams):
+        return "img_in", "txt_in"
     return tuple(name for name in IN_LAYERS if name != "guidance_in" or flux.guidance_embed)
 
 
-def _in_shapes(flux: FluxParams, name: str) -> tuple[tuple[int, int], ...]:
+def _in_shapes(flux: TransformerParams, name: str) -> tuple[tuple[int, int], ...]:
     """(in, out) of the Linears of one layer in front of the blocks."""
     c = flux.hidden_size
     if name == "img_in":
         return ((flux.in_channels, c),)
     if name == "txt_in":
         return ((flux.context_in_dim, c),)
-    return ((flux.vec_in_dim if name == "vector_in" else _TIME_DIM, c), (c, c))
+    if name == "vector_in" and isinstance(flux, FluxParams):
+        return ((flux.vec_in_dim, c), (c, c))
+    return ((_TIME_DIM, c), (c, c))
 
 
 def t5_count(t5: T5Params) -> int:
@@ -246,7 +262,7 @@ def autoencoder_count(autoencoder: AutoencoderParams) -> int:
 # ------------------------------------------------------------------------------------------------------------- LoRA
 
 
-def lora_tensor_sizes(flux: FluxParams, spec: LoraSpec, clip: ClipParams | None) -> Iterator[int]:
+def lora_tensor_sizes(flux: TransformerParams, spec: LoraSpec, clip: ClipParams | None) -> Iterator[int]:
     """The number of values in each LoRA matrix, two for each Linear that gets one; `clip` None leaves CLIP-L out."""
     for name, num_in, num_out in _target_linears(flux, spec):
         rank = spec.rank_of(name)
@@ -267,14 +283,16 @@ def lora_tensor_sizes(flux: FluxParams, spec: LoraSpec, clip: ClipParams | None)
             yield from (spec.rank * num_in, spec.rank * num_out)
 
 
-def _target_linears(flux: FluxParams, spec: LoraSpec) -> Iterator[tuple[str, int, int]]:
+def _target_linears(flux: TransformerParams, spec: LoraSpec) -> Iterator[tuple[str, int, int]]:
     """Name, inputs and outputs of the block Linears among which the spec selects."""
     c, m = flux.hidden_size, _mlp_size(flux)
+    has_modulation = isinstance(flux, FluxParams)
     if spec.train_blocks != "single":
         for index in range(flux.depth):
             prefix = f"lora_unet_double_blocks_{index}_"
             for stream in ("img", "txt"):
-                yield f"{prefix}{stream}_mod_lin", c, 6 * c
+                if has_modulation:
+                    yield f"{prefix}{stream}_mod_lin", c, 6 * c
                 yield f"{prefix}{stream}_attn_qkv", c, 3 * c
                 yield f"{prefix}{stream}_attn_proj", c, c
                 yield f"{prefix}{stream}_mlp_0", c, m
@@ -282,7 +300,8 @@ def _target_linears(flux: FluxParams, spec: LoraSpec) -> Iterator[tuple[str, int
     if spec.train_blocks != "double":
         for index in range(flux.depth_single_blocks):
             prefix = f"lora_unet_single_blocks_{index}_"
-            yield f"{prefix}modulation_lin", c, 3 * c
+            if has_modulation:
+                yield f"{prefix}modulation_lin", c, 3 * c
             yield f"{prefix}linear1", c, 3 * c + m
             yield f"{prefix}linear2", c + m, c
 
@@ -297,7 +316,7 @@ def optimizer_state_bytes(num_values: int, *, is_8bit: bool) -> int:
 # ------------------------------------------------------------------------------------------------------ activations
 
 
-def saved_values_per_token(flux: FluxParams) -> tuple[float, float]:
+def saved_values_per_token(flux: TransformerParams) -> tuple[float, float]:
     """What autograd keeps of a double and of a single block beside its input, in tensors of C values per token.
 
     Double, each stream: two normed inputs, qkv (3), query, key and value (3), attention, projection, sum, MLP output, and
@@ -308,7 +327,7 @@ def saved_values_per_token(flux: FluxParams) -> tuple[float, float]:
     return 12 + 2 * m, 9 + 2 * m
 
 
-def _work_per_token(flux: FluxParams) -> float:
+def _work_per_token(flux: TransformerParams) -> float:
     """What one block has at most during backward, its saved tensors included, in tensors of C values per token.
 
     Double: the gradients around GELU join the saved tensors. Single: those of linear2's output and input, the latter twice,
@@ -319,7 +338,7 @@ def _work_per_token(flux: FluxParams) -> float:
     return max(double + 2 + 2 * m, single + 2 + 2 * (1 + m))
 
 
-def _forward_per_token(flux: FluxParams) -> float:
+def _forward_per_token(flux: TransformerParams) -> float:
     """What a forward pass without gradients has at most, in tensors of C values per token."""
     m = _mlp_size(flux) / flux.hidden_size
     return max(10 + 2 * m, 8 + 3 * m)
@@ -329,7 +348,7 @@ def _forward_per_token(flux: FluxParams) -> float:
 
 
 def estimate(
-    flux: FluxParams,
+    flux: TransformerParams,
     options: Options,
     *,
     width: int,
@@ -377,7 +396,7 @@ def estimate(
 
 
 def text_encoders_fit(
-    flux: FluxParams, options: Options, *, vram_bytes: int, batch_size: int, models: OtherModels | None = None
+    flux: TransformerParams, options: Options, *, vram_bytes: int, batch_size: int, models: OtherModels | None = None
 ) -> bool:
     """Whether captions that are cached can be encoded on a card of `vram_bytes`.
 
@@ -388,7 +407,7 @@ def text_encoders_fit(
 
 
 def pick_blocks_to_swap(
-    flux: FluxParams,
+    flux: TransformerParams,
     options: Options,
     *,
     width: int,
@@ -466,7 +485,7 @@ class _Sums:
 
     def __init__(
         self,
-        flux: FluxParams,
+        flux: TransformerParams,
         options: Options,
         models: OtherModels,
         width: int,
@@ -483,7 +502,7 @@ class _Sums:
         self.num_image = (width // 16) * (height // 16)
         self.caches_text = _caches_text(options)
         self.caches_latents = _caches_latents(options)
-        self.trains_clip = not options.network_train_unet_only
+        self.trains_clip = models.clip is not None and not options.network_train_unet_only
         self.is_cpu = options.device == "cpu"
         self.makes_samples = options.sample_prompts is not None and bool(
             options.sample_every_n_steps or options.sample_every_n_epochs or options.sample_at_first
@@ -496,7 +515,7 @@ class _Sums:
         work = self._part("text encoder activations", self._t5_work(batch))
         if not self.caches_text:
             return self._phase("text encoders", self._resident(with_gradients=True), work)
-        weights = [self._t5_weights(), self._clip_weights()]
+        weights = [self._t5_weights(), *self._clip_weights()]
         return self._phase("text encoders", weights, work)
 
     def latents_phase(self) -> Phase:
@@ -555,14 +574,17 @@ class _Sums:
     def _resident(self, *, with_gradients: bool) -> list[Part]:
         """What is on the device all through training."""
         parts = [
-            Part("FLUX.1 weights", self.counts.total * self.value_bytes - self.swapped_bytes),
+            Part(
+                "Chroma weights" if isinstance(self.flux, ChromaParams) else "FLUX.1 weights",
+                self.counts.total * self.value_bytes - self.swapped_bytes,
+            ),
             Part("slots for swapped blocks", self._slot_bytes()),
             *self._lora_parts(with_gradients=with_gradients),
         ]
         if not self.caches_text:
             parts.append(self._t5_weights())
         if not self.caches_text or self.trains_clip:
-            parts.append(self._clip_weights())
+            parts += self._clip_weights()
         if not self.caches_latents:
             parts.append(self._autoencoder_weights())
         return [part for part in parts if part.bytes]
@@ -604,8 +626,9 @@ class _Sums:
     def _t5_weights(self) -> Part:
         return Part("T5-XXL weights", t5_count(self.models.t5) * self.value_bytes)
 
-    def _clip_weights(self) -> Part:
-        return Part("CLIP-L weights", clip_count(self.models.clip) * self.value_bytes)
+    def _clip_weights(self) -> list[Part]:
+        clip = self.models.clip
+        return [] if clip is None else [Part("CLIP-L weights", clip_count(clip) * self.value_bytes)]
 
     def _autoencoder_weights(self) -> Part:
         return Part("autoencoder weights", autoencoder_count(self.models.autoencoder) * self.value_bytes)
@@ -623,6 +646,8 @@ class _Sums:
     def _clip_work(self) -> int:
         """What a CLIP-L that trains keeps for backward: about 14 tensors of C and 3 of M a layer and token, and scores."""
         clip, tokens = self.models.clip, self.batch * _CLIP_TOKENS
+        if clip is None:
+            return 0
         values = tokens * (14 * clip.hidden_size + 3 * clip.intermediate_size)
         scores = 2 * clip.num_attention_heads * tokens * _CLIP_TOKENS
         return clip.num_hidden_layers * (values + scores) * self.value_bytes

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Final
 
 from trainer.schema.base import Problem, UserError
-from trainer.schema.checkpoint_header import EXPECTED_NOUNS, REFUSALS
+from trainer.schema.checkpoint_header import CHROMA_HINTS, EXPECTED_NOUNS
 from trainer.schema.key_plans import PLANS
 from trainer.schema.model_kinds import ModelKind, identify, noun
 from trainer.schema.safetensors_header import Header
 
 _OWN_OPTION: Final[Mapping[str, str]] = {
     "flux": "--pretrained_model_name_or_path",
+    "chroma": "--pretrained_model_name_or_path",
     "autoencoder": "--ae",
     "clip_l": "--clip_l",
     "t5xxl": "--t5xxl",
@@ -28,9 +29,9 @@ def check_kind(header: Header, expected_kind: ModelKind, field: str) -> Problem 
     kind = identify(header)
     where = str(header.path)
     if kind != expected_kind:
-        refusal = REFUSALS.get(kind)
-        if refusal is not None and expected_kind == "flux":
-            return Problem(refusal[0], where, refusal[1], field)
+        swapped = CHROMA_HINTS.get((expected_kind, kind))
+        if swapped is not None:
+            return Problem(f"this is {noun(header)}", where, swapped, field)
         own = _OWN_OPTION.get(kind)
         hint = f"--{field} takes {EXPECTED_NOUNS.get(expected_kind, expected_kind)}."
         if own is not None and own != f"--{field}":

@@ -231,9 +231,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         ),
         "fused_backward_pass": _refused("it works for Adafactor only, which is not supported yet; leave it out"),
         # Network and model.
-        "model_type": _refused(
-            "Chroma is not supported yet; only --model_type=flux is", "text", default="flux", choices=("flux", "chroma")
-        ),
         # Validation.
         "validation_seed": _refused(_VALIDATION, "integer"),
         "validation_split": _refused(_VALIDATION, "number", default=0.0),

@@ -231,7 +231,7 @@ def read_options(given: Mapping[str, Given]) -> Reading:
             problems.append(Problem(problem.what, place, problem.hint, problem.field))
     if problems:
         return Reading(None, explicit, tuple(problems), ())
-    options, corrections = _corrected(options)
+    options, corrections = _corrected(options, explicit)
     notes = [*corrections, *notes, *_advice(options, explicit)]
     if "use_8bit_adam" in explicit:
         explicit |= {"optimizer_type"}
@@ -470,7 +470,7 @@ def _is_huber(options: Options) -> bool:
     return options.loss_type in ("huber", "smooth_l1")
 
 
-def _corrected(options: Options) -> tuple[Options, list[str]]:
+def _corrected(options: Options, explicit: frozenset[str]) -> tuple[Options, list[str]]:
     """The options with old names and implied settings carried over, and a line for each change."""
     changes: dict[str, object] = {}
     notes: list[str] = []
@@ -501,6 +501,9 @@ def _corrected(options: Options) -> tuple[Options, list[str]]:
     if options.split_mode:
         swap = options.blocks_to_swap or 18
         change(f"split_mode is an old name: blocks_to_swap is {swap}", split_mode=False, blocks_to_swap=swap)
+    if options.model_type == "chroma":
+        for note, values in _chroma_settings(options, explicit):
+            change(note, **values)
     if options.cache_latents_to_disk and not options.cache_latents:
         change("cache_latents_to_disk turns cache_latents on", cache_latents=True)
     if options.cache_text_encoder_outputs_to_disk and not options.cache_text_encoder_outputs:
@@ -523,6 +526,18 @@ def _corrected(options: Options) -> tuple[Options, list[str]]:
     return options.model_copy(update=changes), notes
 
 
+def _chroma_settings(options: Options, explicit: frozenset[str]) -> Iterator[tuple[str, dict[str, object]]]:
+    """What Chroma leaves no choice about: a line for each, and the setting."""
+    if options.clip_l is not None:
+        yield "clip_l has no effect: Chroma has no CLIP-L", {"clip_l": None}
+    if not options.network_train_unet_only:
+        yield "Chroma has no CLIP-L: only the transformer is trained", {"network_train_unet_only": True}
+    if not options.apply_t5_attn_mask:
+        yield "Chroma always masks T5's padding: apply_t5_attn_mask is on", {"apply_t5_attn_mask": True}
+    if "guidance_scale" not in explicit:
+        yield "guidance_scale is 0, with which Chroma was made", {"guidance_scale": 0.0}
+
+
 def _advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
     """One line for each setting that has no effect beside others."""
     if options.dataset_config is not None:
@@ -536,4 +551,6 @@ def _advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
         yield "sample_every_n_steps has no effect: sample_every_n_epochs wins"
     if options.sample_prompts is None and (every_epochs or every_steps or options.sample_at_first):
         yield "no samples are made: sample_prompts is not given"
+    if options.model_type == "chroma" and options.guidance_scale != 0:
+        yield f"guidance_scale is {options.guidance_scale:g}; Chroma was made with 0"
     yield from network_advice(options, explicit)

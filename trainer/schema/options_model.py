@@ -40,6 +40,10 @@ class ModelOptions(OptionGroup):
     ae: Annotated[
         Path | None, Opt("The FLUX autoencoder: a .safetensors file, a folder, or a hub id.", "Autoencoder", "basic")
     ] = None
+    model_type: Annotated[
+        Literal["flux", "chroma"],
+        Opt("The family of the transformer: flux for FLUX.1 dev and schnell, chroma for Chroma1.", "Model type"),
+    ] = "flux"
     tokenizer_cache_dir: Annotated[
         Path | None,
         Opt("Folder where downloaded tokenizers are kept and looked up first.", "Tokenizer cache folder", "expert"),

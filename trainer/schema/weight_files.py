@@ -20,6 +20,7 @@ from trainer.schema.safetensors_header import Header, TensorInfo, read_header
 
 SUBFOLDERS: Final[Mapping[ModelKind, str]] = {
     "flux": "transformer",
+    "chroma": "transformer",
     "autoencoder": "vae",
     "clip_l": "text_encoder",
     "t5xxl": "text_encoder_2",
@@ -87,7 +88,9 @@ def folder_files(names: Iterable[str], kind: ModelKind) -> list[str]:
     if any(name.endswith(".safetensors") for name in inside):
         return sorted(_without_variants(inside, below))
     root = [name for name in all_names if "/" not in name]
-    starts = {"flux": "flux", "autoencoder": "ae", "clip_l": "clip_l", "t5xxl": "t5xxl"}.get(kind, "")
+    starts = {"flux": "flux", "chroma": "chroma", "autoencoder": "ae", "clip_l": "clip_l", "t5xxl": "t5xxl"}.get(
+        kind, ""
+    )
     weights = [name for name in root if name.endswith(".safetensors")]
     chosen = [name for name in weights if name.lower().startswith(starts)] or (weights if len(weights) == 1 else [])
     if not chosen and any(name.endswith(_INDEX_ENDING) for name in root):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.tools.tiny_autoencoder import make_autoencoder
+from trainer.tools.tiny_chroma import make_chroma
 from trainer.tools.tiny_networks import make_clip_l, make_flux, make_t5xxl
 from trainer.tools.tiny_pictures import make_images
 from trainer.tools.tiny_tokenizers import make_tokenizers
@@ -24,6 +25,7 @@ __all__ = [
     "DemoBundle",
     "dataset_toml",
     "make_autoencoder",
+    "make_chroma",
     "make_clip_l",
     "make_demo_bundle",
     "make_flux",

@@ -53,7 +53,7 @@ def make_flux(
 
     # A token enters and leaves the hidden space through the same orthogonal directions; the noisy latents are then
     # visible at the output, and what the blocks add is a moderate correction for a LoRA to shape.
-    basis = _orthogonal_columns(rng, hidden, in_channels)
+    basis = orthogonal_columns(rng, hidden, in_channels)
     w["img_in.weight"] = basis * np.float32(math.sqrt(hidden / in_channels))
     w["img_in.bias"] = zeros(hidden)
     linear(w, rng, "txt_in", context_in_dim, hidden)
@@ -116,7 +116,7 @@ def default_axes_dim(head_dim: int) -> list[int]:
     return [2 * first, 2 * rest, 2 * rest]
 
 
-def _orthogonal_columns(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np.float32]:
+def orthogonal_columns(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np.float32]:
     """(rows, columns) with orthonormal columns, or orthonormal rows when there are fewer rows than columns."""
     tall = np.linalg.qr(rng.standard_normal((max(rows, columns), min(rows, columns))))[0].astype(np.float32)
     return tall if rows >= columns else np.ascontiguousarray(tall.T)

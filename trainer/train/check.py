@@ -24,16 +24,15 @@ from trainer.model.hub import fetch_model
 from trainer.model.text_encoders import PromptTokenizer, load_clip_tokenizer, load_t5_tokenizer
 from trainer.schema.base import Problem, UserError
 from trainer.schema.checkpoint_header import (
-    FluxParams,
     Header,
     autoencoder_params,
     clip_params,
-    flux_params,
     format_bytes,
     t5_params,
 )
+from trainer.schema.chroma_header import ChromaParams, TransformerParams, read_transformer
 from trainer.schema.cli import check_files
-from trainer.schema.file_checks import MODEL_KINDS
+from trainer.schema.file_checks import MODEL_KINDS, needed_models
 from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
 from trainer.schema.memory import OtherModels, estimate, max_blocks_to_swap, usable_bytes
 from trainer.schema.options import Options
@@ -60,7 +59,9 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Tokenizers:
-    clip_l: PromptTokenizer
+    """`clip_l` is None for Chroma."""
+
+    clip_l: PromptTokenizer | None
     t5xxl: PromptTokenizer
     t5xxl_tokens: int
 
@@ -73,7 +74,7 @@ class CheckedRun:
     dataset: DatasetConfig
     index: DatasetIndex
     prompts: tuple[SamplePrompt, ...]
-    flux: FluxParams
+    flux: TransformerParams
     models: OtherModels
     spec: LoraSpec
     tokenizers: Tokenizers
@@ -154,6 +155,8 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
     for number, prompt in enumerate(prompts, 1):
         if prompt.unused_flags:
             reporter.note(f"sample prompt {number}: {', '.join(prompt.unused_flags)} have no effect for FLUX")
+        if options.model_type == "chroma" and not prompt.uses_negative_prompt:
+            reporter.note(f"sample prompt {number}: Chroma needs two-pass guidance for good pictures; --l 4 is usual")
     for warning in index.warnings:
         reporter.warning(warning)
     return CheckedRun(
@@ -173,7 +176,7 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
 class CheckedReplay:
     """What the checks of a replay have read."""
 
-    flux: FluxParams
+    flux: TransformerParams
     spec: LoraSpec
 
 
@@ -249,32 +252,33 @@ def _has_problem(findings: _Findings, field: str) -> bool:
 
 def _fetch_models(options: Options, findings: _Findings, reporter: Reporter) -> None:
     """Downloads the models that are given as hub ids and are not on this machine yet."""
-    for name, kind in MODEL_KINDS.items():
+    for name, kind, _ in needed_models(options):
         path: Path | None = getattr(options, name)
         if path is not None:
             findings.attempt(partial(fetch_model, path, kind, name, reporter.note))
 
 
-def _read_flux(options: Options, findings: _Findings) -> FluxParams | None:
+def _read_flux(options: Options, findings: _Findings) -> TransformerParams | None:
     """The transformer's dimensions."""
     if options.pretrained_model_name_or_path is None:
         return None
     path = options.pretrained_model_name_or_path
-    return findings.attempt(lambda: flux_params(read_weights(path, "flux")))
+    return findings.attempt(lambda: read_transformer(path, options.model_type))
 
 
-def _check_models(options: Options, flux: FluxParams, findings: _Findings) -> OtherModels | None:
+def _check_models(options: Options, flux: TransformerParams, findings: _Findings) -> OtherModels | None:
     """The other three models' dimensions; notes where they don't belong to this transformer."""
     clip = _read_params(options.clip_l, "clip_l", clip_params, findings)
     t5 = _read_params(options.t5xxl, "t5xxl", t5_params, findings)
     ae = _read_params(options.ae, "ae", autoencoder_params, findings)
-    if clip is not None and clip.hidden_size != flux.vec_in_dim:
+    has_clip = not isinstance(flux, ChromaParams)
+    if has_clip and clip is not None and clip.hidden_size != flux.vec_in_dim:
         findings.add(_mismatch("CLIP-L", clip.hidden_size, flux.vec_in_dim, options.clip_l, "clip_l"))
     if t5 is not None and t5.d_model != flux.context_in_dim:
         findings.add(_mismatch("T5", t5.d_model, flux.context_in_dim, options.t5xxl, "t5xxl"))
     if ae is not None and ae.z_channels * 4 != flux.in_channels:
         findings.add(_mismatch("autoencoder", ae.z_channels * 4, flux.in_channels, options.ae, "ae"))
-    return None if clip is None or t5 is None or ae is None else OtherModels(t5, clip, ae)
+    return None if (has_clip and clip is None) or t5 is None or ae is None else OtherModels(t5, clip, ae)
 
 
 def _read_params(path: Path | None, name: str, read: Callable[[Header], _T], findings: _Findings) -> _T | None:
@@ -285,7 +289,7 @@ def _read_params(path: Path | None, name: str, read: Callable[[Header], _T], fin
 
 def _mismatch(noun: str, given: int, wanted: int, path: Path | None, field: str) -> Problem:
     return Problem(
-        f"this {noun} does not fit the FLUX.1 model: its outputs are {given} wide, the model takes {wanted}",
+        f"this {noun} does not fit the transformer: its outputs are {given} wide, the model takes {wanted}",
         str(path),
         "Use the files that were published together.",
         field,
@@ -339,7 +343,7 @@ def _spec_from_weights(options: Options, spec: LoraSpec, findings: _Findings) ->
     return found
 
 
-def _check_network_kind(options: Options, spec: LoraSpec, flux: FluxParams, findings: _Findings) -> None:
+def _check_network_kind(options: Options, spec: LoraSpec, flux: TransformerParams, findings: _Findings) -> None:
     """What other networks than LoRA ask for."""
     if spec.kind == "oft":
         mlp = round(flux.hidden_size * flux.mlp_ratio)
@@ -370,7 +374,7 @@ def _check_network_kind(options: Options, spec: LoraSpec, flux: FluxParams, find
             )
 
 
-def _check_against_model(options: Options, spec: LoraSpec | None, flux: FluxParams, findings: _Findings) -> None:
+def _check_against_model(options: Options, spec: LoraSpec | None, flux: TransformerParams, findings: _Findings) -> None:
     wanted = options.blocks_to_swap or 0
     largest = max_blocks_to_swap(flux.depth, flux.depth_single_blocks)
     if wanted > largest:
@@ -413,25 +417,30 @@ def _first_file(path: Path | None, name: str) -> Path | None:
         return path  # what is wrong with it has been noted
 
 
-def _check_tokenizers(options: Options, flux: FluxParams | None, findings: _Findings) -> Tokenizers | None:
-    """Loads both tokenizers: small, and the one thing that may have to be downloaded."""
-    clip = findings.attempt(
-        lambda: load_clip_tokenizer(
-            options.clip_l_tokenizer, options.tokenizer_cache_dir, encoder_file=_first_file(options.clip_l, "clip_l")
+def _check_tokenizers(options: Options, flux: TransformerParams | None, findings: _Findings) -> Tokenizers | None:
+    """Loads the tokenizers: small, and the one thing that may have to be downloaded."""
+    has_clip = options.model_type != "chroma"
+    clip = None
+    if has_clip:
+        clip = findings.attempt(
+            lambda: load_clip_tokenizer(
+                options.clip_l_tokenizer,
+                options.tokenizer_cache_dir,
+                encoder_file=_first_file(options.clip_l, "clip_l"),
+            )
         )
-    )
     t5 = findings.attempt(
         lambda: load_t5_tokenizer(
             options.t5xxl_tokenizer, options.tokenizer_cache_dir, encoder_file=_first_file(options.t5xxl, "t5xxl")
         )
     )
-    if clip is None or t5 is None:
+    if (has_clip and clip is None) or t5 is None:
         return None
     for name, tokenizer, path, reader in (
         ("clip_l", clip, options.clip_l, clip_params),
         ("t5xxl", t5, options.t5xxl, t5_params),
     ):
-        if path is None or _has_problem(findings, name):
+        if path is None or tokenizer is None or _has_problem(findings, name):
             continue
         file = path
         read = reader

@@ -23,7 +23,8 @@ CLIP_MAX_TOKENS = 77
 class TextInputs:
     """What the transformer takes for one batch of captions.
 
-    `txt` (B, L, D), `vec` (B, C), `mask` (B, L) int64 with 1 = real token, or None when padding is not masked.
+    `txt` (B, L, D), `vec` (B, C) with C = 0 where there is no CLIP-L, `mask` (B, L) int64 with 1 = visible token, or None
+    when nothing is hidden.
     """
 
     txt: Tensor
@@ -50,8 +51,25 @@ class ClipEncoder:
         return encode_clip(self.model, ids.to(self._device))
 
 
+class NoClip:
+    """Stands in the place of CLIP-L for Chroma, which reads no pooled vector: captions to (B, 0)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        return torch.zeros(len(captions), 0, device=self._device)
+
+
+ClipSource = ClipEncoder | NoClip
+
+
 class T5Encoder:
-    """T5-XXL with its tokenizer: captions to (B, L, D) and their mask (B, L), always padded to `max_length`."""
+    """T5-XXL with its tokenizer: captions to (B, L, D) and their mask (B, L), always padded to `max_length`.
+
+    Inside T5 all padding is hidden with `apply_mask`. Of what the mask given hides from the transformer, the first
+    `visible_padding` tokens are spared: Chroma was trained with one.
+    """
 
     def __init__(
         self,
@@ -61,17 +79,26 @@ class T5Encoder:
         *,
         max_length: int,
         apply_mask: bool,
+        visible_padding: int = 0,
     ) -> None:
         self.model = model
         self._tokenizer = tokenizer
         self._device = device
         self._max_length = max_length
         self._apply_mask = apply_mask
+        self._visible_padding = visible_padding
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         ids, mask = self._tokenizer.encode(list(captions), self._max_length)
         mask = mask.to(self._device)
-        return encode_t5(self.model, ids.to(self._device), mask, apply_mask=self._apply_mask), mask
+        txt = encode_t5(self.model, ids.to(self._device), mask, apply_mask=self._apply_mask)
+        return txt, show_padding(mask, self._visible_padding)
+
+
+def show_padding(mask: Tensor, num_tokens: int) -> Tensor:
+    """`mask` (B, L) with the first `num_tokens` padding tokens of each row set to 1, too, as far as there are any."""
+    lengths = mask.sum(dim=1, keepdim=True) + num_tokens
+    return (torch.arange(mask.shape[1], device=mask.device)[None] < lengths).to(mask.dtype)
 
 
 def text_inputs(txt: Tensor, vec: Tensor, mask: Tensor, *, apply_mask: bool) -> TextInputs:
@@ -94,7 +121,7 @@ class LiveText:
 
     def __init__(
         self,
-        clip: ClipEncoder,
+        clip: ClipSource,
         t5: T5Encoder,
         *,
         trains_clip: bool,
@@ -122,7 +149,7 @@ class LiveText:
 class StoredText:
     """One caption's encodings on the host: `vec` (C,) and `txt` (L_kept, D).
 
-    With the text mask only the real tokens are kept; without it the padding is part of the model's input and all L
+    With the text mask only the visible tokens are kept; without it the padding is part of the model's input and all L
     are kept.
     """
 

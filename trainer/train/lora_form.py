@@ -15,13 +15,14 @@ from trainer.lora.network import LoraNetwork
 from trainer.model.flux import Flux
 from trainer.schema.base import Problem
 from trainer.schema.checkpoint_header import FluxParams
+from trainer.schema.chroma_header import ChromaParams, TransformerParams
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.options import Options
 
 _ATTENTION_ONLY = "train_blocks=double img_mlp_dim=0 txt_mlp_dim=0 img_mod_dim=0 txt_mod_dim=0"
 
 
-def form_problems(options: Options, spec: LoraSpec, flux: FluxParams) -> Iterator[Problem]:
+def form_problems(options: Options, spec: LoraSpec, flux: TransformerParams) -> Iterator[Problem]:
     """What `--lora_form` has no place for among the layers that are to be trained."""
     form = options.lora_form
     if form != "sd-scripts" and (spec.kind != "lora" or spec.dora):
@@ -33,6 +34,14 @@ def form_problems(options: Options, spec: LoraSpec, flux: FluxParams) -> Iterato
         )
         return
     if form not in ("bfl", "xlabs"):
+        return
+    if isinstance(flux, ChromaParams):
+        yield Problem(
+            f"the {form} form is for FLUX.1, not for Chroma",
+            f"--lora_form={form}",
+            "Leave it out.",
+            "lora_form",
+        )
         return
     if not options.network_train_unet_only:
         yield Problem(

@@ -16,13 +16,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 from trainer.schema.base import UserError
 
 _OWN_PREFIX: Final = "ss_fluxgui_"
 
 _READ_BYTES: Final = 1 << 24
+_IMPLEMENTATIONS: Final[Mapping[str, str]] = {
+    "flux": "https://github.com/black-forest-labs/flux",
+    "chroma": "https://huggingface.co/lodestones/Chroma",
+}
 _LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
 
 _ABSENT: Final[Mapping[str, object]] = {
@@ -206,6 +210,7 @@ class TrainingFacts:
     base_model_sha256: str | None = None
     min_timestep: int | None = None
     max_timestep: int | None = None
+    model_type: Literal["flux", "chroma"] = "flux"
     modelspec: ModelSpecFacts = ModelSpecFacts()
     network_module: str = "networks.lora_flux"
     settings: Mapping[str, object] = field(default_factory=lambda: _NONE)
@@ -267,7 +272,7 @@ def _training_values(facts: TrainingFacts) -> dict[str, object]:
         "ss_network_alpha": float(facts.network_alpha),
         "ss_network_dropout": facts.network_dropout,
         "ss_mixed_precision": facts.mixed_precision,
-        "ss_base_model_version": "flux1",
+        "ss_base_model_version": "chroma" if facts.model_type == "chroma" else "flux1",
         "ss_cache_latents": facts.cache_latents,
         "ss_seed": facts.seed,
         "ss_training_comment": facts.training_comment,
@@ -308,7 +313,7 @@ def _other_model_values(facts: TrainingFacts) -> dict[str, object]:
 
 def _flux_values(facts: TrainingFacts) -> dict[str, object]:
     return {
-        "ss_model_type": "flux",
+        "ss_model_type": facts.model_type,
         "ss_apply_t5_attn_mask": facts.apply_t5_attn_mask,
         "ss_weighting_scheme": facts.weighting_scheme,
         "ss_logit_mean": facts.logit_mean,
@@ -453,8 +458,8 @@ def _modelspec(facts: TrainingFacts, finished_at: float) -> dict[str, str]:
         timestep_range = f"{lowest},{highest}"
     values = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"flux-1-{'schnell' if facts.is_schnell else 'dev'}/lora",
-        "implementation": "https://github.com/black-forest-labs/flux",
+        "architecture": _architecture(facts),
+        "implementation": _IMPLEMENTATIONS[facts.model_type],
         "implementation_version": f"fluxgui/{facts.trainer_version}",
         "title": spec.title or facts.output_name or f"LoRA@{int(facts.started_at)}",
         "resolution": f"{width}x{height}",
@@ -472,6 +477,12 @@ def _modelspec(facts: TrainingFacts, finished_at: float) -> dict[str, str]:
         "timestep_range": timestep_range,
     }
     return {f"modelspec.{key}": value for key, value in values.items() if value is not None}
+
+
+def _architecture(facts: TrainingFacts) -> str:
+    if facts.model_type == "chroma":
+        return "chroma/lora"
+    return f"flux-1-{'schnell' if facts.is_schnell else 'dev'}/lora"
 
 
 def thumbnail_data_url(thumbnail: str) -> str:

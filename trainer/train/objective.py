@@ -9,26 +9,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.model.flux import Flux
+from trainer.model.chroma import Chroma
 from trainer.model.packing import image_ids, pack_latents, text_ids, unpack_latents
+from trainer.model.transformer import Transformer
 from trainer.train import flow
 from trainer.train.conditioning import TextInputs, TextSource
 
 
-def predict_velocity(model: Flux, noisy: Tensor, timesteps: Tensor, text: TextInputs, guidance_scale: float) -> Tensor:
+def predict_velocity(
+    model: Transformer, noisy: Tensor, timesteps: Tensor, text: TextInputs, guidance_scale: float
+) -> Tensor:
     """The model's velocity for `noisy` (B, 16, h, w) at `timesteps` (B,) in [0, 1]; same shape as `noisy`."""
     batch, _, height, width = noisy.shape
     guidance = torch.full((batch,), guidance_scale, device=noisy.device, dtype=torch.float32)
-    packed = model(
-        img=pack_latents(noisy),
-        img_ids=image_ids(height // 2, width // 2, noisy.device).expand(batch, -1, -1),
-        txt=text.txt,
-        txt_ids=text_ids(text.txt.shape[1], noisy.device).expand(batch, -1, -1),
-        timesteps=timesteps,
-        y=text.vec,
-        guidance=guidance if model.params.guidance_embed else None,
-        txt_attention_mask=text.mask,
-    )
+    inputs = {
+        "img": pack_latents(noisy),
+        "img_ids": image_ids(height // 2, width // 2, noisy.device).expand(batch, -1, -1),
+        "txt": text.txt,
+        "txt_ids": text_ids(text.txt.shape[1], noisy.device).expand(batch, -1, -1),
+        "timesteps": timesteps,
+        "txt_attention_mask": text.mask,
+    }
+    if isinstance(model, Chroma):
+        packed = model(**inputs, guidance=guidance)
+    else:
+        packed = model(**inputs, y=text.vec, guidance=guidance if model.params.guidance_embed else None)
     return unpack_latents(packed, height, width)
 
 
@@ -88,7 +93,7 @@ class FlowObjective:
 
     def __init__(
         self,
-        model: Flux,
+        model: Transformer,
         text: TextSource,
         settings: FlowSettings,
         *,

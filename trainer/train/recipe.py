@@ -26,13 +26,13 @@ from trainer.lora.lora_file import read_lora_file
 from trainer.lora.lycoris import AnyNetwork, LycorisNetwork
 from trainer.lora.network import LoraNetwork
 from trainer.model.autoencoder import AutoEncoder
-from trainer.model.flux import Flux
-from trainer.model.weights import load_flux
+from trainer.model.transformer import Transformer, load_transformer
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.mover import make_mover
 from trainer.schema.advice import deviations, weak_defaults
 from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import FluxParams
+from trainer.schema.chroma_header import TransformerParams
 from trainer.schema.cli import ParsedCommand
 from trainer.schema.folders import data_home
 from trainer.schema.lora_spec import LoraSpec
@@ -78,11 +78,15 @@ def train(command: ParsedCommand, reporter: Reporter) -> None:
         _train_checked(checked, engine, reporter)
 
 
-def tell_settings(command: ParsedCommand, flux: FluxParams, reporter: Reporter, *, num_processes: int = 1) -> None:
+def tell_settings(
+    command: ParsedCommand, flux: TransformerParams, reporter: Reporter, *, num_processes: int = 1
+) -> None:
     """What a run does otherwise than the reference trainer, and the defaults that train badly, loudly."""
     for line in deviations(command.options, is_schnell=flux.is_schnell, num_processes=num_processes):
         reporter.note(line)
-    weak = weak_defaults(command.options, command.explicit, has_guidance=flux.guidance_embed)
+    weak = weak_defaults(
+        command.options, command.explicit, has_guidance=isinstance(flux, FluxParams) and flux.guidance_embed
+    )
     if weak is not None:
         reporter.warning(weak)
 
@@ -102,7 +106,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
     latents, autoencoder = prepare_latents(checked, engine, reporter)
 
     reporter.phase("model")
-    model = load_transformer(options, checked.flux, engine)
+    model = load_model(options, checked.flux, engine)
     for line in merge_base_weights({"unet": model}, options):
         reporter.note(line)
     base = base_layers(model) if options.lora_form == "bfl" else None
@@ -223,13 +227,14 @@ def _start_trackers(options: Options, engine: Engine, reporter: Reporter) -> Non
         reporter.use_tensorboard(options.logging_dir / f"{options.log_prefix or ''}{moment}" / tracker)
 
 
-def load_transformer(options: Options, flux: FluxParams, engine: Engine) -> Flux:
+def load_model(options: Options, flux: TransformerParams, engine: Engine) -> Transformer:
     """The transformer on the device, except what will be swapped, which never goes there as a whole."""
     if options.pretrained_model_name_or_path is None:
         raise AssertionError("the checks demand the model")
     on_host = swapped_prefixes(flux, options.blocks_to_swap or 0)
-    model = load_flux(
+    model = load_transformer(
         options.pretrained_model_name_or_path,
+        options.model_type,
         engine.dtype,
         engine.device,
         device_of=lambda name: "cpu" if name.startswith(on_host) else engine.device,
@@ -241,7 +246,7 @@ def load_transformer(options: Options, flux: FluxParams, engine: Engine) -> Flux
 def attach_network(
     options: Options,
     spec: LoraSpec,
-    model: Flux,
+    model: Transformer,
     engine: Engine,
     reporter: Reporter,
     seed: int,
@@ -319,7 +324,9 @@ def _load_weights(network: AnyNetwork, path: Path, reporter: Reporter) -> Origin
     return origin
 
 
-def block_swap(options: Options, model: Flux, engine: Engine, reporter: Reporter) -> AbstractContextManager[object]:
+def block_swap(
+    options: Options, model: Transformer, engine: Engine, reporter: Reporter
+) -> AbstractContextManager[object]:
     wanted = options.blocks_to_swap or 0
     if wanted == 0:
         return contextlib.nullcontext()
@@ -345,7 +352,7 @@ def _output_dir(options: Options) -> Path:
 
 def _sample_maker(
     checked: CheckedRun,
-    model: Flux,
+    model: Transformer,
     network: AnyNetwork,
     autoencoder: AutoEncoder | None,
     text: TextSource,
@@ -399,7 +406,7 @@ def _loop_settings(checked: CheckedRun, seed: int) -> LoopSettings:
     )
 
 
-def flow_objective(options: Options, model: Flux, text: TextSource, engine: Engine) -> FlowObjective:
+def flow_objective(options: Options, model: Transformer, text: TextSource, engine: Engine) -> FlowObjective:
     return FlowObjective(
         model,
         text,

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from trainer.lora.lycoris import AnyNetwork
+from trainer.model.flux import Flux
+from trainer.model.transformer import Transformer
 from trainer.schema.base import UserError
 from trainer.schema.cli import ParsedCommand
 from trainer.schema.optimizer_args import parse_optimizer_args
@@ -35,7 +37,7 @@ from trainer.train.recipe import (
     block_swap,
     flow_objective,
     hold_norms,
-    load_transformer,
+    load_model,
     text_encoder_rates,
     unet_rate,
 )
@@ -57,8 +59,8 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
     engine = Engine.start(options)
     reporter.note(f"replaying {num_steps} steps on {engine.name()}, {engine.dtype}".replace("torch.", ""))
     seed = options.seed if options.seed is not None else secrets.randbits(SEED_BITS)
-    model = load_transformer(options, checked.flux, engine)
-    _check_sizes(recording, model.params.context_in_dim, model.params.vec_in_dim, source)
+    model = load_model(options, checked.flux, engine)
+    _check_sizes(recording, model, source)
     for line in merge_base_weights({"unet": model}, options):
         reporter.note(line)
     network, _ = attach_network(options, checked.spec, model, engine, reporter, seed)
@@ -226,10 +228,12 @@ def load_initial(network: AnyNetwork, initial: Mapping[str, Tensor], source: Pat
             state[key].copy_(tensor)
 
 
-def _check_sizes(recording: Recording, context_in_dim: int, vec_in_dim: int, source: Path) -> None:
+def _check_sizes(recording: Recording, model: Transformer, source: Path) -> None:
+    pooled = recording.clip_pooled.shape[1]
+    vec_in_dim = model.params.vec_in_dim if isinstance(model, Flux) else pooled
     for name, found, wanted in (
-        ("in.t5_out", recording.t5_out.shape[2], context_in_dim),
-        ("in.clip_pooled", recording.clip_pooled.shape[1], vec_in_dim),
+        ("in.t5_out", recording.t5_out.shape[2], model.params.context_in_dim),
+        ("in.clip_pooled", pooled, vec_in_dim),
     ):
         if found != wanted:
             what = f"{name} is {found} wide, but this model takes {wanted}"

@@ -6,13 +6,15 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from trainer.model.autoencoder import AutoEncoder
-from trainer.model.flux import Flux
+from trainer.model.chroma import Chroma
+from trainer.model.transformer import Transformer
 from trainer.train.conditioning import TextInputs, TextSource
 from trainer.train.latents_phase import autoencoder_dtype
 from trainer.train.loop import StepPosition
@@ -21,6 +23,8 @@ from trainer.train.reporting import Reporter
 from trainer.train.sampling import SamplePrompt, draw_sample, sample_file_name, save_picture
 
 _SEED_BITS = 31
+CHROMA_GUIDANCE = 0.0
+"""What Chroma was made with; its samples are steered by the two-pass guidance alone."""
 
 
 class SampleMaker:
@@ -33,7 +37,7 @@ class SampleMaker:
         self,
         prompts: Sequence[SamplePrompt],
         *,
-        model: Flux,
+        model: Transformer,
         network: nn.Module,
         autoencoder: Callable[[], AutoEncoder],
         text: TextSource,
@@ -91,6 +95,8 @@ class SampleMaker:
         def progress(step: int, _steps: int) -> None:
             self._reporter.progress(done + step, total)
 
+        if prompt.guidance_scale is None and isinstance(self._model, Chroma):
+            prompt = replace(prompt, guidance_scale=CHROMA_GUIDANCE)
         picture = draw_sample(
             prompt,
             seed=seed,

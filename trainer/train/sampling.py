@@ -22,6 +22,7 @@ from typing import Final, Protocol, cast
 import numpy as np
 import tomlkit
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tomlkit.exceptions import TOMLKitError
 from torch import Tensor
@@ -34,6 +35,7 @@ from trainer.train.flow import mu_for_tokens, shift_sigmas
 LATENT_CHANNELS, PIXELS_PER_LATENT = 16, 8
 SIZE_STEP, SMALLEST_SIZE = 16, 64
 LARGEST_STEPS = 1000
+USUAL_GUIDANCE = 3.5
 _SEED_LIMIT: Final = 2**63
 
 
@@ -41,7 +43,7 @@ _SEED_LIMIT: Final = 2**63
 class SamplePrompt:
     """One picture to make. `seed` None means a new one every time; `cfg_scale` 1 leaves the negative prompt unused.
 
-    `width` and `height` are multiples of 16. `unused_flags` names what was given and has no effect.
+    `guidance_scale` None means what is usual for the model. `width` and `height` are multiples of 16. `unused_flags` names what was given and has no effect.
     """
 
     prompt: str
@@ -50,7 +52,7 @@ class SamplePrompt:
     height: int = 512
     seed: int | None = None
     num_steps: int = 20
-    guidance_scale: float = 3.5
+    guidance_scale: float | None = None
     cfg_scale: float = 1.0
     unused_flags: tuple[str, ...] = ()
 
@@ -245,7 +247,7 @@ def _prompt_from(entry: _Entry, where: str, problems: list[Problem]) -> SamplePr
         height=_rounded_size(values.whole("height", 512, least=1, most=16384)),
         seed=values.whole("seed", None, least=0, most=_SEED_LIMIT - 1),
         num_steps=values.whole("sample_steps", 20, least=1, most=LARGEST_STEPS) or 20,
-        guidance_scale=values.number("guidance_scale", 3.5),
+        guidance_scale=values.number("guidance_scale", USUAL_GUIDANCE) if "guidance_scale" in entry else None,
         cfg_scale=values.number("scale", 1.0),
         unused_flags=tuple(_flag_of(key) for key in _UNUSED if key in entry),
     )
@@ -316,6 +318,7 @@ def draw_sample(
     num_tokens = (prompt.height // SIZE_STEP) * (prompt.width // SIZE_STEP)
     schedule = sample_schedule(prompt.num_steps, num_tokens, is_shifted=not is_schnell).tolist()
     latents = initial_noise(prompt, seed).to(device)
+    guidance_scale = USUAL_GUIDANCE if prompt.guidance_scale is None else prompt.guidance_scale
     joint = text
     if prompt.uses_negative_prompt:
         if negative_text is None:
@@ -325,7 +328,7 @@ def draw_sample(
         for step, (timestep, next_timestep) in enumerate(itertools.pairwise(schedule), 1):
             batch = latents.expand(joint.txt.shape[0], -1, -1, -1)
             timesteps = torch.full((batch.shape[0],), timestep, device=device)
-            velocity = predict(batch, timesteps, joint, prompt.guidance_scale).float()
+            velocity = predict(batch, timesteps, joint, guidance_scale).float()
             if prompt.uses_negative_prompt:
                 wanted, unwanted = velocity.chunk(2)
                 velocity = unwanted + prompt.cfg_scale * (wanted - unwanted)
@@ -336,8 +339,15 @@ def draw_sample(
 
 
 def _stack(first: TextInputs, second: TextInputs) -> TextInputs:
-    mask = None if first.mask is None or second.mask is None else torch.cat((first.mask, second.mask))
-    return TextInputs(torch.cat((first.txt, second.txt)), torch.cat((first.vec, second.vec)), mask)
+    """Both as one batch. With the text mask each has its own length; the shorter one is padded, and the padding hidden."""
+    longest = max(first.txt.shape[1], second.txt.shape[1])
+    txt = torch.cat([F.pad(text.txt, (0, 0, 0, longest - text.txt.shape[1])) for text in (first, second)])
+    mask = torch.cat([F.pad(_mask_of(text), (0, longest - text.txt.shape[1])) for text in (first, second)])
+    return TextInputs(txt, torch.cat((first.vec, second.vec)), None if bool(mask.all()) else mask)
+
+
+def _mask_of(text: TextInputs) -> Tensor:
+    return torch.ones(text.txt.shape[:2], dtype=torch.int64, device=text.txt.device) if text.mask is None else text.mask
 
 
 def to_picture(image: Tensor) -> Image.Image:

@@ -196,6 +196,7 @@ def training_facts(
         uses_dataset_config=options.dataset_config is not None,
         network_module=options.network_module or "networks.lora_flux",
         is_schnell=checked.flux.is_schnell,
+        model_type=options.model_type,
         base_model_name=flux.name,
         base_model_legacy_hash=flux.legacy_hash,
         settings=used_settings(options),

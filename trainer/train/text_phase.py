@@ -16,9 +16,21 @@ from trainer.schema.options import Options
 from trainer.schema.weight_files import read_weights
 from trainer.train.base_weights import base_weights_identity, merge_base_weights
 from trainer.train.check import CheckedRun
-from trainer.train.conditioning import CachedText, ClipEncoder, LiveText, StoredText, T5Encoder, TextSource
+from trainer.train.conditioning import (
+    CachedText,
+    ClipEncoder,
+    ClipSource,
+    LiveText,
+    NoClip,
+    StoredText,
+    T5Encoder,
+    TextSource,
+)
 from trainer.train.engine import Engine
 from trainer.train.reporting import Reporter
+
+VISIBLE_PADDING = 1
+"""Padding tokens that Chroma's transformer sees after each caption; it was trained so."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +56,9 @@ def trains_t5(checked: CheckedRun) -> bool:
 def prepare_text(checked: CheckedRun, engine: Engine, reporter: Reporter) -> PreparedText:
     """Loads the encoders and, with `cache_text_encoder_outputs`, encodes every caption and prompt and frees them."""
     options = checked.options
-    if options.clip_l is None or options.t5xxl is None:
-        raise AssertionError("the checks demand both text encoders")
     reporter.phase("text")
     if not options.cache_text_encoder_outputs:
-        clip = _load_clip(options, engine, engine.device)
+        clip = _load_clip(checked, engine, engine.device)
         t5 = _load_t5(checked, engine, engine.device)
         if trains_t5(checked) and options.gradient_checkpointing:
             # It checkpoints in training mode only; it has no dropout that this would switch on.
@@ -56,14 +66,14 @@ def prepare_text(checked: CheckedRun, engine: Engine, reporter: Reporter) -> Pre
             t5.model.train()
         return PreparedText(
             LiveText(
-                ClipEncoder(clip, checked.tokenizers.clip_l, engine.device),
+                clip,
                 t5,
                 trains_clip=trains_clip(checked),
                 trains_t5=trains_t5(checked),
                 apply_mask=options.apply_t5_attn_mask,
                 autocast=engine.text_autocast,
             ),
-            clip,
+            _clip_model(clip),
             t5.model if trains_t5(checked) else None,
         )
 
@@ -82,7 +92,7 @@ def prepare_text(checked: CheckedRun, engine: Engine, reporter: Reporter) -> Pre
         # Prompts go beside the pictures, too: else the encoders would be loaded again for them alone.
         folder = checked.index.items[0].path.parent
         requests = [request if request.folder else replace(request, folder=folder) for request in requests]
-    clip = _load_clip(options, engine, engine.device) if trains_clip(checked) else None
+    live_clip = _load_clip(checked, engine, engine.device) if trains_clip(checked) else None
     if missing := cache.missing(requests):
         _encode(missing, cache, checked, engine, reporter)
     else:
@@ -98,10 +108,10 @@ def prepare_text(checked: CheckedRun, engine: Engine, reporter: Reporter) -> Pre
         look_up,
         engine.device,
         apply_mask=options.apply_t5_attn_mask,
-        live_clip=None if clip is None else ClipEncoder(clip, checked.tokenizers.clip_l, engine.device),
+        live_clip=live_clip if isinstance(live_clip, ClipEncoder) else None,
         autocast=engine.text_autocast,
     )
-    return PreparedText(source, clip)
+    return PreparedText(source, _clip_model(live_clip))
 
 
 def prompt_texts(checked: CheckedRun) -> list[str]:
@@ -124,7 +134,7 @@ def _encode(
     """Fills the cache. The encoders live no longer than this call."""
     options = checked.options
     device = _encoding_device(checked, engine, reporter)
-    encode_clip = ClipEncoder(_load_clip(options, engine, device), checked.tokenizers.clip_l, device)
+    encode_clip = _load_clip(checked, engine, device)
     encode_t5 = _load_t5(checked, engine, device)
 
     def encode(_keys: list[str], captions: list[str]) -> list[dict[str, Tensor]]:
@@ -164,12 +174,19 @@ def _batch_size(options: Options) -> int:
     return options.text_encoder_batch_size or options.train_batch_size
 
 
-def _load_clip(options: Options, engine: Engine, device: torch.device) -> CLIPTextModel:
-    if options.clip_l is None:
+def _load_clip(checked: CheckedRun, engine: Engine, device: torch.device) -> ClipSource:
+    options, tokenizer = checked.options, checked.tokenizers.clip_l
+    if options.model_type == "chroma":
+        return NoClip(device)
+    if options.clip_l is None or tokenizer is None:
         raise AssertionError("the checks demand CLIP-L")
     clip = load_clip_l(options.clip_l, engine.text_dtype, device, options.clip_l_activation)
     merge_base_weights({"te1": clip}, options)
-    return clip
+    return ClipEncoder(clip, tokenizer, device)
+
+
+def _clip_model(source: ClipSource | None) -> CLIPTextModel | None:
+    return source.model if isinstance(source, ClipEncoder) else None
 
 
 def _load_t5(checked: CheckedRun, engine: Engine, device: torch.device) -> T5Encoder:
@@ -184,19 +201,25 @@ def _load_t5(checked: CheckedRun, engine: Engine, device: torch.device) -> T5Enc
         device,
         max_length=checked.tokenizers.t5xxl_tokens,
         apply_mask=options.apply_t5_attn_mask,
+        visible_padding=VISIBLE_PADDING if options.model_type == "chroma" else 0,
     )
 
 
 def _identity(checked: CheckedRun, engine: Engine) -> str:
     """Everything that decides an encoding besides the caption."""
     options, tokenizers = checked.options, checked.tokenizers
-    if options.clip_l is None or options.t5xxl is None:
-        raise AssertionError("the checks demand both text encoders")
+    if options.t5xxl is None:
+        raise AssertionError("the checks demand T5")
+    if options.clip_l is None or tokenizers.clip_l is None:
+        clip_file, clip_tokenizer = "no CLIP", f"visible padding {VISIBLE_PADDING}"
+    else:
+        clip_file = files_identity(read_weights(options.clip_l, "clip_l").files)
+        clip_tokenizer = tokenizers.clip_l.identity
     return "|".join(
         (
-            files_identity(read_weights(options.clip_l, "clip_l").files),
+            clip_file,
             files_identity(read_weights(options.t5xxl, "t5xxl").files),
-            tokenizers.clip_l.identity,
+            clip_tokenizer,
             tokenizers.t5xxl.identity,
             options.clip_l_activation,
             str(engine.text_dtype),

@@ -1,0 +1,27 @@
+"""The transformer of a run, of whichever family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from trainer.model.chroma import Chroma
+from trainer.model.flux import Flux
+from trainer.model.weights import PlaceTensor, load_chroma, load_flux
+
+Transformer = Flux | Chroma
+
+
+def load_transformer(
+    path: Path,
+    model_type: Literal["flux", "chroma"],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    device_of: PlaceTensor | None = None,
+) -> Transformer:
+    """The transformer that `path` names; see `load_flux`."""
+    load = load_chroma if model_type == "chroma" else load_flux
+    return load(path, dtype, device, device_of=device_of)
