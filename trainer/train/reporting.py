@@ -149,6 +149,8 @@ class Reporter:
             self._phase_bar = tqdm(total=total, desc=self._phase, file=sys.stderr)
         self._phase_bar.n = done
         self._phase_bar.refresh()
+        if done >= total:
+            self._close_phase_bar()
 
     def _close_phase_bar(self) -> None:
         if self._phase_bar is not None:
@@ -201,6 +203,7 @@ class Reporter:
         self.event("sample", step=step, epoch=epoch, path=self._shown(path), prompt=prompt, index=index, seed=seed)
 
     def error(self, problems: Sequence[Problem]) -> None:
+        self.close_bar()
         for problem in problems:
             self.event(
                 "error", message=problem.what, hint=problem.hint or "", where=problem.where or "", field=problem.field
