@@ -6,6 +6,8 @@ write every config file, so that the form cannot mean something else than what i
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -81,10 +83,28 @@ class Reading:
 
 
 def _sentence(problem: Problem) -> str:
-    """Problem and remedy as they stand at a field. Names of options keep their small first letter."""
+    """Problem and remedy as they stand at a field."""
     what = problem.what.rstrip(".")
-    starts_with_name = "_" in what.partition(" ")[0]
-    return f"{what if starts_with_name else what[:1].upper() + what[1:]}. {problem.hint or ''}".strip()
+    return f"{what[:1].upper()}{what[1:]}. {problem.hint or ''}".strip()
+
+
+def _in_words_of_the_page(problem: Problem, fields: Mapping[str, Field]) -> Problem:
+    """The problem as the page tells it: fields are called by their labels, and nobody is told which option was given,
+    as the problem stands at its field. In the lines of more options, options keep their names."""
+    if problem.field not in fields or problem.field == "more_options":
+        return problem
+
+    def label(match: re.Match[str]) -> str:
+        field = fields.get(match["name"])
+        return field.label if field is not None else match[0]
+
+    def reword(text: str) -> str:
+        text = re.sub(r",? ?(It is )?given as --\w+\.?", "", text)
+        text = re.sub(r"--(?P<name>\w+)", label, text)
+        text = re.sub(r"^(?P<name>[a-z]\w*)(?= is )", label, text)
+        return re.sub(r"\b(?P<name>[a-z0-9]+(_[a-z0-9]+)+)\b", label, text).strip()
+
+    return replace(problem, what=reword(problem.what), hint=reword(problem.hint) if problem.hint else problem.hint)
 
 
 def missing_text(name: str) -> str:
@@ -138,6 +158,7 @@ def read_form(values: FormValues) -> Reading:
         else:
             pictures = found
 
+    problems = [_in_words_of_the_page(problem, fields) for problem in problems]
     reading = Reading(options, None, tuple(problems), missing, pictures, notes)
     if options is None:
         return reading
@@ -163,11 +184,21 @@ def typed_value(field: Field, value: object) -> object:
     if value is None or value == "":
         return None
     if field.kind == "path" and isinstance(value, str):
-        return Path(value).expanduser().absolute()
+        return _path(value)
     if field.kind in ("integer", "number") and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         number = _number(value)
         return value if number is None else number
     return value
+
+
+def _path(text: str) -> Path:
+    """The path that was typed or pasted. Quotes around it come with a path copied from a file manager or a shell."""
+    if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1].strip()
+    path = Path(text.replace("\0", ""))
+    with contextlib.suppress(RuntimeError):  # "~name" of somebody who has no account here: a folder of that name
+        path = path.expanduser()
+    return path.absolute()
 
 
 def _number(value: float | str) -> int | float | None:
@@ -196,7 +227,8 @@ def _own_problems(typed: FormValues) -> list[Problem]:
     problems: list[Problem] = []
     repeats = typed["num_repeats"]
     if repeats is not None and (not isinstance(repeats, int) or repeats < 1):
-        problems.append(Problem(f"{repeats} is not a number of repeats", hint="Give 1 or more.", field="num_repeats"))
+        what = f"num_repeats is {repeats}; it must be a whole number, 1 or more"
+        problems.append(Problem(what, field="num_repeats"))
     if typed["resolution"] is None:
         problems.append(Problem("no training size is given", hint="512 is a usual choice.", field="resolution"))
     return problems

@@ -24,16 +24,29 @@ def html_part(value: str = "", *, elem_id: str | None = None) -> gr.HTML:
 
 @dataclass(frozen=True)
 class Question:
-    """Asks once before something is lost. `box` is hidden until then."""
+    """Asks once before something is lost. `box` is hidden until then.
+
+    `subject` is what was asked about. The answer is about that, whatever has been chosen on the page since.
+    """
 
     box: gr.Column
     text: gr.HTML
     yes: gr.Button
     no: gr.Button
+    subject: gr.State
 
-    def ask(self, sentence: str) -> dict[Block, Any]:
+    @property
+    def outputs(self) -> list[Block]:
+        """What `ask` updates."""
+        return [self.box, self.text, self.subject]
+
+    def ask(self, sentence: str, subject: str) -> dict[Block, Any]:
         """Updates that show the question."""
-        return {self.box: gr.update(visible=True), self.text: f"<p>{escape(sentence)}</p>"}
+        return {
+            self.box: gr.update(visible=True),
+            self.text: f"<p>{escape(sentence)}</p>",
+            self.subject: subject,
+        }
 
 
 def build_question(name: str, *, yes: str, no: str) -> Question:
@@ -43,7 +56,7 @@ def build_question(name: str, *, yes: str, no: str) -> Question:
             agree = gr.Button(yes, variant="stop", size="sm", min_width=80, elem_id=f"{name}-yes")
             leave = gr.Button(no, size="sm", min_width=80, elem_id=f"{name}-no")
     leave.click(lambda: gr.update(visible=False), None, [box], show_progress="hidden")
-    return Question(box, text, agree, leave)
+    return Question(box, text, agree, leave, gr.State(None))
 
 
 def build_field(field: Field) -> Component:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-from fluxgui.run_state import StepPoint, smoothed, thinned
+from fluxgui.run_state import StepPoint, extremes, smoothed, thinned
 
 MAX_POINTS: Final = 600
 """More than a screen has columns for; the chart of a long run stays small enough to send every second."""
@@ -21,7 +21,7 @@ def loss_plot(points: tuple[StepPoint, ...], *, smoothing: float, num_steps: int
     # Smooth first and thin afterwards: the average must not depend on how many points are drawn.
     averages = smoothed((point.loss for point in points), smoothing)
     average_points = tuple(StepPoint(p.step, a) for p, a in zip(points, averages, strict=True))
-    raw, bold = thinned(points, MAX_POINTS), thinned(average_points, MAX_POINTS)
+    raw, bold = extremes(points, MAX_POINTS), thinned(average_points, MAX_POINTS)
 
     first, last = 0, max(num_steps, points[-1].step)
     low, high, ticks = _axis(_visible_range([p.loss for p in raw], [p.loss for p in bold]))

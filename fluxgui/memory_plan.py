@@ -13,12 +13,12 @@ from trainer.schema.checkpoint_header import (
     autoencoder_params,
     clip_params,
     flux_params,
-    read_header,
     t5_params,
 )
 from trainer.schema.memory import Estimate, OtherModels, pick_blocks_to_swap, usual_models
 from trainer.schema.options import Options
 from trainer.schema.options_data import parse_resolution
+from trainer.schema.weight_files import read_weights
 
 DEFAULT_SIDE: Final = 512
 
@@ -39,7 +39,7 @@ def plan_memory(reading: Reading, *, vram_gb: float | None) -> MemoryPlan | str:
     if options.pretrained_model_name_or_path is None:
         return "Choose the FLUX.1 model first: its sizes are read from the file."
     try:
-        params = flux_params(read_header(options.pretrained_model_name_or_path))
+        params = flux_params(read_weights(options.pretrained_model_name_or_path, "flux"))
     except UserError as error:
         return str(error)
     width, height = parse_resolution(options.resolution or DEFAULT_SIDE)
@@ -64,11 +64,11 @@ def _other_models(flux: FluxParams, options: Options) -> OtherModels:
     models = usual_models(flux)
     with contextlib.suppress(UserError):
         if options.t5xxl is not None:
-            models = replace(models, t5=t5_params(read_header(options.t5xxl)))
+            models = replace(models, t5=t5_params(read_weights(options.t5xxl, "t5xxl")))
     with contextlib.suppress(UserError):
         if options.clip_l is not None:
-            models = replace(models, clip=clip_params(read_header(options.clip_l)))
+            models = replace(models, clip=clip_params(read_weights(options.clip_l, "clip_l")))
     with contextlib.suppress(UserError):
         if options.ae is not None:
-            models = replace(models, autoencoder=autoencoder_params(read_header(options.ae)))
+            models = replace(models, autoencoder=autoencoder_params(read_weights(options.ae, "autoencoder")))
     return models

@@ -9,6 +9,7 @@ from typing import Final
 
 from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import ModelKind, describe, identify, read_header
+from trainer.schema.weight_files import read_weights
 
 KINDS: Final[Mapping[str, ModelKind]] = {
     "pretrained_model_name_or_path": "flux",
@@ -24,7 +25,7 @@ def recognised(paths: Mapping[str, Path]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, path in paths.items():
         try:
-            header = read_header(path)
+            header = read_weights(path, KINDS[name])
         except UserError:
             continue  # the check of the form says what is wrong with it
         if identify(header) == KINDS[name]:

@@ -62,8 +62,9 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
 
         try_demo.click(run_demo, None, [started], show_progress="minimal", concurrency_limit=1)
         (
-            started.change(go_to_runs, None, [tabs, welcome], **QUIETLY)
-            .then(runs.look_and_choose, [started, runs.smoothing, show["shown"]], runs.outputs, **QUIETLY)
+            # First the run and then its tab, which would show the run before last for a moment.
+            started.change(runs.look_and_choose, [started, runs.smoothing, show["shown"]], runs.outputs, **QUIETLY)
+            .then(go_to_runs, None, [tabs, welcome], **QUIETLY)
             .then(None, [show["list"]], None, js=PAGE_IN_ADDRESS % RUNS)
             .then(None, [show["list"]], None, js=SHOW_IN_ADDRESS)
         )

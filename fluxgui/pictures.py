@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainer.schema.base import Problem
 from trainer.schema.folders import datasets_dir
@@ -91,6 +91,8 @@ def _why_unreadable(path: Path, _modified: int) -> str | None:
                 if image.width * image.height > MAX_PIXELS:
                     return f"has {image.width} x {image.height} pixels, more than can be used"
                 image.load()
+    except UnidentifiedImageError:  # its text names the whole path
+        return "is damaged, or no picture at all"
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         return f"cannot be decoded ({error})"
     return None
@@ -138,10 +140,13 @@ def take_in(files: Sequence[Path], folder_name: str) -> Upload:
     folder = datasets_dir() / safe_name(folder_name)
     folder.mkdir(parents=True, exist_ok=True)
     refused: list[str] = []
+    taken: set[str] = set()
     num_images = num_captions = 0
     for file in files[:MAX_FILES]:
         name = safe_name(file.stem) + file.suffix.lower()
-        if file.suffix.lower() in IMAGE_SUFFIXES:
+        if name in taken:
+            reason = f"another file of this upload gets the same name here, {name}; rename one of them"
+        elif file.suffix.lower() in IMAGE_SUFFIXES:
             reason = why_unreadable(file)
             num_images += reason is None
         elif file.suffix.lower() == CAPTION_SUFFIX:
@@ -151,6 +156,7 @@ def take_in(files: Sequence[Path], folder_name: str) -> Upload:
             reason = "is neither a picture nor a caption"
         if reason is None:
             shutil.copyfile(file, folder / name)
+            taken.add(name)
         else:
             refused.append(f"{file.name}: {reason}")
     if len(files) > MAX_FILES:

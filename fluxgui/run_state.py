@@ -219,9 +219,23 @@ def thinned(points: tuple[StepPoint, ...], limit: int) -> list[StepPoint]:
     """At most `limit` points: the mean of equal stretches, at the last step of each."""
     if len(points) <= limit:
         return list(points)
-    edges = [round(i * len(points) / limit) for i in range(limit + 1)]
-    parts = [points[start:end] for start, end in pairwise(edges) if end > start]
-    return [StepPoint(part[-1].step, statistics.fmean(p.loss for p in part)) for part in parts]
+    return [StepPoint(part[-1].step, statistics.fmean(p.loss for p in part)) for part in _stretches(points, limit)]
+
+
+def extremes(points: tuple[StepPoint, ...], limit: int) -> list[StepPoint]:
+    """At most `limit` of the points: the lowest and the highest of equal stretches, so that their scatter remains."""
+    if len(points) <= limit:
+        return list(points)
+    kept: list[StepPoint] = []
+    for part in _stretches(points, limit // 2):
+        ends = (min(part, key=lambda point: point.loss), max(part, key=lambda point: point.loss))
+        kept += sorted(ends, key=lambda point: point.step)
+    return kept
+
+
+def _stretches(points: tuple[StepPoint, ...], number: int) -> list[tuple[StepPoint, ...]]:
+    edges = [round(i * len(points) / number) for i in range(number + 1)]
+    return [points[start:end] for start, end in pairwise(edges) if end > start]
 
 
 def _int(event: Mapping[str, object], key: str) -> int:

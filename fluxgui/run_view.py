@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from html import escape
 from itertools import groupby
 from pathlib import PurePath
@@ -14,6 +15,8 @@ from trainer.schema.run_folder import RunStatus
 
 STEPS_SHOWN: Final = 12
 """Sample rows on the page; older ones are one click away."""
+
+MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 PHASES: Final = {
     "check": "checking files and pictures",
@@ -32,12 +35,21 @@ def file_url(run_id: str, kind: str, path: str) -> str:
     return f"files/{quote(run_id, safe='')}/{kind}/{quote(PurePath(path).name, safe='')}"
 
 
-def one_line(name: str, status: RunStatus, state: RunState) -> str:
-    """A run in the list: name and status in words. Plain text."""
+def one_line(name: str, status: RunStatus, state: RunState, run_id: str) -> str:
+    """A run in the list: name, status in words, and when it was made, which its id says. Plain text."""
     words = status_words(status, state)
     if status.state in ("running", "paused") and state.num_steps:
         words += f" {100 * state.step // state.num_steps} %"
-    return f"{name} · {words}"
+    return " · ".join(part for part in (name, words, _made_at(run_id)) if part)
+
+
+def _made_at(run_id: str) -> str:
+    """Day and time from the beginning of a run's id; empty for a folder that was named otherwise."""
+    try:
+        moment = datetime.strptime(run_id[:15], "%Y%m%d-%H%M%S")  # the clock's own time, as in the folder's name
+    except ValueError:
+        return ""
+    return f"{moment.day} {MONTHS[moment.month - 1]} {moment:%H:%M}"
 
 
 def status_words(status: RunStatus, state: RunState) -> str:

@@ -177,14 +177,21 @@ def build_runs_tab(watcher: RunWatcher) -> RunsTab:
         state = watcher.look(found).state
         return stopping.ask(
             f"Stop {run_name(found)} at step {state.step} of {state.num_steps}? What it has learned by then is saved, "
-            "but it cannot be continued from there."
+            "but it cannot be continued from there.",
+            found.path.name,
         )
 
-    stop.click(ask_to_stop, [run_list], [stopping.box, stopping.text], **quietly)
+    stop.click(ask_to_stop, [run_list], stopping.outputs, **quietly)
     stopping.yes.click(lambda: gr.update(visible=False), None, [stopping.box], **quietly)
-    for name, button in (("stop", stopping.yes), ("save", save), ("sample", sample), ("pause", pause)):
+    buttons: tuple[tuple[str, gr.Button, Component], ...] = (
+        ("stop", stopping.yes, stopping.subject),
+        ("save", save, run_list),
+        ("sample", sample, run_list),
+        ("pause", pause, run_list),
+    )
+    for name, button, meant in buttons:
         assert name in get_args(CommandName)
-        button.click(command(cast("CommandName", name)), [run_list, button], None, **quietly).then(
+        button.click(command(cast("CommandName", name)), [meant, button], None, **quietly).then(
             tab.look, inputs, tab.outputs, **quietly
         )
 
@@ -205,7 +212,9 @@ def build_runs_tab(watcher: RunWatcher) -> RunsTab:
 
 
 def _list_updates(views: list[RunView], chosen: RunView | None) -> dict[str, object]:
-    choices = [(run_view.one_line(view.name, view.status, view.state), view.run_id) for view in views[:MAX_LISTED]]
+    choices = [
+        (run_view.one_line(view.name, view.status, view.state, view.run_id), view.run_id) for view in views[:MAX_LISTED]
+    ]
     live = any(view.is_live for view in views)
     return {
         "list": gr.update(choices=choices),

@@ -7,7 +7,7 @@ them into values by name, and from there on nothing knows of positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -84,7 +84,7 @@ class TrainTab:
     @property
     def inputs(self) -> set[Any]:
         """Components whose values every handler of the form takes."""
-        return {*self.form.values(), *(self.parts[name] for name in ("marks", "strict", "vram_gb"))}
+        return {*self.form.values(), *(self.parts[name] for name in ("marks", "strict", "vram_gb", "estimated_for"))}
 
     @property
     def outputs(self) -> list[Element]:
@@ -120,8 +120,11 @@ class TrainTab:
             # A problem in a closed part would be invisible. Opened once for it, the part can be closed again.
             if any(marks.get(name, "")[:1] == "!" and name not in shown for name in names):
                 updates[fold] = gr.update(open=True)
+        estimated_for = data[parts["estimated_for"]]
+        is_old = estimated_for is not None and estimated_for != _estimated_for(values, data[parts["vram_gb"]])
         return updates | {
             parts["marks"]: marks,
+            parts["estimate_is_old"]: train_view.ESTIMATE_IS_OLD if is_old else "",
             parts["problems"]: train_view.problems(reading, {name: field.label for name, field in self.fields.items()}),
             parts["length"]: train_view.length(reading, num_repeats=_whole_number(values["num_repeats"])),
             parts["preview_command"]: reading.command_line,
@@ -171,19 +174,21 @@ class TrainTab:
     def estimate(self, data: Data) -> Updates:
         """Estimate the peak for the form's settings and put the smallest fitting `blocks_to_swap` into the form."""
         values = self.values(data)
+        estimated_for = _estimated_for(values, data[self.parts["vram_gb"]])
         plan = plan_memory(read_form(values), vram_gb=data[self.parts["vram_gb"]])
         if isinstance(plan, str):
-            return {self.parts["estimate"]: train_view.cannot_estimate(plan)}
+            return {self.parts["estimate"]: train_view.cannot_estimate(plan), self.parts["estimated_for"]: None}
         host = psutil.virtual_memory().total
         return {
             self.parts["estimate"]: train_view.estimate(plan.estimate, vram_bytes=plan.vram_bytes, host_bytes=host),
             self.form["blocks_to_swap"]: plan.estimate.blocks_to_swap,
+            self.parts["estimated_for"]: {**estimated_for, "blocks_to_swap": str(plan.estimate.blocks_to_swap)},
         }
 
     def start(self, data: Data) -> Updates:
         """Start a run, or show what keeps it from starting."""
         values = self.values(data)
-        reading = read_form(values)
+        reading = _without_broken_pictures(read_form(values))
         job = reading.job
         if job is None:
             gr.Warning(f"Not started: {_first_reason(reading)}")
@@ -233,12 +238,14 @@ class TrainTab:
         bar = self.presets
         name = str(data[bar.name] or "").strip()
         if name in {preset.name for preset in presets_of_kind("own")}:
-            return bar.replacing.ask(f"Replace the preset {name}? The settings that it holds now are lost.")
-        return self.save_preset(data)
+            return bar.replacing.ask(f"Replace the preset {name}? The settings that it holds now are lost.", name)
+        return self._save_preset(name, data)
 
-    def save_preset(self, data: Data) -> Updates:
+    def replace_preset(self, data: Data) -> Updates:
+        return self._save_preset(data[self.presets.replacing.subject], data)
+
+    def _save_preset(self, name: str, data: Data) -> Updates:
         bar = self.presets
-        name = str(data[bar.name] or "").strip()
         try:
             saved = save_own(name, preset_values(self.values(data)))
         except (OSError, UserError) as error:
@@ -253,7 +260,7 @@ class TrainTab:
     def ask_to_delete(self, name: str | None) -> Updates:
         if not name:
             raise gr.Error("Choose a saved preset first.", print_exception=False)
-        return self.presets.deleting.ask(f"Delete the preset {name}? Its settings are lost.")
+        return self.presets.deleting.ask(f"Delete the preset {name}? Its settings are lost.", name)
 
     def delete_preset(self, name: str | None) -> Updates:
         bar = self.presets
@@ -262,6 +269,33 @@ class TrainTab:
         except (OSError, UserError) as error:
             gr.Warning(f"Not deleted: {error}")
         return {bar.own: gr.update(choices=choices("own"), value=None), bar.deleting.box: gr.update(visible=False)}
+
+
+def _without_broken_pictures(reading: Reading) -> Reading:
+    """The reading, with a problem and no job when pictures are broken: the trainer would refuse them a little later.
+
+    They have been decoded when the folder was chosen, so that this takes no time.
+    """
+    broken = broken_pictures(reading.pictures.images[:NUM_DECODED]) if reading.pictures is not None else []
+    if reading.pictures is None or not broken:
+        return reading
+    names = "; ".join(broken[: train_view.NAMES_SHOWN])
+    more = f" and {len(broken) - train_view.NAMES_SHOWN} more" if len(broken) > train_view.NAMES_SHOWN else ""
+    problem = Problem(
+        f"these pictures cannot be used: {names}{more}",
+        str(reading.pictures.path),
+        "Replace or remove them.",
+        field="image_dir",
+    )
+    return replace(reading, problems=(*reading.problems, problem), job=None)
+
+
+def _estimated_for(values: Mapping[str, object], vram_gb: object) -> dict[str, object]:
+    """What an estimate depends on: everything that a preset keeps, the model files, and the card."""
+    return {
+        **{name: values[name] for name in values if name in MODELS or name not in NOT_IN_PRESETS},
+        "vram_gb": vram_gb,
+    }
 
 
 def _whole_number(value: object) -> int:
@@ -350,6 +384,7 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
                     elem_id="vram-gb",
                 )
                 estimate = gr.Button("Estimate VRAM and pick blocks_to_swap", elem_id="estimate")
+                parts["estimate_is_old"] = html_part(elem_id="estimate-is-old")
                 parts["estimate"] = html_part(elem_id="estimate-result")
             with gr.Accordion("Files and command line", open=False):
                 copied: dict[str, Any] = {"interactive": False, "buttons": ["copy"], "max_lines": 18, "lines": 3}
@@ -360,6 +395,7 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
         "marks": gr.State({}),
         "strict": gr.State(False),
         "started": gr.State(None),
+        "estimated_for": gr.State(None),
         "remembered": gr.BrowserState({}, storage_key="fluxgui-form", secret="fluxgui"),
     }
     folds = ((frozenset(TOKENIZERS), tokenizers), (frozenset(MEMORY), memory), (MORE_NAMES, more))
@@ -374,7 +410,7 @@ def _connect(tab: TrainTab, *, start: gr.Button, estimate: gr.Button, find: gr.B
     outputs = tab.outputs
 
     gr.on(
-        [_changed(component) for component in form.values()],
+        [_changed(component) for component in (*form.values(), parts["vram_gb"])],
         tab.check,
         whole_form,
         outputs,
@@ -390,7 +426,14 @@ def _connect(tab: TrainTab, *, start: gr.Button, estimate: gr.Button, find: gr.B
         drop.upload(tab.upload, {*whole_form, drop}, [*form.values(), *parts.values()], show_progress="minimal"),
         find.click(tab.fill_from_models_folder, whole_form, [*form.values()], **QUIETLY),
         demo_files.click(tab.fill_with_demo, None, [*form.values()], show_progress="minimal"),
-        estimate.click(tab.estimate, whole_form, [form["blocks_to_swap"], parts["estimate"]], show_progress="minimal"),
+        # A press that comes while an answer is under way counts: it may be about other settings.
+        estimate.click(
+            tab.estimate,
+            whole_form,
+            [form["blocks_to_swap"], parts["estimate"], parts["estimated_for"]],
+            show_progress="minimal",
+            trigger_mode="always_last",
+        ),
         *_connect_presets(tab),
     ]
     # Ticks and choices that the program fills in are not the user's input.
@@ -410,11 +453,11 @@ def _connect_presets(tab: TrainTab) -> list[Dependency]:
     """Connect the bar. Gives the events that fill the form."""
     bar = tab.presets
     fields = [*tab.form.values()]
-    saved = [bar.own, bar.name, bar.replacing.box, bar.replacing.text]
+    saved = [bar.own, bar.name, *bar.replacing.outputs]
     bar.save.click(tab.ask_to_save, {*tab.inputs, bar.name}, saved, **QUIETLY)
-    bar.replacing.yes.click(tab.save_preset, {*tab.inputs, bar.name}, saved, **QUIETLY)
-    bar.delete.click(tab.ask_to_delete, [bar.own], [bar.deleting.box, bar.deleting.text], **QUIETLY)
-    bar.deleting.yes.click(tab.delete_preset, [bar.own], [bar.own, bar.deleting.box], **QUIETLY)
+    bar.replacing.yes.click(tab.replace_preset, {*tab.inputs, bar.replacing.subject}, saved, **QUIETLY)
+    bar.delete.click(tab.ask_to_delete, [bar.own], bar.deleting.outputs, **QUIETLY)
+    bar.deleting.yes.click(tab.delete_preset, [bar.deleting.subject], [bar.own, bar.deleting.box], **QUIETLY)
     applied = [*fields, tab.parts["vram_gb"]]
     return [
         bar.purpose.input(tab.apply_preset, [bar.purpose], applied, **QUIETLY),

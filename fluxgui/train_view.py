@@ -9,9 +9,12 @@ from typing import Final
 
 from fluxgui.form import Reading, missing_text
 from fluxgui.pictures import PictureFolder
-from trainer.schema.memory import Estimate, Phase
+from trainer.schema.memory import Estimate, Phase, usable_bytes
 
 NAMES_SHOWN: Final = 5
+ESTIMATE_IS_OLD: Final = (
+    '<div class="box warn" role="status">Settings have changed since this estimate. Press the button again.</div>'
+)
 COLOURS: Final = ("#6366f1", "#0ea5e9", "#10b981", "#f59e0b", "#ef4444", "#a855f7", "#64748b", "#14b8a6")
 
 
@@ -24,7 +27,7 @@ def problems(reading: Reading, labels: Mapping[str, str]) -> str:
     parts: list[str] = []
     if reading.problems:
         items = "".join(
-            f"<li>{_link(problem.field, labels)}{escape(problem.what)}"
+            f"<li>{_link(problem.field, labels)}{escape(problem.what.rstrip('.'))}."
             f"{_small(problem.where) if problem.field is None else ''}{_small(problem.hint)}</li>"
             for problem in reading.problems
         )
@@ -112,7 +115,7 @@ def estimate(result: Estimate, *, vram_bytes: int, host_bytes: int) -> str:
     kind = "good" if result.fits else "bad"
     verdict = (
         f"{'Fits' if result.fits else 'Does not fit'} with blocks_to_swap = {result.blocks_to_swap}: "
-        f"peak {_gib(result.peak_bytes)} of {_gib(vram_bytes)}."
+        f"peak {_gib(result.peak_bytes)} of {_gib(vram_bytes)}, of which {_gib(usable_bytes(vram_bytes))} may be used."
     )
     reason = f"<p>{escape(result.reason)}</p>" if result.reason else ""
     parts = [f'<div class="box {kind}" role="status"><strong>{escape(verdict)}</strong>{reason}</div>']

@@ -20,7 +20,6 @@ from trainer.schema.checkpoint_header import (
     clip_params,
     flux_params,
     format_bytes,
-    read_header,
     t5_params,
 )
 from trainer.schema.cli import ParsedCommand, parse_command_line, validate_options
@@ -30,6 +29,7 @@ from trainer.schema.options import Options
 from trainer.schema.options_data import parse_resolution
 from trainer.schema.run_folder import RunFolder
 from trainer.schema.toml_io import read_config_file
+from trainer.schema.weight_files import read_weights
 
 EXIT_DONE, EXIT_OPTIONS, EXIT_INTERRUPTED = 0, 2, 130
 DEFAULT_SIDE: Final = 1024
@@ -39,6 +39,8 @@ python -m trainer --option=value ...     train a LoRA; --help lists the options
 python -m trainer demo --output_dir D    train the bundled demo; the LoRA and the samples are written to D
 python -m trainer check --option=...     check options, files and pictures as before training, and stop there
 python -m trainer estimate --option=...  print what memory the training needs; --vram_gb picks blocks_to_swap
+python -m trainer convert-lora --input X --output Y --form F
+                                         write a LoRA in another form: sd-scripts, diffusers, bfl or xlabs
 python -m trainer make-demo [--dir D]    write the demo's models and pictures
 python -m trainer run FOLDER             train what a run folder holds (the page starts this)
 """
@@ -139,6 +141,13 @@ def make_demo(arguments: Sequence[str]) -> int:
     return EXIT_DONE
 
 
+def convert_lora_file(arguments: Sequence[str]) -> int:
+    from trainer.tools.convert_lora import convert_lora  # noqa: PLC0415 - torch takes seconds to load
+
+    print(convert_lora(arguments))
+    return EXIT_DONE
+
+
 def check(arguments: Sequence[str]) -> int:
     parsed = parse_command_line(arguments)
     from trainer.train.check import check_run  # noqa: PLC0415
@@ -165,7 +174,7 @@ def estimate_memory(arguments: Sequence[str]) -> int:
     options: Options = parse_command_line(rest).options
     if options.pretrained_model_name_or_path is None:
         raise UserError("no model is given", "--pretrained_model_name_or_path", "Give the FLUX.1 model.", exit_code=2)
-    params = flux_params(read_header(options.pretrained_model_name_or_path))
+    params = flux_params(read_weights(options.pretrained_model_name_or_path, "flux"))
     width, height = parse_resolution(options.resolution) if options.resolution else (DEFAULT_SIDE, DEFAULT_SIDE)
     batch_size = options.train_batch_size
     models = _other_models(options)
@@ -195,9 +204,9 @@ def _other_models(options: Options) -> OtherModels | None:
     if options.t5xxl is None or options.clip_l is None or options.ae is None:
         return None
     return OtherModels(
-        t5_params(read_header(options.t5xxl)),
-        clip_params(read_header(options.clip_l)),
-        autoencoder_params(read_header(options.ae)),
+        t5_params(read_weights(options.t5xxl, "t5xxl")),
+        clip_params(read_weights(options.clip_l, "clip_l")),
+        autoencoder_params(read_weights(options.ae, "autoencoder")),
     )
 
 
@@ -206,6 +215,7 @@ COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType
         "run": train_run_folder,
         "demo": train_demo,
         "make-demo": make_demo,
+        "convert-lora": convert_lora_file,
         "check": check,
         "estimate": estimate_memory,
     }

@@ -5,15 +5,17 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import pytest
 import tomlkit
 
 from fluxgui import train_view
 from fluxgui.fields import ALL_NAMES, DATASET_NAMES, NOT_IN_PRESETS, make_fields
-from fluxgui.form import preset_values, read_form
+from fluxgui.form import preset_values, read_form, typed_value
 from fluxgui.form_parts import component_value, shown_number
 from fluxgui.memory_plan import MemoryPlan, plan_memory
+from fluxgui.models import recognised
 from fluxgui.presets import delete_own, preset_form_values, presets_of_kind, save_own, start_values
 from tests.fluxgui.sparse_flux import make_sparse_flux
 from tests.tiny import TinyModels
@@ -105,6 +107,49 @@ def test_without_any_caption_the_trigger_word_is_the_caption(filled: dict[str, o
     subset = tomlkit.parse(read_form(filled).dataset_toml).unwrap()["datasets"][0]["subsets"][0]
     assert subset["class_tokens"] == "ohwx"
     assert "caption_prefix" not in subset
+
+
+@pytest.mark.parametrize("wrapping", ['"{}"', "'{}'", "  {} ", '"{}" '])
+def test_a_path_that_was_copied_with_its_quotes_is_the_path(filled: dict[str, object], wrapping: str) -> None:
+    for name in ("pretrained_model_name_or_path", "image_dir"):
+        filled[name] = wrapping.format(filled[name])
+    assert read_form(filled).problems == ()
+
+
+def test_a_quote_inside_a_path_belongs_to_it(tmp_path: Path) -> None:
+    field = make_fields()["image_dir"]
+    for name in ('6" prints', "it's", '"'):
+        assert typed_value(field, str(tmp_path / name)) == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "path", ["~nobody-of-this-name/flux.safetensors", "/nowhere/a\0b", r"C:\models\flux 1.safetensors"]
+)
+def test_any_text_in_a_box_for_a_path_is_answered_at_its_field(filled: dict[str, object], path: str) -> None:
+    for name in ("pretrained_model_name_or_path", "image_dir"):
+        assert problem_fields({**filled, name: path}).get(name), name
+    name = "pretrained_model_name_or_path"
+    assert recognised({name: cast("Path", typed_value(make_fields()[name], path))}) == {}
+
+
+def test_a_problem_at_a_field_is_told_in_the_words_of_the_page(filled: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(b"x" * 5)
+    found = problem_fields(
+        filled
+        | {
+            "t5xxl": filled["clip_l"],
+            "ae": tmp_path / "cut.safetensors",
+            "pretrained_model_name_or_path": "/nowhere",
+            "network_dim": "0",
+            "num_repeats": "x",
+        }
+    )
+    assert found["t5xxl"].startswith("This is a CLIP text encoder. T5-XXL takes")
+    assert found["t5xxl"].endswith("This file belongs to CLIP-L.")
+    assert found["pretrained_model_name_or_path"] == "This file does not exist. Check the path for a typing error."
+    assert found["network_dim"] == "Rank is 0; it must be 1 to 1024."
+    assert found["num_repeats"].startswith("Repeats is x; it must be a whole number, 1 or more")
+    assert not [text for text in found.values() if "--" in text or "network_dim" in text or "num_repeats" in text]
 
 
 def test_empty_needed_fields_are_missing_not_wrong(filled: dict[str, object]) -> None:

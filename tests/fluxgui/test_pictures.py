@@ -91,3 +91,23 @@ def test_an_upload_goes_to_our_folder_or_a_new_one_and_never_into_the_users() ->
 @pytest.mark.parametrize(("text", "name"), [("a b/c", "a_b_c"), ("..", "pictures"), ("", "pictures"), (".x", "x")])
 def test_names_are_made_safe(text: str, name: str) -> None:
     assert safe_name(text) == name
+
+
+def test_files_whose_names_become_the_same_are_not_lost_unnoticed(tmp_path: Path) -> None:
+    files = [picture(tmp_path / folder / name) for folder, name in (("a", "cat&.png"), ("b", "cat'.png"))]
+    result = take_in(files, "cats")
+    assert result.num_images == len(list(result.folder.iterdir())) == 1
+    assert len(result.refused) == 1
+    assert "cat'.png" in result.refused[0]
+    assert "same name" in result.refused[0]
+
+
+def test_the_reason_why_a_picture_is_broken_names_no_path(tmp_path: Path) -> None:
+    broken = tmp_path / "a.png"
+    broken.write_bytes(b"no picture")
+    cut = picture(tmp_path / "b.png", (300, 300))
+    cut.write_bytes(cut.read_bytes()[:100])
+    lines = broken_pictures([broken, cut])
+    assert [line.split(":")[0] for line in lines] == ["a.png", "b.png"]
+    assert str(tmp_path) not in "".join(lines)
+    assert "damaged" in lines[0]

@@ -73,6 +73,17 @@ def test_samples_stand_newest_first_in_the_order_of_prompts() -> None:
     assert "before training" in html
 
 
+def test_runs_of_the_same_name_differ_in_the_list_by_the_time_of_their_start() -> None:
+    state = RunState(num_steps=100, step=40)
+    for run_id, line in (
+        ("20260114-203112-demo", "demo · running 40 % · 14 Jan 20:31"),
+        ("20261231-000059-demo-2", "demo · running 40 % · 31 Dec 00:00"),
+        ("my-own-folder", "demo · running 40 %"),
+        ("20269999-999999-demo", "demo · running 40 %"),
+    ):
+        assert run_view.one_line("demo", RunStatus("running"), state, run_id) == line
+
+
 def test_durations_read_like_words() -> None:
     assert [run_view.duration(s) for s in (4.4, 75, 3700)] == ["4 s", "1 min 15 s", "1 h 01 min"]
 
@@ -97,6 +108,15 @@ def test_the_plot_of_a_long_run_stays_small_and_ignores_outliers() -> None:
     lines = polylines(html)
     assert len(lines["raw"]) == MAX_POINTS
     assert len(html) < 60_000
+
+
+def test_the_raw_line_of_a_long_run_shows_how_far_the_losses_scatter() -> None:
+    points = tuple(StepPoint(n, 0.3 + 0.5 * (n * 7919 % 1000) / 999) for n in range(1, 50_001))
+    lines = polylines(loss_plot(points, smoothing=0.9, num_steps=50_000))
+    spread = {kind: max(y for _, y in line) - min(y for _, y in line) for kind, line in lines.items()}
+    assert spread["raw"] > 240, "nearly the whole height, as single steps scatter"
+    assert spread["smooth"] < spread["raw"] / 4
+    assert [x for x, _ in lines["raw"]] == sorted(x for x, _ in lines["raw"])
 
 
 def test_the_plot_waits_for_two_steps_and_bears_equal_losses() -> None:

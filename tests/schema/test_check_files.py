@@ -93,7 +93,7 @@ def test_a_cut_model_is_told(values: dict[str, object], tmp_path: Path, tiny_mod
     assert "--ae" in str(problem.hint)
 
 
-@pytest.mark.parametrize("name", ["dataset_config", "sample_prompts", "clip_l"])
+@pytest.mark.parametrize("name", ["dataset_config", "sample_prompts"])
 def test_a_folder_where_a_file_is_needed_is_told(values: dict[str, object], tmp_path: Path, name: str) -> None:
     assert "this is a folder" in only({**values, name: tmp_path}, name).what
 

@@ -14,11 +14,9 @@ import pytest
 from tests.tiny import TinyModels
 from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import (
-    COMFYUI_PREFIX,
     ModelKind,
     TensorInfo,
     autoencoder_params,
-    check_kind,
     clip_params,
     describe,
     flux_params,
@@ -26,6 +24,8 @@ from trainer.schema.checkpoint_header import (
     read_header,
     t5_params,
 )
+from trainer.schema.model_check import check_kind
+from trainer.schema.model_kinds import COMFYUI_PREFIX
 
 BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1}
 
@@ -184,10 +184,10 @@ def test_descriptions_name_variant_type_and_size(golden: Path) -> None:
     [
         (
             ["transformer_blocks.0.attn.add_k_proj.weight", "x_embedder.weight", "single_transformer_blocks.0.x"],
-            "flux_diffusers",
+            "flux",
         ),
         (["double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.in_proj.weight"], "chroma"),
-        (["encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.conv_in.weight"], "autoencoder_diffusers"),
+        (["encoder.down_blocks.0.resnets.0.conv1.weight", "decoder.conv_in.weight"], "unknown"),
         (["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"], "lora"),
         (["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"], "lora"),
         (["lora_unet_double_blocks_0_img_attn_qkv.lokr_w1"], "lora"),
@@ -230,13 +230,7 @@ def test_a_swapped_encoder_names_both_options(tiny_models: TinyModels) -> None:
 @pytest.mark.parametrize(
     ("names", "kind", "expected"),
     [
-        (
-            ["transformer_blocks.0.attn.add_k_proj.weight", "x_embedder.weight", "single_transformer_blocks.0.x"],
-            "flux",
-            "diffusers-layout FLUX file",
-        ),
         (["double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.x"], "flux", "Chroma is not supported yet"),
-        (["encoder.down_blocks.0.resnets.0.conv1.weight"], "autoencoder", "diffusers-layout autoencoder"),
         (["a.lora_up.weight"], "flux", "this is a LoRA, given as --pretrained_model_name_or_path"),
     ],
 )
@@ -253,8 +247,8 @@ def test_layouts_that_are_not_supported_are_refused_by_name(
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        ("double_blocks.0.img_attn.qkv.scale_weight", "scaled fp8"),
-        ("scaled_fp8", "scaled fp8"),
+        ("double_blocks.0.img_attn.qkv.weight_scale_2", "nvfp4"),
+        ("double_blocks.0.img_attn.qkv.wscales", "SVDQuant 4-bit"),
         ("double_blocks.0.img_attn.qkv.weight.absmax", "bitsandbytes 4-bit"),
     ],
 )
@@ -265,7 +259,7 @@ def test_quantised_storage_is_refused_by_name(golden: Path, tmp_path: Path, extr
     assert expected in problem.what
 
 
-def test_plain_fp8_is_accepted_and_e5m2_is_not(golden: Path, tmp_path: Path) -> None:
+def test_both_kinds_of_plain_fp8_are_accepted_and_integers_are_not(golden: Path, tmp_path: Path) -> None:
     shapes = shapes_of(golden / "model_dev.safetensors")
     config = {"config": json.dumps({"axes_dim": [4, 10, 10]})}
     path = write_file(tmp_path / "a.safetensors", shapes, dtype="F8_E4M3", metadata=config)
@@ -273,9 +267,11 @@ def test_plain_fp8_is_accepted_and_e5m2_is_not(golden: Path, tmp_path: Path) -> 
     assert describe(read_header(path)).startswith("FLUX.1 dev, fp8 e4m3, ")
     name = "img_in.weight"
     path = write_file(tmp_path / "b.safetensors", shapes, metadata=config, dtypes={name: "F8_E5M2"})
+    assert check_kind(read_header(path), "flux", "flux") is None
+    path = write_file(tmp_path / "c.safetensors", shapes, metadata=config, dtypes={name: "U8"})
     problem = check_kind(read_header(path), "flux", "flux")
     assert problem is not None
-    assert "fp8 e5m2" in problem.what
+    assert "'img_in.weight' is stored as U8" in problem.what
 
 
 # ------------------------------------------------------------------------------------------------------- dimensions

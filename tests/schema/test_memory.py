@@ -29,6 +29,7 @@ from trainer.schema.memory import (
     PUBLISHED_AUTOENCODER,
     PUBLISHED_CLIP,
     PUBLISHED_T5,
+    RESERVE_SHARE,
     Estimate,
     OtherModels,
     Phase,
@@ -44,6 +45,7 @@ from trainer.schema.memory import (
     split_swap,
     t5_count,
     text_encoders_fit,
+    usable_bytes,
     usual_models,
 )
 from trainer.schema.options import Options
@@ -406,6 +408,17 @@ def test_the_pick_is_the_smallest_count_that_fits() -> None:
     )
     assert one_less.fits is False
     assert one_less.peak_bytes > 0.96 * 16 * GIB
+
+
+def test_what_fits_is_decided_by_the_usable_part_of_the_card_alone() -> None:
+    def at(vram_bytes: int) -> bool | None:
+        return estimate(DEV, usual_options(), width=512, height=512, batch_size=1, vram_bytes=vram_bytes).fits
+
+    # A card large enough for the text encoders, so that the peak is the same for both sizes.
+    peak = estimate(DEV, usual_options(), width=512, height=512, batch_size=1, vram_bytes=80 * GIB).peak_bytes
+    smallest = math.ceil(peak / (1 - RESERVE_SHARE))
+    assert (usable_bytes(smallest + 1) >= peak, at(smallest + 1)) == (True, True)
+    assert (usable_bytes(smallest - 2) >= peak, at(smallest - 2)) == (False, False)
 
 
 def test_larger_pictures_need_more_blocks() -> None:

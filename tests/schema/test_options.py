@@ -258,6 +258,7 @@ def test_a_refused_option_of_the_wrong_type_says_so() -> None:
         ({"bucket_reso_steps": 24}, "bucket_reso_steps", "24; it must be a multiple of 16"),
         ({"blocks_to_swap": 39}, "blocks_to_swap", "39; it must be 0 to 38"),
         ({"output_name": "a/b"}, "output_name", "without a folder"),
+        ({"output_name": "\u00e9" * 76}, "output_name", "at most 150 bytes long"),
         ({"network_args": ["train_block=all"]}, "network_args", '"train_block" is not a known key'),
         ({"optimizer_args": ["weight_deca=0.1"]}, "optimizer_args", "AdamW has no setting weight_deca"),
     ],

@@ -39,7 +39,14 @@ def settings(**changes: object) -> LoopSettings:
 class Course:
     """A loop around one weight w whose loss is (w - target)^2, with everything that fell due written down."""
 
-    def __init__(self, loop_settings: LoopSettings, reporter: Reporter | None = None, *, rate: float = 0.1) -> None:
+    def __init__(
+        self,
+        loop_settings: LoopSettings,
+        reporter: Reporter | None = None,
+        *,
+        rate: float = 0.1,
+        sync: GradientSync | None = None,
+    ) -> None:
         self.model = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.model.weight)
         self.saved: list[tuple[StepPosition, str]] = []
@@ -53,7 +60,7 @@ class Course:
             optimizer=optimizer,
             schedule=LearningRateSchedule(optimizer, "constant", num_steps=loop_settings.num_steps),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
-            sync=GradientSync(lambda tensor: tensor, 1),
+            sync=sync or GradientSync(lambda tensor: tensor, 1),
             reporter=reporter or Reporter(is_main=False),
             rank=0,
             micro_batches=self.micro_batches,
@@ -132,6 +139,24 @@ def test_a_loss_that_is_no_number_ends_the_run_with_advice() -> None:
     assert "learning_rate" in str(error.value)
 
 
+def test_a_stop_during_a_sample_on_the_main_process_is_told_to_the_others_at_the_next_step() -> None:
+    def of_both(tensor: Tensor) -> Tensor:
+        flags.append(float(tensor[0]))
+        return tensor
+
+    flags: list[float] = []
+    reporter = Reporter(is_main=False)
+    course = Course(settings(sample_every_n_steps=2), reporter, sync=GradientSync(of_both, 2))
+
+    def stop(_position: StepPosition, _is_epoch_end: bool) -> None:
+        reporter._stop.set()  # pyright: ignore[reportPrivateUsage]
+        raise StopRequested
+
+    course.loop._sample = stop  # pyright: ignore[reportPrivateUsage]
+    assert course.loop.run() == (StepPosition(3, 1), True)
+    assert flags == [0.0, 0.0, 1.0]
+
+
 def test_a_stop_between_two_steps_ends_after_the_last_whole_step(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "x", config_toml="", dataset_toml="", sample_prompts="", info={})
     reporter = Reporter(run, events=EventWriter(run.events_jsonl, 1))
@@ -159,6 +184,24 @@ def test_save_now_is_obeyed_after_the_step(tmp_path: Path) -> None:
     assert course.saved == [(StepPosition(1, 1), "step")]
 
 
+def test_a_save_or_sample_that_the_disk_refuses_is_a_warning_and_training_goes_on(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "x", config_toml="", dataset_toml="", sample_prompts="", info={})
+    course = Course(
+        settings(save_every_n_epochs=1, sample_every_n_steps=4), Reporter(run, events=EventWriter(run.events_jsonl, 1))
+    )
+
+    def refuse(position: StepPosition, _detail: object) -> None:
+        raise UserError(f"the disk is full at step {position.step}")
+
+    course.loop._save = course.loop._sample = refuse  # pyright: ignore[reportPrivateUsage]
+    assert course.loop.run() == (StepPosition(6, 2), False)
+    events = EventReader(run.events_jsonl).read_new()
+    warnings = [str(event["message"]) for event in events if event["kind"] == "warning"]
+    assert [warning.partition(":")[0] for warning in warnings] == ["nothing was saved", "no sample was made"]
+    assert "the disk is full at step 3" in warnings[0]
+    assert "the disk is full at step 4" in warnings[1]
+
+
 def test_events_of_steps_hold_what_the_page_shows(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "x", config_toml="", dataset_toml="", sample_prompts="", info={})
     Course(settings(), Reporter(run, events=EventWriter(run.events_jsonl, 1))).loop.run()
@@ -168,6 +211,13 @@ def test_events_of_steps_hold_what_the_page_shows(tmp_path: Path) -> None:
     assert steps[0]["grad_norm"] == pytest.approx(20.0)
     assert steps[0]["lr"] == pytest.approx(0.1)
     assert steps[1]["loss_average"] == pytest.approx((100.0 + (2.0 - 11) ** 2) / 2)
+
+
+def test_events_that_the_disk_refuses_do_not_end_the_training(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path, "x", config_toml="", dataset_toml="", sample_prompts="", info={})
+    reporter = Reporter(run, events=EventWriter(run.events_jsonl, 1))
+    run.events_jsonl.mkdir()
+    assert Course(settings(), reporter).loop.run() == (StepPosition(6, 2), False)
 
 
 def test_the_average_covers_one_epoch() -> None:

@@ -16,15 +16,18 @@ from safetensors.torch import save
 from trainer.schema.base import UserError
 from trainer.train.metadata import (
     DatasetFacts,
+    ModelFileFacts,
     ModelSpecFacts,
     SubsetFacts,
     TrainingFacts,
     file_sha256,
     legacy_file_hash,
     lora_metadata,
+    model_file_facts,
     tag_frequency,
     tensor_hashes,
     thumbnail_data_url,
+    used_settings,
 )
 
 CAPTIONS = (
@@ -161,6 +164,54 @@ def test_network_arguments_and_text_rates_keep_the_references_spelling() -> None
     assert json.loads(ours["ss_network_args"]) == {"train_blocks": "single", "dropout": 0.1}
     assert ours["ss_text_encoder_lr"] == "[1e-05, 2e-05]"
     assert "ss_network_args" not in metadata_of(FACTS)
+
+
+def test_the_encoders_the_autoencoder_and_our_own_settings_are_recorded_too() -> None:
+    models = {
+        "ae": ModelFileFacts("ae.safetensors", "01234567", "ab" * 32),
+        "clip_l": ModelFileFacts("clip_l.safetensors", "89abcdef"),
+    }
+    ours = metadata_of(replace(FACTS, other_models=models, own={"blocks_to_swap": 18, "save_precision": "bf16"}))
+    plain = metadata_of(FACTS)
+    assert {key: value for key, value in ours.items() if key not in plain} == {
+        "ss_vae_name": "ae.safetensors",
+        "ss_vae_hash": "01234567",
+        "ss_new_vae_hash": "ab" * 32,
+        "ss_fluxgui_ae_name": "ae.safetensors",
+        "ss_fluxgui_ae_hash": "01234567",
+        "ss_fluxgui_new_ae_hash": "ab" * 32,
+        "ss_fluxgui_clip_l_name": "clip_l.safetensors",
+        "ss_fluxgui_clip_l_hash": "89abcdef",
+        "ss_fluxgui_blocks_to_swap": "18",
+        "ss_fluxgui_save_precision": "bf16",
+    }
+
+
+def test_all_61_keys_and_flux_11_of_the_reference_are_written(golden: Path) -> None:
+    with safe_open(golden / "e2e_lora_tiny_bf16.safetensors", "pt") as file:
+        recorded: dict[str, str] = file.metadata()
+    conditional = {"ss_datasets", "ss_tag_frequency", "ss_dataset_dirs", "ss_sd_model_name", "ss_sd_model_hash"}
+    conditional |= {"ss_new_sd_model_hash", "ss_training_finished_at", "ss_steps", "ss_epoch"}
+    always = {key for key in recorded if key.startswith("ss_")} - conditional
+    assert len(always) == 61 + 11
+    assert always <= set(metadata_of(FACTS))
+
+
+def test_a_setting_that_exists_is_written_at_its_value() -> None:
+    class Settings:
+        scale_weight_norms = 1.5
+        debiased_estimation_loss = True
+        learning_rate = 3.0
+
+    used = used_settings(Settings())
+    assert used == {"ss_scale_weight_norms": 1.5, "ss_debiased_estimation": True}
+    ours = metadata_of(replace(FACTS, settings=used))
+    assert (ours["ss_scale_weight_norms"], ours["ss_debiased_estimation"]) == ("1.5", "True")
+
+
+def test_a_folder_and_a_missing_file_have_the_references_words_for_a_hash(tmp_path: Path) -> None:
+    assert model_file_facts(tmp_path).legacy_hash == "IsADirectory"
+    assert model_file_facts(tmp_path / "gone.safetensors") == ModelFileFacts("gone.safetensors", "NOFILE")
 
 
 def test_no_metadata_leaves_what_a_loader_needs() -> None:

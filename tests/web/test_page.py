@@ -129,6 +129,8 @@ def wait_until(what: Callable[[], bool], seconds: float = 30) -> None:
 def choose(page: Page, dropdown: str, text: str) -> None:
     page.locator(f"{dropdown} input").click()
     page.get_by_role("option", name=text, exact=True).click()
+    # gradio's list fades out, and fails when its choices become fewer meanwhile.
+    expect(page.get_by_role("option")).to_have_count(0)
 
 
 def steps_done(app: App, run: Path) -> int:
@@ -254,13 +256,25 @@ def test_a_preset_is_the_same_after_a_restart(app: App, page: Page) -> None:
         expect(box(page, name)).to_have_value(value)
     expect(page.locator("#field-flip_aug input")).to_be_checked()
 
-    # Replacing and deleting ask first.
-    page.locator("#preset-name input, #preset-name textarea").fill("My cat")
-    page.locator("#preset-save").click()
-    expect(page.locator("#preset-replace-question")).to_contain_text("Replace the preset My cat?")
-    page.locator("#preset-replace-no").click()
+    # Replacing and deleting ask first, and then do what was asked, whatever is chosen by then.
+    name = page.locator("#preset-name input, #preset-name textarea")
     page.locator("#preset-delete").click()
     expect(page.locator("#preset-delete-question")).to_contain_text("Delete the preset My cat?")
+    name.fill("My dog")
+    page.locator("#preset-save").click()
+    expect(page.locator("#preset-own input")).to_have_value("My dog")
+    page.locator("#preset-delete-yes").click()
+    wait_until(lambda: [file.stem for file in (app.home / "presets").glob("*.toml")] == ["My dog"])
+    expect(page.locator("#preset-delete-question")).to_be_hidden()
+    name.fill("My dog")
+    page.locator("#preset-save").click()
+    expect(page.locator("#preset-replace-question")).to_contain_text("Replace the preset My dog?")
+    name.fill("My fox")
+    page.locator("#preset-replace-yes").click()
+    expect(page.locator("#preset-replace-question")).to_be_hidden()
+    expect(page.locator("#preset-own input")).to_have_value("My dog")
+    page.locator("#preset-delete").click()
+    expect(page.locator("#preset-delete-question")).to_contain_text("Delete the preset My dog?")
     page.locator("#preset-delete-yes").click()
     expect(page.locator("#preset-own input")).to_have_value("")
     wait_until(lambda: not list((app.home / "presets").glob("*.toml")))
@@ -281,6 +295,13 @@ def test_the_estimate_picks_more_blocks_for_less_memory(app: App, page: Page) ->
         expect(page.locator("#estimate-result")).to_contain_text(f"of {gigabytes}.00 GiB")
         picked.append(int(box(page, "blocks_to_swap").input_value()))
     assert picked == sorted(set(picked)), "less memory takes more blocks"
+    page.wait_for_timeout(500)
+    expect(page.locator("#estimate-is-old")).to_be_empty()
+    box(page, "network_dim").fill("64")
+    expect(page.locator("#estimate-is-old")).to_contain_text("changed since")
+    page.locator("#estimate").click()
+    expect(page.locator("#estimate-is-old")).to_be_empty()
+    picked.append(int(box(page, "blocks_to_swap").input_value()))
     expect(page.locator("#estimate-result table").first).to_contain_text("FLUX.1 weights")
     page.get_by_text("Files and command line", exact=True).click()
     expect(page.locator("#preview-config textarea")).to_have_value(re.compile(f"blocks_to_swap = {picked[-1]}"))
@@ -379,3 +400,18 @@ def test_dropped_pictures_become_a_dataset(app: App, page: Page, tmp_path: Path)
     expect(page.locator("#pictures img")).to_have_count(3)
     assert len(list(folder.glob("*.txt"))) == 3
     assert not (folder / "broken.png").exists()
+
+
+def test_a_broken_picture_is_named_and_keeps_the_run_from_starting(app: App, page: Page, tmp_path: Path) -> None:
+    use_demo_files(page, app)
+    make_images(tmp_path / "cats", 2)
+    (tmp_path / "cats" / "broken.png").write_bytes(b"no picture")
+    box(page, "image_dir").fill(str(tmp_path / "cats"))
+    expect(page.locator("#pictures")).to_contain_text("broken.png: is damaged")
+    page.locator("#start").click()
+    expect(page.locator("#field-image_dir.field-bad")).to_contain_text("broken.png")
+    expect(page.locator("#problems")).to_contain_text("broken.png")
+    assert app.runs() == []
+    (tmp_path / "cats" / "broken.png").unlink()
+    page.locator("#start").click()
+    expect(page).to_have_url(re.compile(r"tab=runs.*run=2"))

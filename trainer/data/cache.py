@@ -58,6 +58,11 @@ class CacheRequest(Generic[T]):
     load: Callable[[], T]
 
 
+def files_identity(files: Sequence[Path]) -> str:
+    """The identity of a model in one or more files."""
+    return "+".join(file_identity(path) for path in files)
+
+
 def file_identity(path: Path) -> str:
     """A short hash that tells an encoder's file from others: its size, its first MiB and 64 blocks spread over it.
 

@@ -8,26 +8,23 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol, cast
 
 import torch
-from huggingface_hub import constants as hub_constants
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from trainer.model.hub import first_line, unreachable_reason
 from trainer.schema.base import UserError
 
 CLIP_MAX_TOKENS: Final = 77
 
 _log = logging.getLogger(__name__)
-_HUB_TIMEOUT_SECONDS: Final = 10.0
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizers
@@ -157,7 +154,7 @@ def _from_path(kind: _TokenizerKind, path: Path) -> PromptTokenizer:
         return PromptTokenizer(backend, kind.pad_token)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise UserError(
-            f"this is not a {kind.name} tokenizer ({_first_line(error)})",
+            f"this is not a {kind.name} tokenizer ({first_line(error)})",
             str(path),
             f"Give --{kind.option} a tokenizer.json, a folder that holds one, or the hub id {kind.hub_id}.",
             field=kind.option,
@@ -182,7 +179,7 @@ def _parse_tokenizer(text: str) -> Tokenizer:
     try:
         return Tokenizer.from_str(text)
     except Exception as error:  # the library raises exactly this class, nothing narrower
-        raise ValueError(_first_line(error)) from error
+        raise ValueError(first_line(error)) from error
 
 
 def _find_beside(kind: _TokenizerKind, encoder_file: Path) -> PromptTokenizer | None:
@@ -205,13 +202,13 @@ def _from_hub(kind: _TokenizerKind, hub_id: str, kept: Path | None) -> PromptTok
         backend = _download(kind, hub_id, local_files_only=True)
     except (OSError, ValueError):
         # The hub's client tries for minutes when there is no network; one short request tells.
-        reason = _unreachable_reason()
+        reason = unreachable_reason()
         if reason is not None:
             raise _no_tokenizer(kind, hub_id, reason) from None
         try:
             backend = _download(kind, hub_id, local_files_only=False)
         except (OSError, ValueError, TypeError, ImportError) as error:
-            raise _no_tokenizer(kind, hub_id, _first_line(error)) from error
+            raise _no_tokenizer(kind, hub_id, first_line(error)) from error
     tokenizer = PromptTokenizer(backend, kind.pad_token)
     if kept is not None:
         _keep(backend, kept)
@@ -252,24 +249,6 @@ def _no_tokenizer(kind: _TokenizerKind, hub_id: str, reason: str) -> UserError:
 
 class _FastTokenizer(Protocol):
     backend_tokenizer: Tokenizer
-
-
-def _unreachable_reason() -> str | None:
-    """Why the hub cannot be asked, None when it can."""
-    if hub_constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE", "0") not in ("", "0"):
-        return "the hub is switched off by HF_HUB_OFFLINE"
-    try:
-        with urllib.request.urlopen(hub_constants.ENDPOINT, timeout=_HUB_TIMEOUT_SECONDS):
-            return None
-    except urllib.error.HTTPError:
-        return None  # it answers, whatever it says
-    except (OSError, ValueError) as error:
-        return f"no connection to {hub_constants.ENDPOINT}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------------------- encoders

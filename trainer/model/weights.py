@@ -1,34 +1,22 @@
-"""Model files to modules: built without memory, then filled tensor by tensor from the mapped file."""
+"""Model files to modules: built without memory, then filled tensor by tensor from the mapped files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Final, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.flux import Flux
+from trainer.model.mapped_file import DTYPES, MappedFile
 from trainer.schema.base import UserError
-from trainer.schema.checkpoint_header import (
-    ALL_IN_ONE_PARTS,
-    COMFYUI_PREFIX,
-    Header,
-    autoencoder_params,
-    clip_params,
-    flux_params,
-    noun,
-    read_header,
-    t5_params,
-)
-
-# What published files hold beside the encoder: the other half of a whole model, and old buffers.
-_CLIP_EXTRAS: Final = ("text_projection.", "logit_scale", "vision_model.", "visual_projection.")
-_T5_EXTRAS: Final = ("decoder.", "lm_head.")
+from trainer.schema.checkpoint_header import Header, autoencoder_params, clip_params, flux_params, t5_params
+from trainer.schema.key_plans import Piece, Plan, PlannedTensor, autoencoder_plan, clip_plan, flux_plan, t5_plan
+from trainer.schema.weight_files import read_weights
 
 PlaceTensor = Callable[[str], torch.device | str]
 
@@ -36,41 +24,35 @@ PlaceTensor = Callable[[str], torch.device | str]
 def load_flux(
     path: Path, dtype: torch.dtype, device: torch.device | str, *, device_of: PlaceTensor | None = None
 ) -> Flux:
-    """The transformer in `path`, frozen, in `dtype` on `device`.
+    """The transformer that `path` names (a file, a folder, a hub id in the cache), frozen, in `dtype` on `device`.
 
     `device_of` may give another device for single parameters, by state-dict name, so that blocks which are to be swapped
     never pass through the accelerator. Raises `UserError` when the file is not a whole FLUX.1 model.
     """
-    header = read_header(path)
-    params = flux_params(header)
+    header = read_weights(path, "flux")
     with torch.device("meta"):
-        model = Flux(params)
-
-    def rename(name: str) -> str | None:
-        return None if name.startswith(ALL_IN_ONE_PARTS) else name.removeprefix(COMFYUI_PREFIX)
-
-    _fill(model, header, rename, dtype, device_of or (lambda _: device))
+        model = Flux(flux_params(header))
+    _fill(model, header, flux_plan(header), dtype, device_of or (lambda _: device))
     return model.eval()
 
 
 def load_autoencoder(path: Path, dtype: torch.dtype, device: torch.device | str) -> AutoEncoder:
-    """The autoencoder in `path`, frozen, in `dtype` on `device`."""
-    header = read_header(path)
-    params = autoencoder_params(header)
+    """The autoencoder that `path` names, frozen, in `dtype` on `device`."""
+    header = read_weights(path, "autoencoder")
     with torch.device("meta"):
-        model = AutoEncoder(params)
-    _fill(model, header, lambda name: name, dtype, lambda _: device)
+        model = AutoEncoder(autoencoder_params(header))
+    _fill(model, header, autoencoder_plan(header), dtype, lambda _: device)
     return model.eval()
 
 
 def load_clip_l(
     path: Path, dtype: torch.dtype, device: torch.device | str, activation: str = "quick_gelu"
 ) -> CLIPTextModel:
-    """The CLIP-L text encoder in `path`, frozen.
+    """The CLIP-L text encoder that `path` names, frozen.
 
     `activation` is `quick_gelu`, which the published model was trained with, or `gelu`, which the reference trainer uses.
     """
-    header = read_header(path)
+    header = read_weights(path, "clip_l")
     params = clip_params(header)
     config = CLIPTextConfig(
         hidden_size=params.hidden_size,
@@ -90,13 +72,8 @@ def load_clip_l(
     # transformers 4 keeps the published prefix `text_model.` in its parameter names, transformers 5 has dropped it.
     keeps_prefix = any(name.startswith("text_model.") for name, _ in model.named_parameters())
 
-    def rename(name: str) -> str | None:
-        if name.startswith(_CLIP_EXTRAS) or name.endswith("position_ids"):
-            return None
-        bare = name.removeprefix("text_model.")
-        return f"text_model.{bare}" if keeps_prefix else bare
-
-    _fill(model, header, rename, dtype, lambda _: device)
+    prefix = "text_model." if keeps_prefix else ""
+    _fill(model, header, clip_plan(header), dtype, lambda _: device, prefix=prefix)
     for module in model.modules():
         position_ids = getattr(module, "position_ids", None)
         if isinstance(position_ids, Tensor):
@@ -105,8 +82,8 @@ def load_clip_l(
 
 
 def load_t5xxl(path: Path, dtype: torch.dtype, device: torch.device | str) -> T5EncoderModel:
-    """The T5 encoder in `path`, frozen, in `dtype` on `device`."""
-    header = read_header(path)
+    """The T5 encoder that `path` names, frozen, in `dtype` on `device`."""
+    header = read_weights(path, "t5xxl")
     params = t5_params(header)
     config = T5Config(
         d_model=params.d_model,
@@ -125,92 +102,83 @@ def load_t5xxl(path: Path, dtype: torch.dtype, device: torch.device | str) -> T5
     )
     with torch.device("meta"):
         model = T5EncoderModel(config)
-    embedding = "shared.weight" if "shared.weight" in header.tensors else "encoder.embed_tokens.weight"
-
-    def rename(name: str) -> str | None:
-        if name == embedding:
-            return "shared.weight"
-        if name == "encoder.embed_tokens.weight" or name.startswith(_T5_EXTRAS):
-            return None
-        return name
-
     # One embedding under two names: both must go on being the same parameter.
     model.encoder.embed_tokens = model.shared
-    _fill(model, header, rename, dtype, lambda _: device)
+    _fill(model, header, t5_plan(header), dtype, lambda _: device)
     return model.eval()
 
 
 def _fill(
     model: nn.Module,
     header: Header,
-    rename: Callable[[str], str | None],
+    plan: Plan,
     dtype: torch.dtype,
     device_of: PlaceTensor,
+    *,
+    prefix: str = "",
 ) -> None:
-    """Give every parameter of `model`, which is on the meta device, its tensor from the file, frozen.
+    """Give every parameter of `model`, which is on the meta device, its tensor from the files, frozen.
 
-    `rename` maps a name in the file to the model's, None for tensors to leave out. The file and the model must match name
-    by name and shape by shape. One tensor at a time is in memory twice.
+    `prefix` stands before the plan's names in the module. One parameter at a time is in memory twice.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    sources = {
-        target: (name, info.shape) for name, info in header.tensors.items() if (target := rename(name)) is not None
-    }
-    _check_match(header, expected, sources)
-    try:
-        with safe_open(str(header.path), framework="pt", device="cpu") as file:
-            for target, (source, _) in sources.items():
-                stored = cast("Tensor", file.get_tensor(source))
-                _set_parameter(model, target, _place(stored, dtype, torch.device(device_of(target))))
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"this file cannot be read ({error})", str(header.path), "Download it again, or check the disk."
-        ) from error
+    if expected != {prefix + planned.target: planned.shape for planned in plan}:
+        raise AssertionError("the plan does not describe this module")
+    with ExitStack() as stack:
+        try:
+            files = {path: stack.enter_context(closing(MappedFile(path))) for path in header.files}
+        except OSError as error:
+            raise UserError(
+                f"this file cannot be read ({error.strerror or error})", str(header.path), "Check the disk."
+            ) from error
+        # In the order of the file, which is how disks are fast.
+        for planned in sorted(plan, key=lambda entry: _place_in_files(header, entry)):
+            device = torch.device(device_of(planned.target))
+            tensors = [_read_piece(files, header, piece, dtype, device) for piece in planned.pieces]
+            value = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            _set_parameter(model, prefix + planned.target, value.reshape(planned.shape))
 
 
-def _check_match(
-    header: Header, expected: dict[str, tuple[int, ...]], sources: dict[str, tuple[str, tuple[int, ...]]]
-) -> None:
-    missing = [name for name in expected if name not in sources]
-    unexpected = [source for target, (source, _) in sources.items() if target not in expected]
-    misshapen = [
-        f"{source} {list(shape)} instead of {list(expected[target])}"
-        for target, (source, shape) in sources.items()
-        if target in expected and shape != expected[target]
-    ]
-    parts = [
-        f"{len(names)} {text} ({_some(names)})"
-        for names, text in (
-            (missing, "tensors are missing"),
-            (unexpected, "tensors do not belong to it"),
-            (misshapen, "tensors have another shape"),
-        )
-        if names
-    ]
-    if parts:
-        raise UserError(
-            f"this looks like {noun(header)}, but " + ", ".join(parts),
-            str(header.path),
-            "The file is incomplete or of a variant that is not supported; use the published one.",
-        )
+def read_planned(header: Header, planned_tensors: Iterable[PlannedTensor]) -> dict[str, Tensor]:
+    """Some parameters without their model, in main memory and in the type that they are stored in, by name."""
+    tensors: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(closing(MappedFile(path))) for path in header.files}
+        for planned in planned_tensors:
+            dtype = DTYPES[planned.pieces[0].info.dtype]
+            pieces = [_read_piece(files, header, piece, dtype, torch.device("cpu")) for piece in planned.pieces]
+            tensors[planned.target] = torch.cat(pieces).reshape(planned.shape)
+    return tensors
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown}, ..."
+def _place_in_files(header: Header, planned: PlannedTensor) -> tuple[Path, int]:
+    first = planned.pieces[0]
+    return header.file_of(first.source), first.info.start
 
 
-def _place(stored: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`stored`, which lies in the mapped file, as a tensor of its own.
+def _read_piece(
+    files: dict[Path, MappedFile],
+    header: Header,
+    piece: Piece,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """A piece in `dtype` on `device`. Scaled numbers are multiplied in float32 and rounded once.
 
-    The mapped bytes start anywhere, so even an unchanged tensor is copied: aligned memory gives the same results for the
-    same weights whatever file they came from. What travels to another device is the smaller of the two types.
+    What travels to another device is the smaller of the two types.
     """
-    if device.type == "cpu":
-        return stored.to(dtype) if stored.dtype != dtype else stored.clone()
-    if stored.dtype.itemsize < dtype.itemsize:
-        return stored.to(device).to(dtype)
-    return stored.to(dtype).to(device)
+    file = files[header.file_of(piece.source)]
+    if piece.scale is None:
+        stored = file.read(piece.info)
+        narrow = stored.dtype.itemsize < dtype.itemsize
+        value = stored.to(device).to(dtype) if narrow else stored.to(dtype).to(device)
+    else:
+        scale_info = header.tensors[piece.scale.name]
+        scale = files[header.file_of(piece.scale.name)].read(scale_info).to(device, torch.float32)
+        stored = file.read(piece.info, piece.scale.read_as).to(device).to(torch.float32)
+        # One number, or one for each row.
+        value = stored.mul_(scale.reshape(-1, *[1] * (stored.dim() - 1))).to(dtype)
+    return value if piece.rows is None else value[piece.rows[0] : piece.rows[1]]
 
 
 def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 from trainer.schema.base import Problem, UserError
-from trainer.schema.checkpoint_header import ModelKind, check_kind, read_header
+from trainer.schema.hub_cache import hub_id
+from trainer.schema.model_check import check_kind
+from trainer.schema.model_kinds import ModelKind
 from trainer.schema.options import Options
+from trainer.schema.safetensors_header import Header, read_header
+from trainer.schema.weight_files import read_weights
 
 _MODELS: Final[tuple[tuple[str, ModelKind, str], ...]] = (
     ("pretrained_model_name_or_path", "flux", "the FLUX.1 model"),
@@ -18,12 +22,14 @@ _MODELS: Final[tuple[tuple[str, ModelKind, str], ...]] = (
     ("t5xxl", "t5xxl", "the T5-XXL text encoder"),
     ("ae", "autoencoder", "the autoencoder"),
 )
+MODEL_KINDS: Final[Mapping[str, ModelKind]] = {name: kind for name, kind, _ in _MODELS}
+"""The kind of model that each option takes."""
 
 
 def check_files(options: Options) -> list[Problem]:
     """Everything that is wrong with the files and folders, each with the option that names it. Never raises.
 
-    Model files are known by their headers. The output folder is tried with a temporary file in it, or in the nearest
+    Model files are known by their headers; a hub id that is not on this machine yet is left to the start of training. The output folder is tried with a temporary file in it, or in the nearest
     parent that exists; nothing stays behind.
     """
     problems: list[Problem] = []
@@ -34,7 +40,7 @@ def check_files(options: Options) -> list[Problem]:
         else:
             problems += _model_problems(path, kind, name)
     if options.network_weights is not None:
-        problems += _model_problems(options.network_weights, "lora", "network_weights")
+        problems += _model_problems(options.network_weights, "lora", "network_weights", read=_read_one_file)
     problems += _dataset_problems(options)
     if options.sample_prompts is not None:
         problems += _file_problems(options.sample_prompts, "sample_prompts")
@@ -67,10 +73,19 @@ def _not_given(name: str, noun: str) -> Problem:
     return Problem(f"{noun} is not given", f"--{name}", f"Add --{name}=...", name)
 
 
-def _model_problems(path: Path, kind: ModelKind, name: str) -> Iterator[Problem]:
+def _read_one_file(path: Path, _kind: ModelKind) -> Header:
+    """A LoRA is one file, never a folder or a hub id."""
+    return read_header(path)
+
+
+def _model_problems(
+    path: Path, kind: ModelKind, name: str, *, read: Callable[[Path, ModelKind], Header] = read_weights
+) -> Iterator[Problem]:
     try:
-        problem = check_kind(read_header(path), kind, name)
+        problem = check_kind(read(path, kind), kind, name)
     except UserError as error:
+        if read is read_weights and hub_id(path) is not None:
+            return  # It is downloaded when training starts, and checked then.
         for found in error.problems:
             hint = f"{found.hint or ''} It is given as --{name}.".strip()
             yield Problem(found.what, found.where, hint, name)

@@ -39,7 +39,7 @@ CUDA_CONTEXT_BYTES: Final = round(0.6 * GIB)
 ALLOCATOR_SHARE: Final = 0.05
 """What rounding and fragmentation add to tensors that come and go. Unmeasured."""
 RESERVE_SHARE: Final = 0.04
-"""Share of a card's memory that is left to the desktop and other programs when blocks are picked."""
+"""Share of a card's memory that is left to the desktop and other programs."""
 HOST_PROCESS_BYTES: Final = 2 * GIB
 """Python, torch and its libraries in host memory."""
 
@@ -73,7 +73,7 @@ class Phase:
 class Estimate:
     """Memory for one setting of `blocks_to_swap`. `peak_bytes` is the most on the device at any moment.
 
-    `fits` is None when no card was named; `reason` says why it does not fit and what helps. `text_on_host` is True when
+    `fits` compares with `usable_bytes` of the card, None when no card was named; `reason` says why it does not fit and what helps. `text_on_host` is True when
     captions have to be encoded by the CPU because the text encoders alone are too large for the card.
     """
 
@@ -372,7 +372,7 @@ def estimate(
     result = Estimate(peak, host_bytes, tuple(phases), swap, text_on_host=text_on_host)
     if vram_bytes is None:
         return result
-    fits = result.peak_bytes <= _usable(vram_bytes)
+    fits = result.peak_bytes <= usable_bytes(vram_bytes)
     return dataclasses.replace(result, fits=fits, reason="" if fits else _why_not(result, options, vram_bytes))
 
 
@@ -425,10 +425,11 @@ def _phase(name: PhaseName, parts: list[Part]) -> Phase:
 
 
 def _text_fits(text_phase: Phase, vram_bytes: int) -> bool:
-    return text_phase.peak_bytes <= _usable(vram_bytes)
+    return text_phase.peak_bytes <= usable_bytes(vram_bytes)
 
 
-def _usable(vram_bytes: int) -> int:
+def usable_bytes(vram_bytes: int) -> int:
+    """What of a card's memory a run may take. This alone decides what fits, for every caller."""
     return round(vram_bytes * (1 - RESERVE_SHARE))
 
 
@@ -436,7 +437,7 @@ def _why_not(result: Estimate, options: Options, vram_bytes: int) -> str:
     worst = max(result.phases, key=lambda phase: phase.peak_bytes)
     text = (
         f"With blocks_to_swap {result.blocks_to_swap}, {worst.name} needs {worst.peak_bytes / GIB:.1f} GiB, "
-        f"and a card of {vram_bytes / GIB:.1f} GiB leaves {_usable(vram_bytes) / GIB:.1f} GiB."
+        f"and a card of {vram_bytes / GIB:.1f} GiB leaves {usable_bytes(vram_bytes) / GIB:.1f} GiB."
     )
     remedies: list[str] = []
     if options.mixed_precision == "no":

@@ -69,11 +69,15 @@ GROUPS: Final[Mapping[str, type[OptionGroup]]] = MappingProxyType(
 )
 """Section name -> group, in the order in which options are shown and written."""
 
-OUR_OPTIONS: Final = frozenset({"clip_l_tokenizer", "t5xxl_tokenizer", "clip_l_activation", "device", "run_dir"})
+OUR_OPTIONS: Final = frozenset(
+    {"clip_l_tokenizer", "t5xxl_tokenizer", "clip_l_activation", "device", "lora_form", "run_dir"}
+)
 """Options that the reference trainer does not have."""
 
 # The published transformer's depth; a pruned one has less.
 _FLUX_DEPTH: Final = (19, 38)
+_MAX_NAME_BYTES: Final = 150
+"""File systems take 255; step, time and the mark of an unfinished file come on top."""
 
 
 # ------------------------------------------------------------------------------------------------------------ status
@@ -438,6 +442,8 @@ def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tupl
             f"output_name is {options.output_name}; it must be a file's name without a folder",
             "The folder is given as output_dir.",
         )
+    if options.output_name is not None and len(options.output_name.encode()) > _MAX_NAME_BYTES:
+        yield ("output_name",), f"output_name must be at most {_MAX_NAME_BYTES} bytes long", "Give a shorter name."
 
 
 def _corrected(options: Options) -> tuple[Options, list[str]]:

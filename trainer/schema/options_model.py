@@ -28,11 +28,18 @@ class ModelOptions(OptionGroup):
     """Model files and tokenizers."""
 
     pretrained_model_name_or_path: Annotated[
-        Path | None, Opt("The FLUX.1 transformer, a .safetensors file.", "FLUX.1 model", "basic")
+        Path | None,
+        Opt("The FLUX.1 transformer: a .safetensors file, a diffusers folder, or a hub id.", "FLUX.1 model", "basic"),
     ] = None
-    clip_l: Annotated[Path | None, Opt("The CLIP-L text encoder, a .safetensors file.", "CLIP-L", "basic")] = None
-    t5xxl: Annotated[Path | None, Opt("The T5-XXL text encoder, a .safetensors file.", "T5-XXL", "basic")] = None
-    ae: Annotated[Path | None, Opt("The FLUX autoencoder, a .safetensors file.", "Autoencoder", "basic")] = None
+    clip_l: Annotated[
+        Path | None, Opt("The CLIP-L text encoder: a .safetensors file, a folder, or a hub id.", "CLIP-L", "basic")
+    ] = None
+    t5xxl: Annotated[
+        Path | None, Opt("The T5-XXL text encoder: a .safetensors file, a folder, or a hub id.", "T5-XXL", "basic")
+    ] = None
+    ae: Annotated[
+        Path | None, Opt("The FLUX autoencoder: a .safetensors file, a folder, or a hub id.", "Autoencoder", "basic")
+    ] = None
     tokenizer_cache_dir: Annotated[
         Path | None,
         Opt("Folder where downloaded tokenizers are kept and looked up first.", "Tokenizer cache folder", "expert"),

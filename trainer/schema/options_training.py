@@ -172,6 +172,10 @@ class SavingOptions(OptionGroup):
     save_model_as: Annotated[Literal["safetensors"], Opt("File format of the LoRA.", "File format", "expert")] = (
         "safetensors"
     )
+    lora_form: Annotated[
+        Literal["sd-scripts", "diffusers", "bfl", "xlabs"],
+        Opt("Whose key names the LoRA is written with; sd-scripts' are read almost everywhere.", "Form", "expert"),
+    ] = "sd-scripts"
     save_precision: Annotated[
         SavePrecision | None, Opt("Number format of the saved LoRA. Empty: 32 bit.", "Saved precision", "advanced")
     ] = None

@@ -9,12 +9,16 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from trainer.data.index import DatasetIndex, index_dataset
+from trainer.lora.forms import to_published
+from trainer.lora.lora_file import read_lora_file
+from trainer.model.hub import fetch_model
 from trainer.model.text_encoders import PromptTokenizer, load_clip_tokenizer, load_t5_tokenizer
 from trainer.schema.base import Problem, UserError
 from trainer.schema.checkpoint_header import (
@@ -24,14 +28,16 @@ from trainer.schema.checkpoint_header import (
     clip_params,
     flux_params,
     format_bytes,
-    read_header,
     t5_params,
 )
 from trainer.schema.cli import check_files
+from trainer.schema.file_checks import MODEL_KINDS
 from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
-from trainer.schema.memory import OtherModels, estimate, max_blocks_to_swap
+from trainer.schema.memory import OtherModels, estimate, max_blocks_to_swap, usable_bytes
 from trainer.schema.options import Options
 from trainer.schema.toml_io import DatasetConfig, dataset_config
+from trainer.schema.weight_files import read_weights
+from trainer.train.lora_form import form_problems
 from trainer.train.reporting import Reporter
 from trainer.train.sampling import SamplePrompt, read_sample_prompts
 
@@ -103,6 +109,7 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
     """Checks options, model files, tokenizers, prompts and every picture. Raises one `UserError` with all problems."""
     reporter.phase("check")
     findings = _Findings()
+    _fetch_models(options, findings, reporter)
     for problem in check_files(options):
         findings.add(problem)
     flux = None if _has_problem(findings, "pretrained_model_name_or_path") else _read_flux(options, findings)
@@ -118,6 +125,12 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
     )
     if flux is not None:
         _check_against_model(options, spec, flux, findings)
+    if flux is not None and spec is not None:
+        for problem in form_problems(options, spec, flux):
+            findings.add(problem, EXIT_OPTIONS)
+    if options.network_weights is not None and not _has_problem(findings, "network_weights"):
+        weights: Path = options.network_weights
+        findings.attempt(lambda: to_published(*read_lora_file(weights), where=str(weights)))
     tokenizers = _check_tokenizers(options, flux, findings)
     prompts: tuple[SamplePrompt, ...] | None = ()
     if options.sample_prompts is not None and not _has_problem(findings, "sample_prompts"):
@@ -179,8 +192,8 @@ def warn_of_memory(checked: CheckedRun, total_bytes: int | None, reporter: Repor
     )
     if result.fits is False:
         reporter.warning(
-            f"this will probably not fit: about {format_bytes(result.peak_bytes)} are needed, the card has "
-            f"{format_bytes(total_bytes)}. {result.reason}"
+            f"this will probably not fit: about {format_bytes(result.peak_bytes)} are needed, the card leaves "
+            f"{format_bytes(usable_bytes(total_bytes))} of its {format_bytes(total_bytes)}. {result.reason}"
         )
 
 
@@ -201,12 +214,20 @@ def _has_problem(findings: _Findings, field: str) -> bool:
     return any(problem.field == field for problem in findings.problems)
 
 
+def _fetch_models(options: Options, findings: _Findings, reporter: Reporter) -> None:
+    """Downloads the models that are given as hub ids and are not on this machine yet."""
+    for name, kind in MODEL_KINDS.items():
+        path: Path | None = getattr(options, name)
+        if path is not None:
+            findings.attempt(partial(fetch_model, path, kind, name, reporter.note))
+
+
 def _read_flux(options: Options, findings: _Findings) -> FluxParams | None:
     """The transformer's dimensions."""
     if options.pretrained_model_name_or_path is None:
         return None
     path = options.pretrained_model_name_or_path
-    return findings.attempt(lambda: flux_params(read_header(path)))
+    return findings.attempt(lambda: flux_params(read_weights(path, "flux")))
 
 
 def _check_models(options: Options, flux: FluxParams, findings: _Findings) -> OtherModels | None:
@@ -226,7 +247,7 @@ def _check_models(options: Options, flux: FluxParams, findings: _Findings) -> Ot
 def _read_params(path: Path | None, name: str, read: Callable[[Header], _T], findings: _Findings) -> _T | None:
     if path is None or _has_problem(findings, name):
         return None
-    return findings.attempt(lambda: read(read_header(path)))
+    return findings.attempt(lambda: read(read_weights(path, MODEL_KINDS[name])))
 
 
 def _mismatch(noun: str, given: int, wanted: int, path: Path | None, field: str) -> Problem:
@@ -293,13 +314,27 @@ def _check_against_model(options: Options, spec: LoraSpec | None, flux: FluxPara
             )
 
 
+def _first_file(path: Path | None, name: str) -> Path | None:
+    """A file of the encoder, beside which its tokenizer may lie."""
+    if path is None:
+        return None
+    try:
+        return read_weights(path, MODEL_KINDS[name]).files[0]
+    except UserError:
+        return path  # what is wrong with it has been noted
+
+
 def _check_tokenizers(options: Options, flux: FluxParams | None, findings: _Findings) -> Tokenizers | None:
     """Loads both tokenizers: small, and the one thing that may have to be downloaded."""
     clip = findings.attempt(
-        lambda: load_clip_tokenizer(options.clip_l_tokenizer, options.tokenizer_cache_dir, encoder_file=options.clip_l)
+        lambda: load_clip_tokenizer(
+            options.clip_l_tokenizer, options.tokenizer_cache_dir, encoder_file=_first_file(options.clip_l, "clip_l")
+        )
     )
     t5 = findings.attempt(
-        lambda: load_t5_tokenizer(options.t5xxl_tokenizer, options.tokenizer_cache_dir, encoder_file=options.t5xxl)
+        lambda: load_t5_tokenizer(
+            options.t5xxl_tokenizer, options.tokenizer_cache_dir, encoder_file=_first_file(options.t5xxl, "t5xxl")
+        )
     )
     if clip is None or t5 is None:
         return None
@@ -311,7 +346,7 @@ def _check_tokenizers(options: Options, flux: FluxParams | None, findings: _Find
             continue
         file = path
         read = reader
-        params = findings.attempt(lambda file=file, read=read: read(read_header(file)))
+        params = findings.attempt(lambda file=file, read=read, name=name: read(read_weights(file, MODEL_KINDS[name])))
         if params is not None and tokenizer.vocab_size > params.vocab_size:
             findings.add(
                 Problem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from trainer.schema.base import UserError
 from trainer.schema.options import Options
 
 _DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_NOT_CARRIED_OUT: Final = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,15 @@ class Engine:
 
     @classmethod
     def start(cls, options: Options) -> Engine:
-        """accelerate decides about device and processes, unless `--device` names the device."""
+        """accelerate decides about device and processes, unless `--device` names the device.
+
+        Raises `UserError` when accelerate's own configuration asks for a way of sharding that is not carried out here.
+        """
+        _refuse_sharding()
+        # Several processes without a GPU only find each other when accelerate is told so; else each trains by itself.
+        shares_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
         # Precision stays out of accelerate: on a CPU it drops fp16 without a word; autocast and scaler are our own.
-        accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision="no")
+        accelerator = Accelerator(cpu=options.device == "cpu" or shares_cpu, mixed_precision="no")
         device = cast(torch.device, accelerator.device)
         if options.device not in ("auto", device.type):
             device = torch.device(options.device)
@@ -91,3 +100,14 @@ class Engine:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return self.device.type
+
+
+def _refuse_sharding() -> None:
+    for kind in _NOT_CARRIED_OUT:
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("1", "true"):
+            raise UserError(
+                f"accelerate is set up for {kind}, which is not supported yet",
+                "accelerate's configuration",
+                "Run accelerate config again without it; --blocks_to_swap saves memory.",
+                exit_code=2,
+            )

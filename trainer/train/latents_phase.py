@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from trainer.data.batches import BatchPlan
-from trainer.data.cache import CacheRequest, TensorCache, file_identity, latent_key, latent_requests
+from trainer.data.cache import CacheRequest, TensorCache, files_identity, latent_key, latent_requests
 from trainer.data.images import map_ahead, read_pixels
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.weights import load_autoencoder
 from trainer.schema.base import UserError
 from trainer.schema.options import Options
+from trainer.schema.weight_files import read_weights
 from trainer.train.check import CheckedRun
 from trainer.train.engine import Engine
 from trainer.train.reporting import Reporter
@@ -105,7 +106,8 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
 
     if options.ae is None:
         raise AssertionError("the checks demand the autoencoder")
-    identity = f"{file_identity(options.ae)}|{engine.dtype}"
+    files = read_weights(options.ae, "autoencoder").files
+    identity = f"{files_identity(files)}|{engine.dtype}"
     cache = TensorCache("latents", on_disk=options.cache_latents_to_disk, warn=reporter.warning)
     requests = latent_requests(checked.index, encoder=identity)
     autoencoder: AutoEncoder | None = None

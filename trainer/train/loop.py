@@ -266,10 +266,21 @@ class TrainingLoop:
             self._sample_now(is_epoch_end=True)
 
     def _save_now(self, kind: Literal["step", "epoch"]) -> None:
-        self._save(self._position, kind)
+        try:
+            self._save(self._position, kind)
+        except UserError as error:
+            # Space can be made while training goes on; ending here would lose the work since the last save.
+            self._reporter.warning(f"nothing was saved: {error}")
         self._reporter.phase("training")
 
     def _sample_now(self, *, is_epoch_end: bool) -> None:
-        self._sample(self._position, is_epoch_end)
+        try:
+            self._sample(self._position, is_epoch_end)
+        except UserError as error:
+            self._reporter.warning(f"no sample was made: {error}")
+        except StopRequested:
+            # Only the main process samples; the others learn of the stop when gradients are averaged next.
+            if self._sync.num_processes == 1:
+                raise
         self._network.train()
         self._reporter.phase("training")

@@ -13,11 +13,14 @@ import json
 import mimetypes
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from trainer.schema.base import UserError
+
+_OWN_PREFIX: Final = "ss_fluxgui_"
 
 _READ_BYTES: Final = 1 << 24
 _LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
@@ -51,6 +54,9 @@ _ABSENT: Final[Mapping[str, object]] = {
     "ss_validate_every_n_steps": None,
 }
 """Settings of the reference that do not exist here, at the reference's value for "not used"."""
+
+_OPTION_NAMES: Final[Mapping[str, str]] = {"ss_debiased_estimation": "debiased_estimation_loss"}
+"""Options that are called otherwise than their key."""
 
 _MINIMUM_KEYS: Final = (
     "ss_v2",
@@ -124,13 +130,28 @@ class ModelSpecFacts:
 
 
 @dataclass(frozen=True)
+class ModelFileFacts:
+    """A model file beside FLUX's: its name, eight-digit hash and, once known, SHA-256."""
+
+    name: str
+    legacy_hash: str | None = None
+    sha256: str | None = None
+
+
+_NONE: Final[Mapping[str, object]] = MappingProxyType({})
+_NO_MODELS: Final[Mapping[str, ModelFileFacts]] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
 class TrainingFacts:
     """Everything about a run that its LoRA files tell. Names are those of the options where there is one.
 
     `uses_dataset_config` says whether the data came from a dataset file: the reference writes other keys then.
     `network_args` are the given pairs, None for none. `optimizer` is the text of `optim.optimizer_description`.
     `learning_rate` and the two others are the options, None included. `base_model_sha256` may be left out, since it
-    means reading the whole file.
+    means reading the whole file. `settings` are values for keys of the reference that are otherwise written as not
+    used. `other_models` are the encoders and the autoencoder by our names for them, and `own` our own settings: written
+    as `ss_fluxgui_...`, since the reference does not record them.
     """
 
     session_id: int
@@ -186,6 +207,24 @@ class TrainingFacts:
     min_timestep: int | None = None
     max_timestep: int | None = None
     modelspec: ModelSpecFacts = ModelSpecFacts()
+    network_module: str = "networks.lora_flux"
+    settings: Mapping[str, object] = field(default_factory=lambda: _NONE)
+    other_models: Mapping[str, ModelFileFacts] = field(default_factory=lambda: _NO_MODELS)
+    own: Mapping[str, object] = field(default_factory=lambda: _NONE)
+
+
+def used_settings(options: object) -> dict[str, object]:
+    """The values of those keys in the reference's list whose options exist in `options`, by key."""
+    names = {key: _OPTION_NAMES.get(key, key.removeprefix("ss_")) for key in _ABSENT}
+    return {key: getattr(options, name) for key, name in names.items() if hasattr(options, name)}
+
+
+def model_file_facts(path: Path) -> ModelFileFacts:
+    """Name and quick hash of a model file; the reference's words stand for the hash of a folder or of no file."""
+    try:
+        return ModelFileFacts(path.name, "IsADirectory" if path.is_dir() else legacy_file_hash(path))
+    except OSError:
+        return ModelFileFacts(path.name, "NOFILE")
 
 
 def lora_metadata(
@@ -196,7 +235,8 @@ def lora_metadata(
     `no_metadata` keeps what a loader needs, and `modelspec`. Deviations from the reference: `ss_epoch` is 1-based in
     step files too, `modelspec.resolution` is that of the dataset, and `implementation_version` names this program.
     """
-    values: dict[str, object] = {**_ABSENT, **_training_values(facts), **_flux_values(facts)}
+    values: dict[str, object] = {**_ABSENT, **facts.settings, **_training_values(facts), **_flux_values(facts)}
+    values |= _other_model_values(facts) | {f"{_OWN_PREFIX}{name}": value for name, value in facts.own.items()}
     values |= _dataset_file_values(facts.datasets) if facts.uses_dataset_config else _folder_values(facts)
     values |= {"ss_training_finished_at": finished_at, "ss_steps": step, "ss_epoch": epoch}
     if no_metadata:
@@ -222,7 +262,7 @@ def _training_values(facts: TrainingFacts) -> dict[str, object]:
         "ss_max_train_steps": facts.max_train_steps,
         "ss_lr_warmup_steps": facts.lr_warmup_steps,
         "ss_lr_scheduler": facts.lr_scheduler,
-        "ss_network_module": "networks.lora_flux",
+        "ss_network_module": facts.network_module,
         "ss_network_dim": facts.network_dim,
         "ss_network_alpha": float(facts.network_alpha),
         "ss_network_dropout": facts.network_dropout,
@@ -250,6 +290,19 @@ def _training_values(facts: TrainingFacts) -> dict[str, object]:
         values["ss_sd_model_hash"] = facts.base_model_legacy_hash
     if facts.base_model_sha256 is not None:
         values["ss_new_sd_model_hash"] = facts.base_model_sha256
+    return values
+
+
+def _other_model_values(facts: TrainingFacts) -> dict[str, object]:
+    """Name and hashes of each, under keys of our own; the autoencoder also under those of the reference's VAE."""
+    values: dict[str, object] = {}
+    for name, model in facts.other_models.items():
+        named = {f"{name}_name": model.name, f"{name}_hash": model.legacy_hash, f"new_{name}_hash": model.sha256}
+        values |= {f"{_OWN_PREFIX}{key}": value for key, value in named.items() if value is not None}
+    ae = facts.other_models.get("ae")
+    if ae is not None:
+        vae = {"ss_vae_name": ae.name, "ss_vae_hash": ae.legacy_hash, "ss_new_vae_hash": ae.sha256}
+        values |= {key: value for key, value in vae.items() if value is not None}
     return values
 
 

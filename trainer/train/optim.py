@@ -9,10 +9,8 @@ from typing import Final, cast
 
 import torch
 
-from trainer.schema.base import Problem, UserError, nearest
+from trainer.schema.base import UserError
 
-_ADAMW_ARGUMENTS: Final = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "fused")
-_ADAMW8BIT_ARGUMENTS: Final = ("betas", "eps", "weight_decay", "min_8bit_size", "is_paged")
 _IMPLEMENTATION_ARGUMENTS: Final = ("foreach", "fused")
 _FUSED_DEVICES: Final = ("cpu", "cuda")
 
@@ -26,17 +24,15 @@ def create_optimizer(
 ) -> torch.optim.Optimizer:
     """`AdamW`, or `AdamW8bit` of bitsandbytes, over `groups` of parameters, which may bring an `lr` of their own.
 
-    `arguments` are those of `optimizer_args`. Raises `UserError` (exit code 2) for one that the optimizer does not
-    take. AdamW8bit keeps the state of tensors of 4096 numbers and more in 8 bit and of smaller ones in 32 bit; it works
-    on CPUs too, more slowly than AdamW.
+    `arguments` are what `parse_optimizer_args` made of `optimizer_args`, which knows the settings of each. Raises
+    `UserError` (exit code 2) for values that the optimizer refuses all the same. AdamW8bit keeps the state of tensors of
+    4096 numbers and more in 8 bit and of smaller ones in 32 bit; it works on CPUs too, more slowly than AdamW.
     """
-    known = {"adamw": _ADAMW_ARGUMENTS, "adamw8bit": _ADAMW8BIT_ARGUMENTS}.get(optimizer_type.lower())
-    if known is None:
-        raise ValueError(f"{optimizer_type} is not an optimizer")
-    _check_arguments(optimizer_type, arguments, known)
     try:
-        if known is _ADAMW8BIT_ARGUMENTS:
+        if optimizer_type == "AdamW8bit":
             return _adamw8bit()(list(groups), lr=learning_rate, **arguments)
+        if optimizer_type != "AdamW":
+            raise AssertionError(f"{optimizer_type} is not an optimizer")
         if not any(name in arguments for name in _IMPLEMENTATION_ARGUMENTS) and _all_on_fused_devices(groups):
             # One kernel for all tensors of a LoRA's hundreds: a third of the loop's time on a CPU, a launch on a GPU.
             arguments = {**arguments, "fused": True}
@@ -54,19 +50,6 @@ def optimizer_description(optimizer: torch.optim.Optimizer, arguments: Mapping[s
     kind = type(optimizer)
     given = ",".join(f"{key}={value}" for key, value in arguments.items())
     return f"{kind.__module__}.{kind.__name__}" + (f"({given})" if given else "")
-
-
-def _check_arguments(optimizer_type: str, arguments: Mapping[str, object], known: Sequence[str]) -> None:
-    problems: list[Problem] = []
-    for name in arguments:
-        if name not in known:
-            near = nearest(name, known)
-            hint = f"Did you mean {near}?" if near else f"It takes {', '.join(known)}."
-            problems.append(
-                Problem(f"{optimizer_type} has no setting {name}", "--optimizer_args", hint, "optimizer_args")
-            )
-    if problems:
-        raise UserError.many(problems, exit_code=2)
 
 
 def _all_on_fused_devices(groups: Sequence[dict[str, object]]) -> bool:

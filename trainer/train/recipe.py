@@ -6,7 +6,9 @@ What a phase needs is freed before the next one loads: text encoders, then autoe
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -17,30 +19,39 @@ import torch
 from torch import Tensor
 
 from trainer.data.batches import BatchPlan, epoch_batches, share_of_rank
+from trainer.lora.form_reader import Origin
+from trainer.lora.forms import to_published
 from trainer.lora.lora import LoraNetwork
+from trainer.lora.lora_file import read_lora_file
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.flux import Flux
 from trainer.model.weights import load_flux
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.mover import make_mover
 from trainer.schema.cli import ParsedCommand
+from trainer.schema.folders import data_home
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun, check_run, warn_of_memory
+from trainer.train.checkpoint import CheckpointKind
 from trainer.train.conditioning import TextSource
 from trainer.train.engine import Engine
+from trainer.train.file_hashes import FileHashes
 from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
 from trainer.train.loop import GradientSync, LoopSettings, StepPosition, TrainingLoop
+from trainer.train.lora_form import base_layers
 from trainer.train.objective import FlowObjective, FlowSettings
 from trainer.train.optim import LearningRateSchedule, create_optimizer, optimizer_description
 from trainer.train.reporting import Reporter, StopRequested
+from trainer.train.rescue import save_or_rescue
 from trainer.train.sample_maker import SampleMaker
-from trainer.train.saver import LoraSaver, training_facts
+from trainer.train.saver import LoraSaver, model_files, training_facts
 from trainer.train.session import DeviceLock
 from trainer.train.text_phase import PreparedText, prepare_text
 
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
+HASHES_FILE = "model_hashes.json"
 TRACKER_NAME = "network_train"
 
 MicroBatch = Callable[[torch.Generator], Tensor]
@@ -75,15 +86,18 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
 
     reporter.phase("model")
     model = _load_model(checked, engine)
-    network = _attach_lora(checked, model, text, engine, reporter, seed)
+    base = base_layers(model) if options.lora_form == "bfl" else None
+    network, origin = _attach_lora(checked, model, text, engine, reporter, seed)
     reporter.note(f"LoRA on {network.num_modules} layers, rank {checked.spec.rank}, alpha {checked.spec.alpha}")
     swap = _block_swap(options, model, engine, reporter)
+    optimizer_arguments = parse_optimizer_args(options.optimizer_args, options.optimizer_type)
     optimizer = create_optimizer(
         options.optimizer_type,
         network.parameter_groups(_unet_rate(options), _text_encoder_rate(options)),
         learning_rate=options.learning_rate,
-        arguments=parse_optimizer_args(options.optimizer_args),
+        arguments=optimizer_arguments,
     )
+    hashes = FileHashes(model_files(options), data_home() / HASHES_FILE)
     save = LoraSaver(
         network,
         _output_dir(options),
@@ -93,12 +107,19 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
             seed=seed,
             session_id=secrets.randbits(32),
             started_at=started_at,
-            optimizer=optimizer_description(optimizer, parse_optimizer_args(options.optimizer_args)),
+            optimizer=optimizer_description(optimizer, optimizer_arguments),
             num_processes=engine.num_processes,
+            weight_dtype=str(engine.dtype).removeprefix("torch."),
         ),
         reporter,
         engine.is_main,
+        origin,
+        base,
+        hashes,
     )
+    if options.lora_form != "sd-scripts" and engine.is_main:
+        # What the form cannot hold is better said now than after the training.
+        save.tensors()
     sample = _sample_maker(checked, model, network, autoencoder, text.source, engine, reporter)
     loop = TrainingLoop(
         _loop_settings(checked, seed),
@@ -120,13 +141,27 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         peak_bytes=engine.peak_bytes,
     )
     reporter.phase("training")
-    with swap:
-        position, was_stopped = loop.run()
-    if was_stopped:
-        if position.step > 0:
-            save(position, "step")
-        raise StopRequested
-    save(position, "final")
+    with contextlib.closing(hashes):
+        if engine.is_main and not options.no_metadata:
+            hashes.start()
+        with swap:
+            position, was_stopped = loop.run()
+        if was_stopped:
+            if position.step > 0:
+                _save_for_good(save, position, "step")
+            raise StopRequested
+        _save_for_good(save, position, "final")
+
+
+def _save_for_good(save: LoraSaver, position: StepPosition, kind: CheckpointKind) -> None:
+    """The last save of a run: what the output folder refuses is kept in the data folder, or the temporary one."""
+    moment = time.strftime("%Y%m%d-%H%M%S")
+    elsewhere = (data_home(), Path(tempfile.gettempdir()) / "fluxgui")
+    save_or_rescue(
+        lambda folder: dataclasses.replace(save, folder=folder)(position, kind),
+        save.folder,
+        [place / "rescued" / moment for place in elsewhere],
+    )
 
 
 def _announce_plan(checked: CheckedRun, engine: Engine, reporter: Reporter) -> None:
@@ -176,24 +211,30 @@ def _load_model(checked: CheckedRun, engine: Engine) -> Flux:
 
 def _attach_lora(
     checked: CheckedRun, model: Flux, text: PreparedText, engine: Engine, reporter: Reporter, seed: int
-) -> LoraNetwork:
+) -> tuple[LoraNetwork, Origin | None]:
+    """The network, and how the file was written that it starts from."""
     clip = None if checked.options.network_train_unet_only else text.clip
     network = LoraNetwork.attach(model, clip, checked.spec, torch.Generator().manual_seed(seed))
     network.to(engine.device)
+    origin = None
     if checked.options.network_weights is not None:
-        _load_weights(network, checked.options.network_weights, reporter)
-    return network
+        origin = _load_weights(network, checked.options.network_weights, reporter)
+    return network, origin
 
 
-def _load_weights(network: LoraNetwork, path: Path, reporter: Reporter) -> None:
-    report = network.load_file(path)
-    reporter.note(f"starting from {path}")
+def _load_weights(network: LoraNetwork, path: Path, reporter: Reporter) -> Origin | None:
+    state, metadata = read_lora_file(path)
+    published = to_published(state, metadata, where=str(path))
+    origin = published.origin
+    report = network.load_file(path) if origin is None else network.load_published(published.state, where=str(path))
+    reporter.note(f"starting from {path}" if origin is None else f"starting from {path}, a file in {origin.form} form")
     for names, what in (
         (report.missing, "layers are not in the file and start anew"),
         (report.unexpected, "layers of the file are not trained here and are left out"),
     ):
         if names:
             reporter.warning(f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+    return origin
 
 
 def _block_swap(options: Options, model: Flux, engine: Engine, reporter: Reporter) -> AbstractContextManager[object]:

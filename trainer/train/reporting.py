@@ -67,6 +67,7 @@ class Reporter:
         self._is_main = is_main
         self._scalars: ScalarWriter | None = None
         self._bar: tqdm[NoReturn] | None = None
+        self._phase_bar: tqdm[NoReturn] | None = None
         self._stop = threading.Event()
         self._signals = 0
         self._save_asked = False
@@ -77,6 +78,7 @@ class Reporter:
         self._paused = False
         self._paused_seconds = 0.0
         self._num_steps_done = 0
+        self._events_lost = False
 
     # ---- out -------------------------------------------------------------------------------------------------
 
@@ -95,8 +97,16 @@ class Reporter:
         return self._num_steps_done
 
     def event(self, kind: str, **fields: object) -> None:
-        if self._events is not None and self._is_main:
+        if self._events is None or not self._is_main:
+            return
+        try:
             self._events.write(kind, **fields)
+            self._events_lost = False
+        except OSError as error:
+            # A full disk must not end a training; the next event tries again.
+            if not self._events_lost:
+                logger.warning("events cannot be written: %s", error.strerror or error)
+            self._events_lost = True
 
     def note(self, text: str) -> None:
         """A line that explains a decision; not a problem."""
@@ -111,6 +121,7 @@ class Reporter:
         self.event("warning", message=text)
 
     def phase(self, name: str) -> None:
+        self._close_phase_bar()
         self._phase = name
         self._last_progress = 0.0
         if self._heartbeat is not None:
@@ -125,15 +136,31 @@ class Reporter:
         if done >= total or now - self._last_progress >= PROGRESS_INTERVAL_SECONDS:
             self._last_progress = now
             self.event("progress", phase=self._phase, done=done, total=total)
+            self._show_progress(done, total)
         if self._heartbeat is not None:
             self._heartbeat.update(progress=f"{self._phase} {done}/{total}")
         self.check_stop()
+
+    def _show_progress(self, done: int, total: int) -> None:
+        """The console's bar of a phase before training; during training the steps have theirs."""
+        if not self._is_main or self._run is not None or self._bar is not None:
+            return
+        if self._phase_bar is None:
+            self._phase_bar = tqdm(total=total, desc=self._phase, file=sys.stderr)
+        self._phase_bar.n = done
+        self._phase_bar.refresh()
+
+    def _close_phase_bar(self) -> None:
+        if self._phase_bar is not None:
+            self._phase_bar.close()
+            self._phase_bar = None
 
     def plan(self, **fields: object) -> None:
         self.event("plan", **fields)
 
     def start_training(self, num_steps: int, first_step: int) -> None:
         """Shows the progress bar that other interfaces know how to read (named `steps`)."""
+        self._close_phase_bar()
         if self._is_main and self._run is None:
             self._bar = tqdm(total=num_steps, initial=first_step, desc="steps", smoothing=0, file=sys.stderr)
 
@@ -186,6 +213,7 @@ class Reporter:
         self.event("run_finished", outcome=outcome, steps=steps)
 
     def close_bar(self) -> None:
+        self._close_phase_bar()
         if self._bar is not None:
             self._bar.close()
             self._bar = None

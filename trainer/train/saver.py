@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from torch import Tensor
+
 from trainer.data.index import DatasetSummary, SubsetSummary
+from trainer.lora.form_reader import Origin
+from trainer.lora.form_writer import BaseLayers
+from trainer.lora.forms import from_published
 from trainer.lora.lora import LoraNetwork
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name, remove_superseded, save_dtype, save_lora
+from trainer.train.file_hashes import FileHashes
 from trainer.train.loop import StepPosition
 from trainer.train.metadata import (
     DatasetFacts,
     ModelSpecFacts,
     SubsetFacts,
     TrainingFacts,
-    legacy_file_hash,
     lora_metadata,
+    model_file_facts,
+    used_settings,
 )
 from trainer.train.reporting import Reporter
 
@@ -28,7 +36,11 @@ TRAINER_VERSION: Final = "0.1.0"
 
 @dataclass(frozen=True)
 class LoraSaver:
-    """Saves `network` into `folder`. Only the main process has one that writes."""
+    """Saves `network` into `folder`. Only the main process has one that writes.
+
+    `origin` is how the file was written that the weights started from; `base` is needed for the BFL form. `hashes` are
+    those of `model_files`, by the same names.
+    """
 
     network: LoraNetwork
     folder: Path
@@ -36,6 +48,9 @@ class LoraSaver:
     facts: TrainingFacts
     reporter: Reporter
     is_main: bool
+    origin: Origin | None = None
+    base: BaseLayers | None = None
+    hashes: FileHashes | None = None
 
     def __call__(self, position: StepPosition, kind: CheckpointKind) -> None:
         if not self.is_main:
@@ -43,18 +58,35 @@ class LoraSaver:
         self.reporter.phase("saving")
         number = position.epoch if kind == "epoch" else position.step
         path = self.folder / checkpoint_name(self.options.output_name, kind, number)
-        metadata = lora_metadata(
-            self.facts,
-            step=position.step,
-            epoch=position.epoch,
-            finished_at=time.time(),
-            no_metadata=self.options.no_metadata,
-        )
-        # With no precision asked for, alpha stays the whole number that an untouched --network_alpha is.
-        state = self.network.published_state_dict(save_dtype(self.options.save_precision))
-        save_lora(path, state, metadata)
+        finished_at = time.time()
+        state, added = self.tensors()
+
+        def write(hashes: Mapping[str, str]) -> None:
+            metadata = lora_metadata(
+                with_hashes(self.facts, hashes),
+                step=position.step,
+                epoch=position.epoch,
+                finished_at=finished_at,
+                no_metadata=self.options.no_metadata,
+            )
+            save_lora(path, state, {**metadata, **added})
+
+        write(self.hashes.ready() if self.hashes is not None else {})
+        if kind == "final" and self.hashes is not None and not self.hashes.is_done:
+            # The LoRA is safe already; its header is written once more when the hashes are there.
+            self.reporter.note(f"{path} is saved; hashing the model files for its metadata (a stop leaves them out)")
+            write(self.hashes.finish(self.reporter.should_stop))
         self.reporter.checkpoint(path, step=position.step, epoch=position.epoch, is_final=kind == "final")
         self._remove_superseded(kind, number)
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What is written, in the form that is asked for, and the metadata that belongs to it.
+
+        Raises `UserError` when the form has no place for what is trained.
+        """
+        # With no precision asked for, alpha stays the whole number that an untouched --network_alpha is.
+        published = self.network.published_state_dict(save_dtype(self.options.save_precision))
+        return from_published(published, self.options.lora_form, origin=self.origin, base=self.base)
 
     def _remove_superseded(self, kind: CheckpointKind, number: int) -> None:
         options = self.options
@@ -70,14 +102,50 @@ class LoraSaver:
         )
 
 
+def model_files(options: Options) -> dict[str, Path]:
+    """The run's model files by the names that the metadata has for them; FLUX's comes first."""
+    files = {
+        "flux": options.pretrained_model_name_or_path,
+        "ae": options.ae,
+        "clip_l": options.clip_l,
+        "t5xxl": options.t5xxl,
+    }
+    return {name: path for name, path in files.items() if path is not None}
+
+
+def with_hashes(facts: TrainingFacts, hashes: Mapping[str, str]) -> TrainingFacts:
+    """The facts with those SHA-256 that are known by now, by the names of `model_files`."""
+    others = {name: replace(model, sha256=hashes.get(name)) for name, model in facts.other_models.items()}
+    return replace(facts, base_model_sha256=hashes.get("flux"), other_models=others)
+
+
+def _own_settings(options: Options, weight_dtype: str) -> dict[str, object]:
+    """Settings that decide about the result and that the reference does not record."""
+    return {
+        "blocks_to_swap": options.blocks_to_swap or 0,
+        "weight_dtype": weight_dtype,
+        "save_precision": options.save_precision or "float",
+        "lora_form": options.lora_form,
+        "t5xxl_max_token_length": options.t5xxl_max_token_length,
+        "clip_l_activation": options.clip_l_activation,
+        "network_train_unet_only": options.network_train_unet_only,
+    }
+
+
 def training_facts(
-    checked: CheckedRun, *, seed: int, session_id: int, started_at: float, optimizer: str, num_processes: int
+    checked: CheckedRun,
+    *,
+    seed: int,
+    session_id: int,
+    started_at: float,
+    optimizer: str,
+    num_processes: int,
+    weight_dtype: str,
 ) -> TrainingFacts:
-    """What the files of this run say about it."""
+    """What the files of this run say about it. `weight_dtype` is the number format of the frozen models."""
     options, spec, schedule = checked.options, checked.spec, checked.schedule
-    flux_file = options.pretrained_model_name_or_path
-    if flux_file is None:
-        raise AssertionError("the checks demand the model")
+    models = {name: model_file_facts(path) for name, path in model_files(options).items()}
+    flux = models.pop("flux")
     return TrainingFacts(
         session_id=session_id,
         started_at=started_at,
@@ -126,8 +194,12 @@ def training_facts(
         datasets=tuple(_dataset_facts(summary, checked) for summary in checked.index.datasets),
         uses_dataset_config=options.dataset_config is not None,
         is_schnell=checked.flux.is_schnell,
-        base_model_name=flux_file.name,
-        base_model_legacy_hash=legacy_file_hash(flux_file),
+        base_model_name=flux.name,
+        base_model_legacy_hash=flux.legacy_hash,
+        network_module=options.network_module or "networks.lora_flux",
+        settings=used_settings(options),
+        other_models=models,
+        own=_own_settings(options, weight_dtype),
         min_timestep=options.min_timestep,
         max_timestep=options.max_timestep,
         modelspec=ModelSpecFacts(

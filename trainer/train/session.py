@@ -13,8 +13,10 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from trainer.schema.base import Problem, UserError
 from trainer.schema.events import EventReader, EventWriter
@@ -29,11 +31,27 @@ EXIT_DONE, EXIT_BUG, EXIT_OPTIONS, EXIT_FIXABLE = 0, 1, 2, 3
 DEVICE_POLL_SECONDS = 0.5
 
 
+if TYPE_CHECKING:
+    TextHandler = logging.StreamHandler[TextIO]
+else:
+    # Python 3.10 has no type parameter here.
+    TextHandler = logging.StreamHandler
+
+
+class ConsoleHandler(TextHandler):
+    """Writes lines above a progress bar, not into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 def configure_console(options: Options | None) -> None:
     """Sets the log level and where lines go: stderr, or `--console_log_file` (begun anew)."""
     level = (options.console_log_level if options else None) or "INFO"
     handler: logging.Handler
-    if options is not None and options.console_log_file is not None:
+    # One process begins the file anew; the others write to the console.
+    if options is not None and options.console_log_file is not None and is_main_process():
         try:
             handler = logging.FileHandler(options.console_log_file, mode="w", encoding="utf-8")
         except OSError as error:
@@ -44,9 +62,9 @@ def configure_console(options: Options | None) -> None:
                 field="console_log_file",
             ) from error
     elif options is not None and options.console_log_simple:
-        handler = logging.StreamHandler(sys.stdout)
+        handler = ConsoleHandler(sys.stdout)
     else:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = ConsoleHandler(sys.stderr)
     simple = options is not None and options.console_log_simple
     handler.setFormatter(logging.Formatter("%(message)s" if simple else "%(asctime)s %(levelname)-7s %(message)s"))
     root = logging.getLogger()

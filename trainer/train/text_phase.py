@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from trainer.data.cache import CacheRequest, TensorCache, file_identity, text_key, text_requests
+from trainer.data.cache import CacheRequest, TensorCache, files_identity, text_key, text_requests
 from trainer.model.weights import load_clip_l, load_t5xxl
 from trainer.schema.memory import text_encoders_fit
 from trainer.schema.options import Options
+from trainer.schema.weight_files import read_weights
 from trainer.train.check import CheckedRun
 from trainer.train.conditioning import CachedText, ClipEncoder, LiveText, StoredText, T5Encoder, TextSource
 from trainer.train.engine import Engine
@@ -174,8 +175,8 @@ def _identity(checked: CheckedRun, engine: Engine) -> str:
         raise AssertionError("the checks demand both text encoders")
     return "|".join(
         (
-            file_identity(options.clip_l),
-            file_identity(options.t5xxl),
+            files_identity(read_weights(options.clip_l, "clip_l").files),
+            files_identity(read_weights(options.t5xxl, "t5xxl").files),
             tokenizers.clip_l.identity,
             tokenizers.t5xxl.identity,
             options.clip_l_activation,

@@ -1,0 +1,180 @@
+"""Peak memory and time of loading the transformer, each load in a process of its own.
+
+    python -m tests.bench.bench_loading --gigabytes 4        files of about that size; the disk needs as much
+    python -m tests.bench.bench_loading --size tiny          seconds; proves only that it runs
+
+The bound is the size of what is loaded plus 2 GB: the larger of the files and of the finished model, which on a CPU lies
+in main memory too (fp8 files become bf16 models of twice their size). Peak memory is the process's largest resident set,
+mapped pages of the files counted, as the system reports it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+if __name__ == "__main__":
+    # Also as a script: `python tests/bench/bench_loading.py`.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from trainer.schema.checkpoint_header import FluxParams
+from trainer.schema.key_names import flux_in_diffusers
+from trainer.schema.model_shapes import flux_shapes
+
+Layout = Literal["published", "diffusers shards", "scaled fp8"]
+LAYOUTS: tuple[Layout, ...] = ("published", "diffusers shards", "scaled fp8")
+MARGIN_BYTES = 2 * 10**9
+NUM_SHARDS = 3
+_CHUNK = bytes(range(1, 256)) * (1 << 16)
+_SIZES = {"BF16": 2, "F8_E4M3": 1, "F32": 4}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What one load took."""
+
+    layout: Layout
+    file_bytes: int
+    model_bytes: int
+    baseline_bytes: int
+    peak_bytes: int
+    seconds: float
+
+    @property
+    def bound_bytes(self) -> int:
+        return max(self.file_bytes, self.model_bytes) + MARGIN_BYTES
+
+    @property
+    def is_within_bound(self) -> bool:
+        return self.peak_bytes <= self.bound_bytes
+
+
+def flux_of_about(gigabytes: float) -> FluxParams:
+    """A model of the published proportions and widths whose bf16 weights take about this much, by its depth."""
+    blocks = max(1, round(gigabytes * 1e9 / 2 / 480e6))  # one double block has 340 M parameters, one single block 141 M
+    return FluxParams(64, 64, 768, 4096, 3072, 4.0, 24, blocks, blocks, (16, 56, 56), 10_000, True, True)
+
+
+def tiny_flux() -> FluxParams:
+    return FluxParams(64, 64, 32, 48, 64, 4.0, 2, 2, 2, (4, 14, 14), 10_000, True, True)
+
+
+def write_model(folder: Path, params: FluxParams, layout: Layout) -> Path:
+    """Files with every tensor of the model, filled with non-zero bytes; returns what `load_flux` takes."""
+    shapes = flux_shapes(params)
+    if layout == "published":
+        return _write(folder / "flux.safetensors", {name: ("BF16", shape) for name, shape in shapes.items()})
+    if layout == "scaled fp8":
+        return _write(folder / "flux.safetensors", dict(_scaled(shapes)))
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        parts = flux_in_diffusers(name)
+        rows = (
+            [shape[0] // 3] * 3 if len(parts) == 3 else [params.hidden_size] * 3 + [shape[0] - 3 * params.hidden_size]
+        )
+        for part, count in zip(parts, rows if len(parts) > 2 else [shape[0]] * 2, strict=False):
+            tensors[part.name] = ("BF16", (count, *shape[1:]))
+    names = sorted(tensors)
+    weight_map: dict[str, str] = {}
+    for number in range(NUM_SHARDS):
+        file = f"diffusion_pytorch_model-{number + 1:05d}-of-{NUM_SHARDS:05d}.safetensors"
+        share = names[number::NUM_SHARDS]
+        _write(folder / file, {name: tensors[name] for name in share})
+        weight_map |= dict.fromkeys(share, file)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    return folder
+
+
+def _scaled(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    yield "scaled_fp8", ("F8_E4M3", (0,))
+    for name, shape in shapes.items():
+        if len(shape) == 2:
+            yield name, ("F8_E4M3", shape)
+            yield name.replace(".weight", ".scale_weight"), ("F32", ())
+        else:
+            yield name, ("BF16", shape)
+
+
+def _write(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Path:
+    header: dict[str, object] = {}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        num_bytes = _SIZES[dtype]
+        for size in shape:
+            num_bytes *= size
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
+        offset += num_bytes
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        while offset > 0:
+            offset -= file.write(_CHUNK[: min(offset, len(_CHUNK))])
+    return path
+
+
+_CHILD = """
+import json, resource, sys, time
+from pathlib import Path
+import torch
+from trainer.model.weights import load_flux
+unit = 1 if sys.platform == "darwin" else 1024
+baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+start = time.perf_counter()
+model = load_flux(Path(sys.argv[1]), torch.bfloat16, "cpu")
+seconds = time.perf_counter() - start
+model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+print(json.dumps([baseline, peak, model_bytes, seconds]))
+"""
+
+
+def measure(path: Path, layout: Layout) -> Loaded:
+    """Loads the model at `path` as bf16 into main memory, in a new process."""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, str(path)], cwd=root, capture_output=True, text=True, check=True, timeout=900
+    )
+    baseline, peak, model_bytes, seconds = json.loads(done.stdout.splitlines()[-1])
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return Loaded(layout, sum(file.stat().st_size for file in files), model_bytes, baseline, peak, seconds)
+
+
+def run(params: FluxParams, folder: Path) -> list[Loaded]:
+    """One load of each layout; the files are made and removed one after the other."""
+    results: list[Loaded] = []
+    for layout in LAYOUTS:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            results.append(measure(write_model(Path(place), params, layout), layout))
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.bench_loading")
+    parser.add_argument("--size", choices=("real", "tiny"), default="real")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="bf16 size of the model")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the files are made")
+    arguments = parser.parse_args()
+    params = tiny_flux() if arguments.size == "tiny" else flux_of_about(arguments.gigabytes)
+    started = time.monotonic()
+    print(f"{'layout':<18}{'files GB':>9}{'model GB':>9}{'start GB':>9}{'peak GB':>9}{'bound GB':>9}{'seconds':>9}")
+    results = run(params, arguments.folder)
+    for loaded in results:
+        sizes = (loaded.file_bytes, loaded.model_bytes, loaded.baseline_bytes, loaded.peak_bytes, loaded.bound_bytes)
+        print(f"{loaded.layout:<18}" + "".join(f"{size / 1e9:>9.2f}" for size in sizes) + f"{loaded.seconds:>9.1f}")
+    print(f"in all {time.monotonic() - started:.0f} s")
+    return 0 if all(loaded.is_within_bound for loaded in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Several processes of one training, started as torchrun and accelerate start them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from tests.runs.commands import run_command
+from tests.tiny import TinyModels, make_tiny_dataset
+
+pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
+
+
+def arguments(models: TinyModels, dataset: Path, output_dir: Path) -> list[str]:
+    return [
+        *models.arguments(),
+        f"--dataset_config={dataset}",
+        f"--output_dir={output_dir}",
+        "--output_name=lora",
+        "--network_module=networks.lora_flux",
+        "--network_dim=4",
+        "--network_train_unet_only",
+        "--cache_latents",
+        "--cache_text_encoder_outputs",
+        "--t5xxl_max_token_length=16",
+        "--model_prediction_type=raw",
+        "--learning_rate=1e-2",
+        "--max_train_epochs=2",
+    ]
+
+
+def test_two_processes_without_a_gpu_share_one_training(tiny_models: TinyModels, tmp_path: Path) -> None:
+    dataset = make_tiny_dataset(tmp_path / "dataset", count=4)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    launch += ["--rdzv_endpoint=127.0.0.1:0", "flux_train_network.py"]
+    finished = run_command([*launch, *arguments(tiny_models, dataset, tmp_path / "output")])
+    assert finished.code == 0, finished.output
+    assert re.search(r"2 epochs of 2 steps, 4 steps in total", finished.output)
+    with safe_open(tmp_path / "output" / "lora.safetensors", framework="pt") as file:
+        assert file.metadata()["ss_steps"] == "4"

@@ -1,0 +1,277 @@
+"""Reads the adapters out of a LoRA file's tensors, whatever form the file has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, cast
+
+import torch
+from torch import Tensor
+
+from trainer.lora.form_names import QKV_OF_LINEAR1, Form, Place, Role, form_of, norm_of, place_of, split_suffix
+from trainer.lora.layer_names import HALVES_SWAPPED, layer_name, layer_of
+from trainer.lora.lora_tensors import Adapter, LoraTensors, fuse, matching_alpha, part_sizes, unfold_alpha
+from trainer.schema.base import UserError
+
+ALPHA_KEY: Final = "fluxgui_alpha"
+"""Metadata: the alpha that was folded into the weights, so that it can be taken out again."""
+TRAINED_KEY: Final = "fluxgui_trained_layers"
+"""Metadata: the layers that a whole BFL file really adapts; the others are there because loaders demand them."""
+
+SPLIT_ALPHA_KEY: Final = "ss_split_qkv_alpha"
+"""Metadata: fused layers that were trained in parts have the alpha of the whole when its value is `merged`."""
+MERGED: Final = "merged"
+
+_MLP_RATIO: Final = 4
+_SWAPPED_NAME: Final = layer_name("unet", HALVES_SWAPPED)
+
+
+@dataclass(frozen=True)
+class OwnKeys:
+    """The keys under which a file holds one adapter, and its rank and alpha there."""
+
+    keys: Mapping[Role, str]
+    rank: int
+    alpha: Tensor | None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How the file was written that adapters came from: lets them be written just so again.
+
+    `modules` are the file's keys by published name and number of the part; `norms` those of the norms by path.
+    """
+
+    form: Form
+    modules: Mapping[tuple[str, int], OwnKeys]
+    norms: Mapping[str, str]
+
+
+def read_lora(
+    state: Mapping[str, Tensor], metadata: Mapping[str, str], *, where: str = "the LoRA file"
+) -> tuple[LoraTensors, Origin]:
+    """The adapters in a file's tensors, and how they were written.
+
+    Raises `UserError` (exit code 3) when the file is no LoRA for FLUX, is incomplete, or holds what is not known here.
+    """
+    form = form_of(state)
+    if form is None:
+        raise UserError(
+            "this is no LoRA for FLUX.1 in a form that is known here",
+            where,
+            f"Its first tensor is {next(iter(state), 'missing')}. Known are sd-scripts, diffusers, BFL and XLabs.",
+            field="network_weights",
+        )
+    places: dict[Place, dict[Role, str]] = {}
+    norms: dict[str, str] = {}
+    strange: list[str] = []
+    for key in state:
+        split = split_suffix(key)
+        place = None if split is None else place_of(split[0])
+        norm = norm_of(key) if place is None else None
+        if split is not None and place is not None:
+            places.setdefault(place, {})[split[1]] = key
+        elif norm is not None:
+            norms[norm] = key
+        else:
+            strange.append(key)
+    if strange:
+        raise UserError(
+            f"{len(strange)} tensors of this LoRA are not known here: {listed(strange)}",
+            where,
+            "Only LoRA weights for FLUX, CLIP-L and T5 can be taken over, and nothing is left out silently.",
+            field="network_weights",
+        )
+    parts = {place: _adapter(state, keys, where) for place, keys in places.items()}
+    modules = {
+        (place.name, place.index): OwnKeys(keys, parts[place].rank, parts[place].alpha)
+        for place, keys in places.items()
+    }
+    tensors = LoraTensors(_assembled(parts, where), {path: state[key] for path, key in norms.items()})
+    tensors = _with_known_alpha(_at_trained_strength(tensors, form, metadata), metadata)
+    return _without_filling(tensors, metadata), Origin(form, modules, norms)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names, to stand in a sentence."""
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+
+
+def _adapter(state: Mapping[str, Tensor], keys: Mapping[Role, str], where: str) -> Adapter:
+    if "down" not in keys or "up" not in keys:
+        key = next(iter(keys.values()))
+        raise UserError(f"{key} has no counterpart", where, "The file is incomplete.", field="network_weights")
+    down, up = state[keys["down"]], state[keys["up"]]
+    if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or down.shape[0] == 0:
+        raise UserError(
+            f"{keys['down']} {list(down.shape)} and {keys['up']} {list(up.shape)} are no LoRA of a Linear",
+            where,
+            "The file is damaged or of another kind.",
+            field="network_weights",
+        )
+    alpha = state[keys["alpha"]].reshape(()) if "alpha" in keys else None
+    return Adapter(down, up, alpha, state[keys["bias"]] if "bias" in keys else None)
+
+
+def _assembled(parts: Mapping[Place, Adapter], where: str) -> dict[str, Adapter]:
+    """Whole adapters, from the parts that a form cuts fused layers into, in the file's order."""
+    groups: dict[str, dict[int, tuple[Place, Adapter]]] = {}
+    for place, adapter in parts.items():
+        groups.setdefault(place.name, {})[place.index] = (place, adapter)
+    adapters: dict[str, Adapter] = {}
+    for name, group in groups.items():
+        place, first = next(iter(group.values()))
+        if any(other.num_parts != place.num_parts for other, _ in group.values()):
+            raise UserError(
+                f"{name} is there whole and in parts", where, "The file is damaged.", field="network_weights"
+            )
+        if place.index == QKV_OF_LINEAR1:
+            mlp = first.up.new_zeros(_mlp_width(groups, name, first.down.shape[1]), first.rank)
+            adapters[name] = replace(first, up=torch.cat((first.up, mlp)))
+        elif place.num_parts > 1:
+            adapters[name] = _fused(groups, name)
+        elif name == _SWAPPED_NAME and place.form == "diffusers":
+            adapters[name] = with_halves_swapped(first)
+        else:
+            adapters[name] = first
+    return adapters
+
+
+def _fused(groups: Mapping[str, Mapping[int, tuple[Place, Adapter]]], name: str) -> Adapter:
+    group = groups[name]
+    place, first = next(iter(group.values()))
+    parts = [group[index][1] if index in group else None for index in range(place.num_parts)]
+    in_features = first.down.shape[1]
+    if place.num_parts == 4:
+        mlp = parts[3].up.shape[0] if parts[3] is not None else _mlp_width(groups, name, in_features)
+        sizes = part_sizes(4, in_features, 3 * in_features + mlp)
+    else:
+        sizes = [first.up.shape[0]] * place.num_parts
+    return fuse(parts, sizes)
+
+
+def _mlp_width(groups: Mapping[str, Mapping[int, tuple[Place, Adapter]]], name: str, in_features: int) -> int:
+    """Out features of linear1's MLP part: what linear2 takes beside the attention's, or four times the input."""
+    sibling = groups.get(name.removesuffix("linear1") + "linear2")
+    if sibling is None:
+        return _MLP_RATIO * in_features
+    return next(iter(sibling.values()))[1].down.shape[1] - in_features
+
+
+def with_halves_swapped(adapter: Adapter) -> Adapter:
+    """The last modulation's adapter with its output's halves in the other order, as diffusers has them."""
+    first, second = adapter.up.chunk(2)
+    bias = None if adapter.bias is None else torch.cat(adapter.bias.chunk(2)[::-1])
+    return replace(adapter, up=torch.cat((second, first)), bias=bias)
+
+
+# --------------------------------------------------------------------------------------------------------------- alpha
+
+
+def was_saved_too_weak(metadata: Mapping[str, str]) -> bool:
+    """Whether sd-scripts wrote the file with `split_qkv`: the alpha of one part for the larger rank of all parts."""
+    if metadata.get(SPLIT_ALPHA_KEY) == MERGED:
+        return False
+    arguments = _read_json(metadata, "ss_network_args")
+    return isinstance(arguments, dict) and cast("dict[str, object]", arguments).get("split_qkv") == "True"
+
+
+def stands_on_diagonal(adapter: Adapter, num_parts: int) -> bool:
+    """Whether `up` is block-diagonal: `num_parts` adapters of one rank beside one another."""
+    sizes = part_sizes(num_parts, adapter.down.shape[1], adapter.up.shape[0])
+    rank = adapter.rank // num_parts
+    blocks = torch.block_diag(*(torch.ones(size, rank, dtype=torch.bool) for size in sizes))
+    return blocks.shape == adapter.up.shape and not bool((adapter.up.cpu() != 0)[~blocks].any())
+
+
+def num_fused_parts(name: str) -> int:
+    """How many layers of one training in parts the adapter called `name` may hold; 1 for a layer that is not fused."""
+    return 3 if name.endswith("_attn_qkv") else 4 if name.endswith("_linear1") else 1
+
+
+def _at_trained_strength(tensors: LoraTensors, form: Form, metadata: Mapping[str, str]) -> LoraTensors:
+    if form != "sd-scripts" or not was_saved_too_weak(metadata):
+        return tensors
+    adapters = {name: _times_parts(adapter, num_fused_parts(name)) for name, adapter in tensors.adapters.items()}
+    return replace(tensors, adapters=adapters)
+
+
+def _times_parts(adapter: Adapter, num_parts: int) -> Adapter:
+    if num_parts == 1 or adapter.alpha is None or not stands_on_diagonal(adapter, num_parts):
+        return adapter
+    return replace(adapter, alpha=adapter.alpha * num_parts)
+
+
+def _with_known_alpha(tensors: LoraTensors, metadata: Mapping[str, str]) -> LoraTensors:
+    """Takes the alpha that a writer of ours folded into the weights out of them again."""
+    known = _read_json(metadata, ALPHA_KEY)
+    if not isinstance(known, dict):
+        return tensors
+    table = cast("dict[str, list[object]]", known)
+    usual = table.get("")
+    adapters: dict[str, Adapter] = {}
+    for name, adapter in tensors.adapters.items():
+        alpha = _alpha_tensor(table.get(name, usual))
+        if alpha is None:
+            adapters[name] = adapter
+        elif adapter.alpha is None:
+            adapters[name] = unfold_alpha(adapter, alpha)
+        else:
+            # It was kept beside the weights; only its number type may have changed.
+            is_same = float(adapter.alpha) == float(alpha)
+            adapters[name] = replace(adapter, alpha=alpha if is_same else adapter.alpha)
+    return replace(tensors, adapters=adapters)
+
+
+def _alpha_tensor(entry: object) -> Tensor | None:
+    if not isinstance(entry, list) or len(cast("list[object]", entry)) != 2:
+        return None
+    name, value = cast("list[object]", entry)
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype) or not isinstance(value, (int, float)) or value <= 0:
+        return None
+    return torch.tensor(value, dtype=dtype)
+
+
+def _without_filling(tensors: LoraTensors, metadata: Mapping[str, str]) -> LoraTensors:
+    """Drops the layers and norms that a writer of ours added without any effect."""
+    trained = _read_json(metadata, TRAINED_KEY)
+    if not isinstance(trained, list):
+        return tensors
+    kept = set(cast("list[str]", trained))
+    return LoraTensors({name: adapter for name, adapter in tensors.adapters.items() if name in kept})
+
+
+def _read_json(metadata: Mapping[str, str], key: str) -> object:
+    try:
+        return json.loads(metadata.get(key, "null"))
+    except ValueError:
+        return None
+
+
+def published_tensors(tensors: LoraTensors, *, where: str) -> dict[str, Tensor]:
+    """The adapters under published keys, for training. Raises `UserError` for what cannot be trained here."""
+    biased = [name for name, adapter in tensors.adapters.items() if adapter.bias is not None and adapter.bias.any()]
+    if tensors.norms or biased:
+        what = [*tensors.norms, *(f"the bias of {name}" for name in biased)]
+        raise UserError(
+            f"this control LoRA replaces {len(what)} norms and biases, which the sd-scripts form cannot hold: "
+            f"{listed(what)}",
+            where,
+            "It can be converted between the diffusers and BFL forms, but not be trained further.",
+            field="network_weights",
+        )
+    state: dict[str, Tensor] = {}
+    for name, adapter in tensors.adapters.items():
+        state[f"{name}.alpha"] = matching_alpha(adapter.rank, adapter.down) if adapter.alpha is None else adapter.alpha
+        state[f"{name}.lora_down.weight"] = adapter.down
+        state[f"{name}.lora_up.weight"] = adapter.up
+    return state
+
+
+def is_flux_name(name: str) -> bool:
+    """Whether a published name is that of FLUX's adapter, not of a text encoder's."""
+    layer = layer_of(name)
+    return layer is not None and layer[0] == "unet"

@@ -1,0 +1,65 @@
+"""Tensors out of a mapped safetensors file, one at a time.
+
+The file is mapped, so every process that loads it uses the same pages of the system's cache. Pages are handed back as
+soon as a tensor has been copied out of them: what a process holds while it loads is the model and one tensor, not the
+model and the file.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.schema.safetensors_header import TensorInfo
+
+DTYPES: Final = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+    }
+)
+
+
+class MappedFile:
+    """One safetensors file whose header has been read and checked. Raises `OSError` when it cannot be mapped."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._data_start = 8 + int.from_bytes(self._map[:8], "little")
+
+    def read(self, info: TensorInfo, read_as: str | None = None) -> Tensor:
+        """The tensor of this header entry, in memory of its own.
+
+        The bytes lie anywhere in the file; the copy is aligned, so that equal weights give equal results whatever file
+        they came from. `read_as` names another type of the same width for the bytes.
+        """
+        tensor = torch.empty(info.shape, dtype=DTYPES[read_as or info.dtype])
+        num_bytes = info.end - info.start
+        if num_bytes:
+            start = self._data_start + info.start
+            source = np.frombuffer(self._map, dtype=np.uint8, count=num_bytes, offset=start)
+            np.copyto(tensor.reshape(-1).view(torch.uint8).numpy(), source)
+            self._hand_back(start, num_bytes)
+        return tensor
+
+    def close(self) -> None:
+        """Unmap the file. Tensors that were read stay valid."""
+        self._map.close()
+
+    def _hand_back(self, start: int, num_bytes: int) -> None:
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return  # Windows trims a process's pages by itself when memory is short
+        # Whole pages only; the one that the next tensor begins in is simply read again.
+        first = start - start % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_DONTNEED, first, start + num_bytes - first)

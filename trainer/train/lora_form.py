@@ -1,0 +1,63 @@
+"""The form in which a run writes its LoRA: whether it can hold what is trained, and what it needs of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from trainer.lora.form_names import inexpressible
+from trainer.lora.form_reader import listed
+from trainer.lora.form_writer import BaseLayers
+from trainer.lora.layer_names import is_flux_path, is_norm_path
+from trainer.lora.lora import LoraNetwork
+from trainer.model.flux import Flux
+from trainer.schema.base import Problem
+from trainer.schema.checkpoint_header import FluxParams
+from trainer.schema.lora_spec import LoraSpec
+from trainer.schema.options import Options
+
+_ATTENTION_ONLY = "train_blocks=double img_mlp_dim=0 txt_mlp_dim=0 img_mod_dim=0 txt_mod_dim=0"
+
+
+def form_problems(options: Options, spec: LoraSpec, flux: FluxParams) -> Iterator[Problem]:
+    """What `--lora_form` has no place for among the layers that are to be trained."""
+    form = options.lora_form
+    if form not in ("bfl", "xlabs"):
+        return
+    if not options.network_train_unet_only:
+        yield Problem(
+            f"the {form} form has no place for a text encoder's LoRA",
+            f"--lora_form={form}",
+            "Add --network_train_unet_only, or use --lora_form=diffusers.",
+            "lora_form",
+        )
+    if form == "xlabs":
+        refused = inexpressible(form, _names(spec, flux), is_linear1_whole=True)
+        if refused:
+            yield Problem(
+                f"the xlabs form has no place for {len(refused)} of the layers to be trained: {listed(refused)}",
+                f"--lora_form={form}",
+                f"It holds attention only: --network_args {_ATTENTION_ONLY}",
+                "lora_form",
+            )
+
+
+def _names(spec: LoraSpec, flux: FluxParams) -> Iterable[str]:
+    """The published names of the layers that `spec` selects, from a model without memory."""
+    with torch.device("meta"):
+        model = Flux(flux)
+    return LoraNetwork.attach(model, None, spec, torch.Generator()).names
+
+
+def base_layers(flux: nn.Module) -> BaseLayers:
+    """The Linears' sizes and copies of the norms, from a model that no LoRA has been put on yet."""
+    linears = {
+        path: (module.out_features, module.in_features)
+        for path, module in flux.named_modules()
+        if isinstance(module, nn.Linear) and is_flux_path(path)
+    }
+    scales = {name.removesuffix(".scale"): parameter for name, parameter in flux.named_parameters()}
+    norms = {path: scale.detach().cpu().clone() for path, scale in scales.items() if is_norm_path(path)}
+    return BaseLayers(linears, norms)
