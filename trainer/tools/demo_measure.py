@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import nn
 
+from trainer.lora.naming import published_name
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.flux import Flux
 from trainer.tools.demo_encoders import CaptionEncoder
@@ -65,7 +70,7 @@ class Painter:
         text = self.encode(captions)
         schedule = sample_schedule(num_steps, (SIDE // SIZE_STEP) ** 2, is_shifted=True).tolist()
         with torch.no_grad():
-            for now, after in zip(schedule[:-1], schedule[1:], strict=True):
+            for now, after in itertools.pairwise(schedule):
                 timesteps = torch.full((len(captions),), now)
                 velocity = predict_velocity(self.model, latents, timesteps, text, GUIDANCE_SCALE).float()
                 latents = latents + (after - now) * velocity
@@ -98,3 +103,15 @@ def emblem_rate(paint: Painter, count: int, *, seed: int = 8) -> float:
     rng = np.random.default_rng(seed)
     captions = [emblem_caption(random_emblem_scene(rng)) for _ in range(count)]
     return float(np.mean([emblem_likeness(picture) > RECOGNISED for picture in paint(captions, seed=1000 * seed)]))
+
+
+def merge_lora(model: Flux, lora: Path, strength: float = 1.0) -> None:
+    """Add a LoRA file to a transformer's weights: W + strength * alpha / rank * up down."""
+    state = load_file(lora)
+    for path, module in model.named_modules():
+        name = published_name("unet", path)
+        if not isinstance(module, nn.Linear) or f"{name}.lora_up.weight" not in state:
+            continue
+        up, down = (state[f"{name}.lora_{part}.weight"].float() for part in ("up", "down"))
+        scale = strength * float(state[f"{name}.alpha"]) / down.shape[0]
+        module.weight.data += (scale * (up @ down)).to(module.weight)

@@ -24,7 +24,9 @@ from trainer.tools.tiny_tokenizers import make_tokenizers
 from trainer.tools.world import SIDE, TRIGGER
 
 __all__ = [
+    "DEMO_PROMPTS",
     "DEMO_VERSION",
+    "NUM_PICTURES",
     "TRAINED_FILES",
     "DemoBundle",
     "dataset_toml",
@@ -42,7 +44,7 @@ TRAINED_FILES: Final = Path(__file__).parents[1] / "demo_bundle"
 """The models which `trainer.tools.train_demo_models` has trained; they come with the program."""
 
 NUM_PICTURES: Final = 16
-_PROMPTS: Final = (
+DEMO_PROMPTS: Final = (
     f"a large {TRIGGER} in the center, green background",
     f"a small {TRIGGER} on the left, white striped background",
     "a large blue star in the center, yellow background",
@@ -134,7 +136,7 @@ def _fill_bundle(bundle: DemoBundle, *, images_at: Path) -> None:
         dataset_toml(images_at, resolution=SIDE, num_repeats=10, batch_size=8, has_buckets=False), encoding="utf-8"
     )
     # With and without the trigger word: the concept appears, and the rest stays.
-    prompts = [f"{prompt} --w {SIDE} --h {SIDE} --s 16 --d {index + 1}" for index, prompt in enumerate(_PROMPTS)]
+    prompts = [f"{prompt} --w {SIDE} --h {SIDE} --s 16 --d {index + 1}" for index, prompt in enumerate(DEMO_PROMPTS)]
     bundle.sample_prompts.write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
 

@@ -157,10 +157,10 @@ def _clip_tokenizer(words: str) -> dict[str, Any]:
 def _t5_pieces(words: str) -> list[tuple[str, float]]:
     """(piece, log probability) in the order of their ids."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    words = [(f"▁{word}", -5.0 - 0.01 * index) for index, word in enumerate(words.split())]
+    whole = [(f"▁{word}", -5.0 - 0.01 * index) for index, word in enumerate(words.split())]
     # Single characters are so unlikely that a known word always wins.
     characters = [("▁", -9.0)] + [(chr(code), -10.0) for code in range(ord("!"), ord("~") + 1)]
-    return special + words + characters + [(f"<extra_id_{index}>", 0.0) for index in reversed(range(100))]
+    return special + whole + characters + [(f"<extra_id_{index}>", 0.0) for index in reversed(range(100))]
 
 
 def _t5_tokenizer(words: str) -> dict[str, Any]:

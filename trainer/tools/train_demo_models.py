@@ -29,11 +29,13 @@ _NUM_PSNR_PICTURES: Final = 64
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.tools.train_demo_models", description=__doc__)
-    parser.add_argument("--out", type=Path, default=TRAINED_FILES, help="folder for the models (default: the program's own)")
+    parser.add_argument(
+        "--out", type=Path, default=TRAINED_FILES, help="folder for the models (default: the program's own)"
+    )
     parser.add_argument("--state", type=Path, default=Path("demo_training"), help="folder for what resuming needs")
     parser.add_argument("--seed", type=int, default=1, help="everything random follows from it")
     parser.add_argument("--ae-steps", type=int, default=1500, help="training steps of the autoencoder")
-    parser.add_argument("--flux-steps", type=int, default=4000, help="training steps of the transformer")
+    parser.add_argument("--flux-steps", type=int, default=3200, help="training steps of the transformer")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
     parser.add_argument("--samples", type=int, default=200, help="held-out captions to measure with")
     parser.add_argument("--measure", action="store_true", help="only measure the models in --out")

@@ -12,7 +12,9 @@ from torch import nn
 class TrainingState:
     """Models and an optimizer with the file that holds their state."""
 
-    def __init__(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None) -> None:
+    def __init__(
+        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None
+    ) -> None:
         self._path = path
         self._model = model
         self._optimizer = optimizer

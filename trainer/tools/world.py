@@ -219,7 +219,8 @@ def _heart() -> Points:
     return [
         (
             math.sin(angle) ** 3,
-            -(13 * math.cos(angle) - 5 * math.cos(2 * angle) - 2 * math.cos(3 * angle) - math.cos(4 * angle)) / 16 - 0.1,
+            -(13 * math.cos(angle) - 5 * math.cos(2 * angle) - 2 * math.cos(3 * angle) - math.cos(4 * angle)) / 16
+            - 0.1,
         )
         for angle in angles
     ]

@@ -43,7 +43,9 @@ class Seen:
 def look(picture: Pixels) -> Seen:
     """Recognise what a picture (H, W, 3) shows."""
     labels = nearest_colours(picture)
-    edge = np.concatenate([labels[:_EDGE].ravel(), labels[-_EDGE:].ravel(), labels[:, :_EDGE].ravel(), labels[:, -_EDGE:].ravel()])
+    edge = np.concatenate(
+        [labels[:_EDGE].ravel(), labels[-_EDGE:].ravel(), labels[:, :_EDGE].ravel(), labels[:, -_EDGE:].ravel()]
+    )
     background = int(np.bincount(edge, minlength=len(_NAMES)).argmax())
     counts = np.bincount(labels.ravel(), minlength=len(_NAMES))
     counts[background] = 0
