@@ -28,6 +28,8 @@ PARAMS: Final = AutoencoderParams(
 BATCH: Final = 16
 CROP: Final = 48
 PEAK_RATE: Final = 1.5e-3
+POLISH_RATE: Final = 1e-3
+LATENT_NOISE: Final = 0.05
 NUM_PICTURES: Final = 6000
 # Of the divergence from a unit normal, in nats per latent value. So small a part still decides the latents' scale and
 # puts about a tenth of noise on them, which makes what the transformer slightly misses decode to something near.
@@ -79,6 +81,39 @@ def learn_autoencoder(folder: Path, *, seed: int, num_steps: int, report: Callab
     model.eval()
     scale_latents(model, to_images(pictures[:256:2]))
     return model
+
+
+def polish_decoder(
+    folder: Path, model: AutoEncoder, *, seed: int, num_steps: int, report: Callable[[str], None]
+) -> None:
+    """Train the decoder alone on whole pictures, or go on with it; latents stay what they are.
+
+    Norms over a whole picture have other statistics than over the crops that are cheap to begin with. Latents are blurred
+    a little with noise, as the transformer will not hit them exactly either.
+    """
+    decoder = model.decoder.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=POLISH_RATE, betas=(0.9, 0.99), weight_decay=0.0)
+    state = TrainingState(folder / "decoder_state.pt", decoder, optimizer)
+    first = state.resume()
+    pictures = world_pictures(seed + 3, NUM_PICTURES, held_out=False, with_medleys=True)
+    for step in range(first, num_steps):
+        rng = np.random.default_rng((seed, step))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, num_steps, POLISH_RATE)
+        images = to_images(pictures[rng.integers(len(pictures), size=BATCH // 2)])
+        with torch.no_grad():
+            latents = model.encode(images, sample=False)
+            latents += LATENT_NOISE * torch.randn(latents.shape, generator=generator)
+        loss = reconstruction_loss(model.decode(latents), images)
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0 or step + 1 == num_steps:
+            report(f"decoder step {step + 1}/{num_steps} loss {loss.item():.4f}")
+            state.save(step + 1)
+    decoder.requires_grad_(False).eval()
 
 
 def learning_rate(step: int, num_steps: int, peak: float, num_warmup: int = 100) -> float:

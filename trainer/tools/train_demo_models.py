@@ -18,7 +18,13 @@ from trainer.model.autoencoder import AutoEncoder
 from trainer.model.weights import load_autoencoder, load_flux
 from trainer.tools.demo_encoders import CaptionEncoder, make_demo_encoders
 from trainer.tools.demo_measure import Painter, base_accuracy, emblem_rate
-from trainer.tools.learn_autoencoder import learn_autoencoder, save_autoencoder, signal_to_noise, world_pictures
+from trainer.tools.learn_autoencoder import (
+    learn_autoencoder,
+    polish_decoder,
+    save_autoencoder,
+    signal_to_noise,
+    world_pictures,
+)
 from trainer.tools.learn_flux import learn_flux, make_lessons, save_flux
 from trainer.tools.tiny_models import TRAINED_FILES
 
@@ -35,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--state", type=Path, default=Path("demo_training"), help="folder for what resuming needs")
     parser.add_argument("--seed", type=int, default=1, help="everything random follows from it")
     parser.add_argument("--ae-steps", type=int, default=1500, help="training steps of the autoencoder")
-    parser.add_argument("--flux-steps", type=int, default=3200, help="training steps of the transformer")
+    parser.add_argument("--decoder-steps", type=int, default=1000, help="of its decoder alone, on whole pictures")
+    parser.add_argument("--flux-steps", type=int, default=5000, help="training steps of the transformer")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
     parser.add_argument("--samples", type=int, default=200, help="held-out captions to measure with")
     parser.add_argument("--measure", action="store_true", help="only measure the models in --out")
@@ -43,23 +50,31 @@ def main(argv: Sequence[str]) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if not options.measure:
-        train(options.out, options.state, options.seed, options.ae_steps, options.flux_steps)
+        train_autoencoder(options.out, options.state, options.seed, options.ae_steps, options.decoder_steps)
+        train_flux(options.out, options.state, options.seed, options.flux_steps)
     print_measures(options.out, options.samples)
     return 0
 
 
-def train(out: Path, state: Path, seed: int, num_ae_steps: int, num_flux_steps: int) -> None:
-    """Train autoencoder and transformer, and write all files of the bundle to `out`."""
+def train_autoencoder(out: Path, state: Path, seed: int, num_steps: int, num_decoder_steps: int) -> None:
+    """Write the text encoders, which need no training, and the autoencoder to `out`."""
     make_demo_encoders(out, seed=seed)
-    save_autoencoder(learn_autoencoder(state, seed=seed, num_steps=num_ae_steps, report=report), out / AUTOENCODER_FILE)
-    # From the file, since its rounding is part of what the transformer has to live with.
+    save_autoencoder(learn_autoencoder(state, seed=seed, num_steps=num_steps, report=report), out / AUTOENCODER_FILE)
+    # From the file, since its rounding is part of what the decoder and the transformer have to live with.
     autoencoder = load_autoencoder(out / AUTOENCODER_FILE, torch.float32, "cpu")
+    polish_decoder(state, autoencoder, seed=seed, num_steps=num_decoder_steps, report=report)
+    save_autoencoder(autoencoder, out / AUTOENCODER_FILE)
     report(f"autoencoder: PSNR {autoencoder_psnr(autoencoder):.1f} dB on held-out pictures")
+
+
+def train_flux(out: Path, state: Path, seed: int, num_steps: int) -> None:
+    """Write the transformer to `out`, which holds the other models already."""
+    autoencoder = load_autoencoder(out / AUTOENCODER_FILE, torch.float32, "cpu")
     flux = learn_flux(
         state,
         lambda: make_lessons(autoencoder, CaptionEncoder.load(out), seed=seed + 2, report=report),
         seed=seed,
-        num_steps=num_flux_steps,
+        num_steps=num_steps,
         report=report,
     )
     save_flux(flux, out / FLUX_FILE)
