@@ -52,6 +52,9 @@ BATCH: Final = 64
 PEAK_RATE: Final = 1.5e-3
 NUM_PICTURES: Final = 12_000
 CAPTIONS_EACH: Final = 3
+SHIFTS: Final = (1.6, 6.0)
+"""Of the noise levels in the two halves of a batch. The first is about that of `flux_shift` at this picture size."""
+
 DROPOUT: Final = 0.1
 """Part of the captions that are left empty."""
 AVERAGE_DECAY: Final = 0.999
@@ -154,19 +157,7 @@ def _step_loss(model: Flux, lessons: Lessons, rng: np.random.Generator, seed: in
     mean, deviation = lessons.mean[picked].float(), lessons.deviation[picked].float()
     latents = mean + deviation * torch.randn(mean.shape, generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
-    sigmas = sample_sigmas(
-        "flux_shift",
-        BATCH,
-        latent_height=latents.shape[2],
-        latent_width=latents.shape[3],
-        sigmoid_scale=1.0,
-        discrete_flow_shift=1.0,
-        weighting_scheme="none",
-        logit_mean=0.0,
-        logit_std=1.0,
-        mode_scale=1.29,
-        generator=generator,
-    )
+    sigmas = _noise_levels(generator)
     noisy = add_noise(
         latents, noise, sigmas, ip_noise_gamma=None, ip_noise_gamma_random_strength=False, generator=generator
     )
@@ -174,6 +165,31 @@ def _step_loss(model: Flux, lessons: Lessons, rng: np.random.Generator, seed: in
     with torch.autocast("cpu", torch.bfloat16):
         velocity = predict_velocity(model, noisy, sigmas, text, float(rng.uniform(*GUIDANCE)))
     return F.mse_loss(velocity.float(), velocity_target(latents, noise))
+
+
+def _noise_levels(generator: torch.Generator) -> Tensor:
+    """(B,): half as FLUX is usually trained, half close to pure noise.
+
+    Which shape it will be is decided before it can be seen, so only there does the word for it have to be read.
+    """
+    return torch.cat(
+        [
+            sample_sigmas(
+                "shift",
+                BATCH // 2,
+                latent_height=0,
+                latent_width=0,
+                sigmoid_scale=1.0,
+                discrete_flow_shift=shift,
+                weighting_scheme="none",
+                logit_mean=0.0,
+                logit_std=1.0,
+                mode_scale=1.29,
+                generator=generator,
+            )
+            for shift in SHIFTS
+        ]
+    )
 
 
 def _initialise(model: Flux) -> None:

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, help="everything random follows from it")
     parser.add_argument("--ae-steps", type=int, default=1500, help="training steps of the autoencoder")
     parser.add_argument("--decoder-steps", type=int, default=1000, help="of its decoder alone, on whole pictures")
-    parser.add_argument("--flux-steps", type=int, default=5000, help="training steps of the transformer")
+    parser.add_argument("--flux-steps", type=int, default=9000, help="training steps of the transformer")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
     parser.add_argument("--samples", type=int, default=200, help="held-out captions to measure with")
     parser.add_argument("--measure", action="store_true", help="only measure the models in --out")
