@@ -32,11 +32,12 @@ from trainer.schema.checkpoint_header import (
 )
 from trainer.schema.chroma_header import ChromaParams, TransformerParams, read_transformer
 from trainer.schema.cli import check_files
+from trainer.schema.dataset_file import dataset_config
+from trainer.schema.dataset_keys import DatasetConfig
 from trainer.schema.file_checks import MODEL_KINDS, needed_models
 from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
 from trainer.schema.memory import OtherModels, estimate, max_blocks_to_swap, usable_bytes
 from trainer.schema.options import Options
-from trainer.schema.toml_io import DatasetConfig, dataset_config
 from trainer.schema.weight_files import read_weights
 from trainer.train.lora_form import form_problems
 from trainer.train.reporting import Reporter
