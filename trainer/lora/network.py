@@ -15,6 +15,7 @@ from trainer.lora.lora import LoraLinear
 from trainer.lora.lora_file import read_lora_file
 from trainer.lora.max_norm import NormReport, hold_norms
 from trainer.lora.naming import Component, foreign_format, layers_of, published_key
+from trainer.lora.oft import OftLinear
 from trainer.lora.split import SPLIT_ALPHA_KEY, read_as_trained
 from trainer.lora.targets import flux_targets, text_encoder_targets, wrap
 from trainer.schema.base import UserError
@@ -200,13 +201,11 @@ class LoraNetwork(nn.Module):
         parameters = dict(self.named_parameters())
         take_tensors({name: parameter.data for name, parameter in parameters.items()}, state["parameters"])
         for name, adapter in self._adapters.items():
-            if isinstance(adapter, LoraLinear):
+            if isinstance(adapter, (LoraLinear, OftLinear)):
                 adapter.alpha = cast("float", state["alphas"][name])
-                if adapter.perturbation is not None:
-                    deviation = cast("Tensor | None", state["deviations"].get(name))
-                    adapter.perturbation.deviation = (
-                        None if deviation is None else deviation.to(adapter.lora_up.device, copy=True)
-                    )
+            if isinstance(adapter, LoraLinear) and adapter.perturbation is not None:
+                deviation = cast("Tensor | None", state["deviations"].get(name))
+                adapter.perturbation.deviation = None if deviation is None else deviation.to(adapter.lora_up.device)
 
     # ---- files -------------------------------------------------------------------------------------------------------
 

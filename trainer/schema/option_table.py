@@ -69,7 +69,6 @@ _NOISE: Final = "it does not apply to FLUX's noise"
 _OTHER_LOSS: Final = "it does not apply to FLUX's loss"
 _LOADER: Final = "data is loaded in the training process"
 _HUB: Final = "uploading is not supported yet; upload the finished file yourself"
-_STATE: Final = "saving and resuming the state of a run is not supported yet; start from a LoRA with --network_weights"
 _VALIDATION: Final = "validation is not supported yet; leave it out"
 _DEEPSPEED: Final = "DeepSpeed is not supported yet; --blocks_to_swap saves memory on one device"
 _DDP: Final = "training on several devices is not supported yet; leave it out"
@@ -180,15 +179,7 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "save_state_to_huggingface": _refused(_HUB),
         "resume_from_huggingface": _refused(_HUB),
         "async_upload": _refused(_HUB),
-        "save_n_epoch_ratio": _refused("it is not supported yet; use --save_every_n_epochs", "integer"),
-        "save_last_n_epochs_state": _refused(_STATE, "integer"),
-        "save_last_n_steps_state": _refused(_STATE, "integer"),
-        "save_state": _refused(_STATE),
-        "save_state_on_train_end": _refused(_STATE),
-        "resume": _refused(_STATE, "path"),
-        "skip_until_initial_step": _refused(_STATE),
-        "initial_epoch": _refused(_STATE, "integer"),
-        "initial_step": _refused(_STATE, "integer"),
+        "skip_until_initial_step": _inert("training always goes on with the batch at which it left off"),
         "output_config": _refused("it is not supported yet; write the options into a TOML file for --config_file"),
         # Logs.
         "wandb_run_name": _refused(_WANDB, "text"),

@@ -260,7 +260,8 @@ class TrainingLoop:
             # What an interrupted run had still to do after its last step.
             self._do_duties(is_epoch_end=first % settings.steps_per_epoch == 0 or first >= settings.num_steps)
         while self._position.step < settings.num_steps:
-            epoch = self._position.step // settings.steps_per_epoch + 1
+            before = self._position.step
+            epoch = before // settings.steps_per_epoch + 1
             for position, stopped in self._epoch(epoch, self._position.step):
                 self._position = position
                 if stopped:
@@ -269,6 +270,8 @@ class TrainingLoop:
                 self._do_duties(is_epoch_end=is_last or position.step % settings.steps_per_epoch == 0)
                 if is_last:
                     break
+            if self._position.step == before:
+                raise ValueError(f"epoch {epoch} has no micro-batches left")
         return self._position, False
 
     def _epoch(self, epoch: int, step: int) -> Iterator[tuple[StepPosition, bool]]:

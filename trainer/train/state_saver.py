@@ -44,8 +44,8 @@ WRITING_SHARE: Final = 50
 class Stateful(Protocol):
     """An optimizer, a schedule or a loss scale."""
 
-    def state_dict(self) -> Any: ...  # noqa: ANN401 - each has its own
-    def load_state_dict(self, state_dict: Any) -> Any: ...  # noqa: ANN401
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state_dict: Any) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def pack(value: object, prefix: str = "") -> tuple[object, dict[str, Tensor]]:
     return walk(value, prefix), tensors
 
 
-def unpack(tree: object, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401 - whatever was packed
+def unpack(tree: object, tensors: Mapping[str, Tensor]) -> Any:
     """The value that `pack` was given. Its tensors are those of `tensors`, not copies.
 
     Raises `ValueError` for what `pack` cannot have written, and for a tensor that is missing.
