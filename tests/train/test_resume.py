@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.tiny import TinyModels, make_tiny_dataset
-from trainer.schema.base import UserError
 from trainer.schema.cli import parse_command_line
-from trainer.schema.run_folder import RunFolder
 from trainer.train.recipe import train
 from trainer.train.reporting import Reporter, StopRequested
 
@@ -85,7 +83,8 @@ def same_file(path: Path, other: Path) -> bool:
     return (
         ours.keys() == theirs.keys()
         and all(torch.equal(ours[key], theirs[key]) for key in ours)
-        and {key for key in said.keys() | also_said.keys() if said.get(key) != also_said.get(key)} <= {
+        and {key for key in said.keys() | also_said.keys() if said.get(key) != also_said.get(key)}
+        <= {
             "ss_session_id",
             "ss_training_started_at",
         }

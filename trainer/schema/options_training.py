@@ -64,6 +64,16 @@ class CourseOptions(OptionGroup):
         Field(ge=1),
         Opt("Batches computed for one optimizer step: a larger batch without more memory.", "Accumulation", "advanced"),
     ] = 1
+    initial_epoch: Annotated[
+        int | None,
+        Field(ge=1),
+        Opt("Begin with this epoch, whatever the state says.", "First epoch", "expert", "epochs"),
+    ] = None
+    initial_step: Annotated[
+        int | None,
+        Field(ge=0),
+        Opt("Begin behind this step; wins over initial_epoch and the state.", "Steps done before", "expert", "steps"),
+    ] = None
     seed: Annotated[
         int | None, Field(ge=0, lt=2**63), Opt("Same seed, same run. Empty: a random one.", "Seed", "advanced")
     ] = None
@@ -89,7 +99,7 @@ class OptimizerOptions(OptionGroup):
         BeforeValidator(_optimizer_name),
         Opt("AdamW8bit keeps the optimizer's state in 8 bit: less memory.", "Optimizer", "advanced"),
     ] = "AdamW"
-    use_8bit_adam: Annotated[bool, Opt("Old name of --optimizer_type=AdamW8bit.", "8-bit AdamW", "hidden")] = False
+    use_8bit_adam: Annotated[bool, Opt("Old name of --optimizer_type=AdamW8bit.", "8-bit AdamW", "expert")] = False
     optimizer_args: Annotated[
         tuple[str, ...] | None,
         BeforeValidator(split_words),
@@ -227,20 +237,10 @@ class SavingOptions(OptionGroup):
     resume: Annotated[
         Path | None, Opt("A state folder to go on from, ours or sd-scripts'.", "Resume from state", "expert")
     ] = None
-    initial_epoch: Annotated[
-        int | None,
-        Field(ge=1),
-        Opt("Begin with this epoch, whatever the state says.", "First epoch", "expert", "epochs"),
-    ] = None
-    initial_step: Annotated[
-        int | None,
-        Field(ge=0),
-        Opt("Begin behind this step; wins over initial_epoch and the state.", "Steps done before", "expert", "steps"),
-    ] = None
     config_file: Annotated[
-        Path | None, Opt("A TOML file with options; the command line wins over it.", "Options file", "hidden")
+        Path | None, Opt("A TOML file with options; the command line wins over it.", "Options file", "expert")
     ] = None
-    run_dir: Annotated[Path | None, Opt("The run folder that this run belongs to.", "Run folder", "hidden")] = None
+    run_dir: Annotated[Path | None, Opt("The run folder that this run belongs to.", "Run folder", "expert")] = None
 
 
 class SampleOptions(OptionGroup):

@@ -62,6 +62,9 @@ FREE: Final = frozenset(
         # The state has later weights, of a network with the same ranks.
         "network_weights",
         "dim_from_weights",
+        # Where to begin is not how to train.
+        "initial_epoch",
+        "initial_step",
     }
 )
 _LENGTH: Final = ("max_train_steps", "max_train_epochs")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
 import torch
+from torch import Tensor
 
 from trainer.lora.lycoris import AnyNetwork
 from trainer.schema.options import Options
@@ -263,11 +264,11 @@ def set_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], de
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     optimizer.load_state_dict(dict(state))
     for number, parameter in zip(numbers, parameters, strict=True):
-        kept = cast("dict[str, object]", optimizer.state[parameter])
-        for name, value in cast("Mapping[str, object]", state["state"].get(number, {})).items():
+        kept = cast("dict[str, Any]", optimizer.state[parameter])
+        for name, value in cast("Mapping[str, Any]", state["state"].get(number, {})).items():
             loaded = kept.get(name)
             # torch's loading turns numbers into the parameter's type; what was saved is put back.
-            if isinstance(value, torch.Tensor) and isinstance(loaded, torch.Tensor) and loaded.dtype != value.dtype:
+            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
                 kept[name] = value.to(loaded.device)
     for group in groups:
         for name, value in optimizer.defaults.items():

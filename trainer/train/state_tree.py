@@ -26,7 +26,7 @@ def pack(value: object, prefix: str = "") -> tuple[object, dict[str, Tensor]]:
     """
     tensors: dict[str, Tensor] = {}
 
-    def walk(part: object, path: str) -> object:
+    def walk(part: Any, path: str) -> object:
         if isinstance(part, Tensor):
             # A copy of each: safetensors refuses tensors that share memory, and training goes on meanwhile.
             tensors[path] = part.detach().to("cpu", copy=True).contiguous()
