@@ -517,7 +517,7 @@ class PlannedBatch:
 
 def _micro_batches(
     checked: CheckedRun, latents: LatentSource, objective: FlowObjective, engine: Engine, seed: int
-) -> Callable[[int], Iterator[MicroBatch]]:
+) -> Callable[[int, int], Iterator[MicroBatch]]:
     """For an epoch, one callable for each batch of this process behind the skipped ones, which gives the batch's loss."""
 
     def micro_batches(epoch: int, skipped: int) -> Iterator[MicroBatch]:
