@@ -77,7 +77,6 @@ _WANDB: Final = "Weights & Biases is not supported yet; use --log_with=tensorboa
 _SCHEDULE: Final = (
     "its schedule is not supported yet; use --lr_scheduler constant, constant_with_warmup, cosine or linear"
 )
-_CAPTION: Final = "it is not supported yet; write the captions out as they should be used"
 
 SAMPLERS: Final = (
     "ddim",
@@ -152,23 +151,12 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         ),
         # Data.
         "cache_info": _refused("it is not supported yet; captions and sizes are read from the files"),
-        "keep_tokens_separator": _refused("it is not supported yet; use --keep_tokens", "text", default=""),
-        "secondary_separator": _refused(_CAPTION, "text"),
-        "enable_wildcard": _refused(_CAPTION),
         "color_aug": _refused("colour augmentation is not supported yet; leave it out"),
         "face_crop_aug_range": _refused("face crops are not supported yet; crop the pictures beforehand", "text"),
         "debug_dataset": _refused("it is not supported; python -m trainer check reports on options and files"),
-        "token_warmup_min": _refused("token warm-up is not supported yet; leave it out", "integer", default=1),
-        "token_warmup_step": _refused("token warm-up is not supported yet; leave it out", "number", default=0.0),
         "alpha_mask": _refused("masks are not supported yet; leave it out"),
         "masked_loss": _refused("masks are not supported yet; leave it out"),
         "dataset_class": _refused("it runs code of another program and is not supported; use --dataset_config", "text"),
-        "caption_dropout_every_n_epochs": _refused(
-            "it is not supported yet; use --caption_dropout_rate", "integer", default=0
-        ),
-        "caption_tag_dropout_rate": _refused(
-            "it is not supported yet; use --caption_dropout_rate", "number", default=0.0
-        ),
         "in_json": _refused("metadata files are not supported yet; use caption files beside the pictures", "path"),
         "weighted_captions": _refused("FLUX's text encoders have no weighted form; leave it out"),
         # Output.

@@ -72,6 +72,7 @@ GROUPS: Final[Mapping[str, type[OptionGroup]]] = MappingProxyType(
 
 OUR_OPTIONS: Final = frozenset(
     {
+        "caption_variants",
         "clip_l_tokenizer",
         "t5xxl_tokenizer",
         "clip_l_activation",
@@ -396,14 +397,6 @@ def _broken_rules(options: Options, explicit: frozenset[str]) -> Iterator[tuple[
 
 def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tuple[tuple[str, ...], str, str]]:
     """(names, what, hint) of each contradiction. The first name is the option to change."""
-    caches_text = options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk
-    text_cache = "cache_text_encoder_outputs"
-    if caches_text and options.shuffle_caption:
-        yield (
-            ("shuffle_caption", text_cache),
-            f"shuffle_caption changes captions in every step, which {text_cache} rules out",
-            "Turn one of the two off.",
-        )
     if (options.cache_latents or options.cache_latents_to_disk) and options.random_crop:
         yield (
             ("random_crop", "cache_latents"),
@@ -551,6 +544,9 @@ def _advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
         yield "sample_every_n_steps has no effect: sample_every_n_epochs wins"
     if options.sample_prompts is None and (every_epochs or every_steps or options.sample_at_first):
         yield "no samples are made: sample_prompts is not given"
+    caches_text = options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk
+    if "caption_variants" in explicit and not caches_text:
+        yield "caption_variants has no effect: without cache_text_encoder_outputs every step encodes its own texts"
     if options.model_type == "chroma" and options.guidance_scale != 0:
         yield f"guidance_scale is {options.guidance_scale:g}; Chroma was made with 0"
     yield from network_advice(options, explicit)

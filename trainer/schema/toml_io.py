@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,10 +120,17 @@ class SubsetSpec:
     is_reg: bool
     shuffle_caption: bool
     keep_tokens: int
+    keep_tokens_separator: str
     caption_separator: str
+    secondary_separator: str | None
+    enable_wildcard: bool
     caption_prefix: str | None
     caption_suffix: str | None
     caption_dropout_rate: float
+    caption_dropout_every_n_epochs: int
+    caption_tag_dropout_rate: float
+    token_warmup_min: int
+    token_warmup_step: float
     flip_aug: bool
     random_crop: bool
     resize_interpolation: str | None
@@ -175,6 +183,10 @@ def _filled_text(value: object) -> str:
     return text
 
 
+def _text_or_none(value: object) -> str | None:
+    return _text(value) or None
+
+
 def _ending(value: object) -> str:
     text = _filled_text(value)
     return text if text.startswith(".") else f".{text}"
@@ -192,6 +204,12 @@ def _whole(lowest: int) -> Callable[[object], int]:
 def _part(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError("must be a number, 0 to 1")
+    return float(value)
+
+
+def _steps(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError("must be a number, 0 or more")
     return float(value)
 
 
@@ -243,10 +261,17 @@ _SUBSET_KEYS: Final[Mapping[str, _Key]] = MappingProxyType(
         "is_reg": _Key(("subset",), _switch, default=False),
         "shuffle_caption": _Key(_ALL, _switch, "shuffle_caption"),
         "keep_tokens": _Key(_ALL, _whole(0), "keep_tokens"),
+        "keep_tokens_separator": _Key(_ALL, _text, "keep_tokens_separator"),
         "caption_separator": _Key(_ALL, _filled_text, "caption_separator"),
+        "secondary_separator": _Key(_ALL, _text_or_none, "secondary_separator"),
+        "enable_wildcard": _Key(_ALL, _switch, "enable_wildcard"),
         "caption_prefix": _Key(_ALL, _text, "caption_prefix"),
         "caption_suffix": _Key(_ALL, _text, "caption_suffix"),
         "caption_dropout_rate": _Key(_ALL, _part, "caption_dropout_rate"),
+        "caption_dropout_every_n_epochs": _Key(_ALL, _whole(0), "caption_dropout_every_n_epochs"),
+        "caption_tag_dropout_rate": _Key(_ALL, _part, "caption_tag_dropout_rate"),
+        "token_warmup_min": _Key(_ALL, _whole(0), "token_warmup_min"),
+        "token_warmup_step": _Key(_ALL, _steps, "token_warmup_step"),
         "flip_aug": _Key(_ALL, _switch, "flip_aug"),
         "random_crop": _Key(_ALL, _switch, "random_crop"),
         "resize_interpolation": _Key(_ALL, _resizing, "resize_interpolation"),
@@ -259,13 +284,6 @@ _REFUSED_KEYS: Final[Mapping[str, tuple[object, str]]] = MappingProxyType(
         **{
             name: (NOT_SUPPORTED[name].default, NOT_SUPPORTED[name].reason)
             for name in (
-                "keep_tokens_separator",
-                "secondary_separator",
-                "enable_wildcard",
-                "caption_dropout_every_n_epochs",
-                "caption_tag_dropout_rate",
-                "token_warmup_min",
-                "token_warmup_step",
                 "color_aug",
                 "face_crop_aug_range",
                 "cache_info",
@@ -449,9 +467,6 @@ def _fallback(name: str, options: Options) -> object:
 
 def _cache_conflicts(subset: Mapping[str, object], options: Options) -> Iterator[str]:
     """What a subset asks for that the caches rule out."""
-    # Dropped captions are fine, unlike in the reference trainer: the empty caption is encoded beforehand, too.
-    if options.cache_text_encoder_outputs and subset["shuffle_caption"]:
-        yield "shuffle_caption changes captions in every step, which cache_text_encoder_outputs rules out"
     if options.cache_latents and subset["random_crop"]:
         yield "random_crop cuts pictures anew in every step, which cache_latents rules out"
 
