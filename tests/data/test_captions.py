@@ -8,7 +8,7 @@ import pytest
 
 from tests.data.specs import SUBSET
 from trainer.data.captions import Moment, caption_notes, caption_texts, draw_caption, tag_frequency
-from trainer.schema.toml_io import SubsetSpec
+from trainer.schema.dataset_keys import SubsetSpec
 
 
 def test_an_untouched_caption_keeps_its_separators() -> None:

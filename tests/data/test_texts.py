@@ -11,7 +11,7 @@ from trainer.data.batches import epoch_batches
 from trainer.data.captions import CaptionCourse
 from trainer.data.index import DatasetIndex, index_dataset
 from trainer.data.texts import run_texts
-from trainer.schema.toml_io import SubsetSpec
+from trainer.schema.dataset_keys import SubsetSpec
 
 COURSE = CaptionCourse(num_steps=12, steps_per_epoch=4, num_variants=3)
 

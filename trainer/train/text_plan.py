@@ -13,7 +13,8 @@ from trainer.data.captions import CaptionCourse
 from trainer.data.texts import run_texts
 from trainer.schema.model_kinds import format_bytes
 from trainer.schema.options import Options
-from trainer.train.check import CheckedRun, Schedule
+from trainer.train.check import CheckedRun
+from trainer.train.schedule import Schedule
 
 VISIBLE_PADDING: Final = 1
 """Padding tokens that Chroma's transformer sees after each caption; it was trained so."""
