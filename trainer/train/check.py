@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.data.captions import caption_notes
 from trainer.data.index import DatasetIndex, index_dataset
 from trainer.lora.forms import to_published
 from trainer.lora.lora_file import read_lora_file
@@ -102,6 +103,9 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
             reporter.note(f"sample prompt {number}: {', '.join(prompt.unused_flags)} have no effect for FLUX")
         if options.model_type == "chroma" and not prompt.uses_negative_prompt:
             reporter.note(f"sample prompt {number}: Chroma needs two-pass guidance for good pictures; --l 4 is usual")
+    for subset in dict.fromkeys(item.subset for item in index.items):
+        for note in caption_notes(subset):
+            reporter.note(f"{subset.image_dir}: {note}")
     for warning in index.warnings:
         reporter.warning(warning)
     schedule = make_schedule(options, index.num_batches_per_epoch, num_processes)
