@@ -281,11 +281,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "skip_until_initial_step": _refused("course", "Pass over the batches before the first step.", _STATE),
         "initial_epoch": _refused("course", "Epoch to begin with, from 1.", _STATE, "integer"),
         "initial_step": _refused("course", "Step to begin after.", _STATE, "integer"),
-        "output_config": _refused(
-            "saving",
-            "Write the options to config_file and stop.",
-            "it is not supported yet; write the options into a TOML file for --config_file",
-        ),
         # Logs.
         "wandb_run_name": _refused("logs", "Name of the run at Weights & Biases.", _WANDB, "text"),
         "wandb_api_key": _refused("logs", "Key for Weights & Biases.", _WANDB, "text"),
