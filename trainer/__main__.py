@@ -171,12 +171,14 @@ def check(arguments: Sequence[str]) -> int:
     from trainer.train.plan import plan_text, tell_settings  # noqa: PLC0415
     from trainer.train.reporting import Reporter  # noqa: PLC0415
     from trainer.train.session import configure_console  # noqa: PLC0415
+    from trainer.train.text_plan import plan_texts  # noqa: PLC0415
 
     configure_console(parsed.options)
     reporter = Reporter()
     checked = check_run(parsed, reporter)
     tell_settings(parsed, checked, reporter)
-    print(f"{plan_text(checked)}\nNo problems found.")
+    texts = plan_texts(checked, parsed.options.seed or 0)
+    print("\n".join([plan_text(checked, texts), "No problems found."]))
     return EXIT_DONE
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from trainer.data.captions import caption_notes
 from trainer.schema.advice import deviations, weak_defaults
 from trainer.schema.checkpoint_header import FluxParams, format_bytes
 from trainer.schema.cli import ParsedCommand
 from trainer.schema.memory import Estimate, estimate, usable_bytes
 from trainer.train.check import CheckedRun
 from trainer.train.reporting import Reporter
+from trainer.train.text_plan import TextPlan
 
 
 def tell_settings(command: ParsedCommand, checked: CheckedRun, reporter: Reporter, *, num_processes: int = 1) -> None:
@@ -19,6 +21,7 @@ def tell_settings(command: ParsedCommand, checked: CheckedRun, reporter: Reporte
     lines = [
         *command.notes,
         *_prompt_notes(checked),
+        *_caption_lines(checked),
         *deviations(command.options, is_schnell=is_schnell, num_processes=num_processes),
     ]
     if lines:
@@ -35,6 +38,12 @@ def _prompt_notes(checked: CheckedRun) -> Iterator[str]:
             yield f"sample prompt {number}: {', '.join(prompt.unused_flags)} have no effect for FLUX"
         if checked.options.model_type == "chroma" and not prompt.uses_negative_prompt:
             yield f"sample prompt {number}: Chroma needs two-pass guidance for good pictures; --l 4 is usual"
+
+
+def _caption_lines(checked: CheckedRun) -> Iterator[str]:
+    for subset in dict.fromkeys(item.subset for item in checked.index.items):
+        for note in caption_notes(subset):
+            yield f"{subset.image_dir}: {note}"
 
 
 def estimate_run(checked: CheckedRun, total_bytes: int | None = None) -> Estimate:
@@ -54,7 +63,7 @@ def estimate_run(checked: CheckedRun, total_bytes: int | None = None) -> Estimat
     )
 
 
-def plan_text(checked: CheckedRun, total_bytes: int | None = None) -> str:
+def plan_text(checked: CheckedRun, texts: TextPlan | None = None, total_bytes: int | None = None) -> str:
     """The plan as a block of lines: pictures, repeats, buckets, batches, epochs, steps and memory."""
     index, schedule = checked.index, checked.schedule
     num_draws = sum(item.num_repeats for item in index.items)
@@ -72,6 +81,8 @@ def plan_text(checked: CheckedRun, total_bytes: int | None = None) -> str:
         f"{schedule.num_epochs} epochs of {schedule.micro_steps_per_epoch} batches, {schedule.steps_per_epoch} steps; "
         f"{schedule.num_steps} steps in total"
     )
+    if texts is not None:
+        lines.append(str(texts))
     memory = estimate_run(checked, total_bytes)
     lines.append(
         f"about {format_bytes(memory.peak_bytes)} on the device and {format_bytes(memory.host_peak_bytes)} of main memory"
