@@ -19,12 +19,13 @@ from trainer.schema.hub_cache import cached_snapshot, hub_id
 from trainer.schema.model_kinds import ModelKind, identify, noun
 from trainer.schema.safetensors_header import Header, TensorInfo, read_header
 
+_SECOND_ENCODER: Final = "text_encoder_2"
 SUBFOLDERS: Final[Mapping[ModelKind, tuple[str, ...]]] = {
     "flux": ("transformer",),
     "chroma": ("transformer",),
     "autoencoder": ("vae",),
     "clip_l": ("text_encoder",),
-    "t5xxl": ("text_encoder_2", "text_encoder"),
+    "t5xxl": (_SECOND_ENCODER, "text_encoder"),
 }
 """Where a repository keeps a model; the first that is there."""
 _FILE_STARTS: Final[Mapping[ModelKind, str]] = {
@@ -117,17 +118,16 @@ def _without_variants(names: Sequence[str], below: str) -> list[str]:
 
 
 def _read_folder(folder: Path, kind: ModelKind) -> Header:
-    places: Sequence[str] = SUBFOLDERS.get(kind, ())
-    for name in places:
+    for number, name in enumerate(SUBFOLDERS.get(kind, ())):
         below = folder / name
         if not below.is_dir() or not any(below.iterdir()):
             continue
         _check_pipeline(folder)
         header = _read_own_folder(below, kind)
-        if name != places[0] and identify(header) != kind:
+        if number > 0 and identify(header) != kind:
             # A repository of FLUX.1 that is not whole has CLIP-L there.
             raise UserError(
-                f"this folder holds no T5 text encoder: {places[0]} is missing, and {name} holds {noun(header)}",
+                f"this folder holds no T5 text encoder: {_SECOND_ENCODER} is missing, and {name} holds {noun(header)}",
                 str(folder),
                 "Download the whole repository, or give the T5 file itself.",
             )
