@@ -42,6 +42,7 @@ from trainer.train.base_weights import merge_base_weights
 from trainer.train.check import CheckedRun, check_run, warn_of_memory
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
+from trainer.train.device_checks import product_seconds, slow_format
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import FileHashes
 from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
@@ -73,6 +74,9 @@ def train(command: ParsedCommand, reporter: Reporter) -> None:
     checked = check_run(options, reporter, num_processes=engine.num_processes)
     tell_settings(command, checked.flux, reporter, num_processes=engine.num_processes)
     reporter.note(f"training on {engine.name()}, {engine.dtype}".replace("torch.", ""))
+    slow = slow_format(engine.device, engine.dtype, product_seconds)
+    if slow is not None:
+        reporter.warning(slow)
     warn_of_memory(checked, engine.total_bytes(), reporter)
     with _turn_on_device(options, engine, reporter):
         _train_checked(checked, engine, reporter)
