@@ -57,7 +57,16 @@ _T5: Final = _TokenizerKind(
     hub_id="google/t5-v1_1-xxl",
     pad_token="<pad>",
     vocabulary_files=("spiece.model",),
-    places=("t5xxl_tokenizer", "tokenizer_t5.json", "tokenizer_2", "../tokenizer_2", "tokenizer.json"),
+    # Chroma's repositories have one tokenizer, which is T5's.
+    places=(
+        "t5xxl_tokenizer",
+        "tokenizer_t5.json",
+        "tokenizer_2",
+        "../tokenizer_2",
+        "tokenizer",
+        "../tokenizer",
+        "tokenizer.json",
+    ),
 )
 
 

@@ -17,6 +17,8 @@ from transformers import CLIPTextModel, T5EncoderModel
 from trainer.model.text_encoders import PromptTokenizer, encode_clip, encode_t5
 
 CLIP_MAX_TOKENS = 77
+VISIBLE_PADDING = 1
+"""Padding tokens that Chroma's transformer sees after each caption; it was trained so."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,10 @@ class T5Encoder:
 
 
 def show_padding(mask: Tensor, num_tokens: int) -> Tensor:
-    """`mask` (B, L) with the first `num_tokens` padding tokens of each row set to 1, too, as far as there are any."""
+    """`mask` (B, L) with the first `num_tokens` padding tokens of each row set to 1, too, as far as there are any.
+
+    With a negative number the last visible tokens are hidden.
+    """
     lengths = mask.sum(dim=1, keepdim=True) + num_tokens
     return (torch.arange(mask.shape[1], device=mask.device)[None] < lengths).to(mask.dtype)
 

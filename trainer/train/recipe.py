@@ -25,6 +25,7 @@ from trainer.lora.forms import to_published
 from trainer.lora.lora_file import read_lora_file
 from trainer.lora.lycoris import AnyNetwork, LycorisNetwork
 from trainer.lora.network import LoraNetwork
+from trainer.lora.targets import settings_without_layers
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.transformer import Transformer, load_transformer
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
@@ -320,7 +321,11 @@ def attach_network(
     """The network around the transformer's layers, and those of the text encoders that are given, on the device; and how
     the file was written that it starts from."""
     network: AnyNetwork
+    for line in settings_without_layers(model, spec):
+        reporter.warning(line)
     if spec.kind == "lycoris":
+        if engine.dtype is torch.float16:
+            reporter.warning("lycoris.kohya does not keep fp16's range; if a loss is no number, use bf16")
         network = LycorisNetwork.attach(model, clip, spec, seed)
     else:
         flux = None if options.network_train_text_encoder_only else model
