@@ -19,8 +19,10 @@ from trainer.train.loop import (
     LoopSettings,
     MeanLoss,
     NumbersLost,
+    Progress,
     StepPosition,
     TrainingLoop,
+    Wishes,
     step_generator,
 )
 from trainer.train.optim import LearningRateSchedule
@@ -55,6 +57,7 @@ class Course:
         *,
         rate: float = 0.1,
         sync: GradientSync | None = None,
+        start: Progress | None = None,
     ) -> None:
         self.model = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.model.weight)
@@ -76,10 +79,11 @@ class Course:
             save=lambda position, kind: self.saved.append((position, kind)),
             sample=lambda position, is_epoch_end: self.sampled.append((position, is_epoch_end)),
             peak_bytes=lambda: 0,
+            start=start,
         )
 
-    def micro_batches(self, epoch: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
-        for number in range(self.num_micro):
+    def micro_batches(self, epoch: int, skipped: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
+        for number in range(skipped, self.num_micro):
             target = float(10 * epoch + number)
 
             def loss(_generator: torch.Generator, target: float = target) -> Tensor:
@@ -135,6 +139,47 @@ def test_saves_and_samples_fall_due_as_asked() -> None:
     assert [(position.step, is_end) for position, is_end in course.sampled] == [(0, False), (4, False)]
 
 
+def test_a_resumed_loop_first_does_what_was_left_to_do_after_its_last_step() -> None:
+    due = settings(save_every_n_steps=3, save_every_n_epochs=1, sample_every_n_steps=3)
+    for num_done, saved, sampled in (
+        (0, [(3, "step"), (3, "epoch")], [3]),
+        (1, [(3, "epoch")], [3]),
+        (2, [(3, "epoch")], []),
+        (4, [], []),
+    ):
+        course = Course(due, start=Progress(step=3, num_duties_done=num_done))
+        course.loop.run()
+        assert course.targets == [20, 21, 22], "the second epoch alone"
+        assert [(position.step, kind) for position, kind in course.saved] == [*saved, (6, "step")]
+        assert [position.step for position, _ in course.sampled] == [*sampled, 6]
+
+
+def test_a_loop_resumed_inside_an_epoch_skips_its_first_batches_and_keeps_the_mean() -> None:
+    whole = Course(settings(num_micro_steps=2, num_steps=4))
+    whole.loop.run()
+    part = Course(settings(num_micro_steps=2, num_steps=3))
+    part.loop.run()
+    rest = Course(settings(num_micro_steps=2, num_steps=4), start=part.loop.progress)
+    with torch.no_grad():
+        rest.model.weight.copy_(part.model.weight)
+    rest.loop.run()
+    assert rest.targets == [22]
+    assert rest.weight == whole.weight
+    assert rest.loop.progress == whole.loop.progress
+
+
+def test_states_are_saved_with_each_lora_and_when_one_is_due() -> None:
+    due = iter([False, True, False, False, True, False])
+    states: list[tuple[int, int, str]] = []
+    course = Course(settings(save_every_n_steps=5, save_every_n_epochs=1))
+    course.loop._save_state = lambda progress, kind: states.append(  # pyright: ignore[reportPrivateUsage]
+        (progress.step, progress.num_duties_done, kind)
+    )
+    course.loop._state_is_due = lambda: next(due)  # pyright: ignore[reportPrivateUsage]
+    course.loop.run()
+    assert states == [(2, 1, "moment"), (3, 3, "epoch"), (5, 1, "step")]
+
+
 def test_epochs_win_over_steps_for_samples() -> None:
     course = Course(settings(sample_every_n_steps=1, sample_every_n_epochs=2))
     course.loop.run()
@@ -152,8 +197,8 @@ def test_no_lost_number_gets_into_the_weights() -> None:
     course = Course(settings(num_steps=6))
     good = course.micro_batches
 
-    def with_a_bad_one(epoch: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
-        for number, loss in enumerate(good(epoch)):
+    def with_a_bad_one(epoch: int, skipped: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
+        for number, loss in enumerate(good(epoch, skipped)):
             yield (lambda _generator: (course.model.weight * math.nan).sum()) if number == 1 else loss
 
     course.loop._micro_batches = with_a_bad_one  # pyright: ignore[reportPrivateUsage]
@@ -166,7 +211,7 @@ def test_no_lost_number_gets_into_the_weights() -> None:
 
 def test_a_gradient_that_is_no_number_ends_the_run_too() -> None:
     course = Course(settings(num_steps=1))
-    course.loop._micro_batches = lambda _epoch: iter(  # pyright: ignore[reportPrivateUsage]
+    course.loop._micro_batches = lambda _epoch, _skipped: iter(  # pyright: ignore[reportPrivateUsage]
         [lambda _generator: course.model.weight.abs().sqrt().sum()]
     )
     with pytest.raises(NumbersLost, match=r"the gradient's norm became (inf|nan) at step 1"):
@@ -178,7 +223,7 @@ def test_a_gradient_beyond_fp16_halves_the_loss_scale_and_says_so(caplog: pytest
     course = Course(settings(num_steps=6), Reporter(), rate=0.01)
     course.loop._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)  # pyright: ignore[reportPrivateUsage]
 
-    def in_half(_epoch: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
+    def in_half(_epoch: int, _skipped: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
         for _ in range(3):
             # The gradient of 20 leaves the range at scales above 2048.
             yield lambda _generator: (course.model.weight.half() * 20.0).float().sum()
@@ -195,7 +240,7 @@ def test_a_gradient_beyond_fp16_halves_the_loss_scale_and_says_so(caplog: pytest
 def test_gradients_that_never_fit_fp16_end_the_run() -> None:
     course = Course(settings(num_steps=60, num_epochs=20))
     course.loop._scaler = torch.amp.GradScaler("cpu")  # pyright: ignore[reportPrivateUsage]
-    course.loop._micro_batches = lambda _epoch: iter(  # pyright: ignore[reportPrivateUsage]
+    course.loop._micro_batches = lambda _epoch, _skipped: iter(  # pyright: ignore[reportPrivateUsage]
         [lambda _generator: course.model.weight.abs().sqrt().sum()] * 3
     )
     with pytest.raises(NumbersLost, match=f"at step {MAX_SKIPPED_STEPS + 1}"):
@@ -306,7 +351,9 @@ def test_gradients_of_all_processes_are_averaged_in_one_reduction() -> None:
 
     parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3, 1))]
     parameters[0].grad = torch.ones(2)
-    assert GradientSync(mean_with_another, 2)(parameters, stop=False)
+    wishes = GradientSync(mean_with_another, 2)(parameters, Wishes(save=True))
+    assert wishes == Wishes(stop=True, save=True, sample=True, state=True), "what one process wishes, all do"
+    assert GradientSync(lambda tensor: tensor, 2)(parameters, Wishes(sample=True)) == Wishes(sample=True)
     assert len(calls) == 1
     assert parameters[0].grad.tolist() == [2.0, 2.0]
     assert parameters[1].grad is not None
