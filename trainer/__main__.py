@@ -25,10 +25,10 @@ from trainer.schema.chroma_header import read_transformer
 from trainer.schema.cli import ParsedCommand, parse_command_line, validate_options
 from trainer.schema.folders import demo_dir
 from trainer.schema.memory import OtherModels, estimate, pick_blocks_to_swap
+from trainer.schema.option_files import read_config_file
 from trainer.schema.options import Options
 from trainer.schema.options_data import parse_resolution
 from trainer.schema.run_folder import RunFolder
-from trainer.schema.toml_io import read_config_file
 from trainer.schema.weight_files import read_weights
 
 EXIT_DONE, EXIT_OPTIONS, EXIT_INTERRUPTED = 0, 2, 130

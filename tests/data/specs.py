@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainer.schema.toml_io import DatasetConfig, DatasetSpec, SubsetSpec
+from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec, SubsetSpec
 
 SUBSET = SubsetSpec(
     image_dir=Path(),

@@ -24,7 +24,7 @@ from trainer.data.cache import (
 )
 from trainer.data.index import DatasetIndex, index_dataset
 from trainer.schema.base import UserError
-from trainer.schema.toml_io import SubsetSpec
+from trainer.schema.dataset_keys import SubsetSpec
 
 
 class Encoder:

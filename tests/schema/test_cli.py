@@ -10,7 +10,8 @@ import pytest
 
 from trainer.schema.base import Problem, UserError
 from trainer.schema.cli import parse_command_line, to_argv, validate_options
-from trainer.schema.options import STATUS, Options
+from trainer.schema.option_status import STATUS
+from trainer.schema.options import Options
 
 PUBLISHED = [
     "--pretrained_model_name_or_path",

@@ -16,7 +16,9 @@ from pydantic import ValidationError
 
 from trainer.schema.base import Problem, UserError
 from trainer.schema.optimizer_args import parse_optimizer_args
-from trainer.schema.options import GROUPS, OUR_OPTIONS, STATUS, Given, Options, Reading, opt_of, read_options
+from trainer.schema.option_reading import Given, Reading, read_options
+from trainer.schema.option_status import STATUS, opt_of
+from trainer.schema.options import GROUPS, OUR_OPTIONS, Options
 from trainer.schema.options_data import parse_resolution
 
 REFERENCE: Mapping[str, Mapping[str, Any]] = json.loads(

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 
-from trainer.schema.toml_io import SubsetSpec
+from trainer.schema.dataset_keys import SubsetSpec
 
 JOINER = ", "
 """Shuffled parts are joined by this whatever separated them, as in the reference trainer."""

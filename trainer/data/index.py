@@ -15,7 +15,7 @@ from trainer.data.buckets import Fit, Size
 from trainer.data.captions import tag_frequency
 from trainer.data.images import DECODE_ERRORS, ImageFacts, Picture, check_image, decode_failure, map_ahead
 from trainer.schema.base import Problem, UserError
-from trainer.schema.toml_io import DatasetConfig, DatasetSpec, SubsetSpec
+from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec, SubsetSpec
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"))
 """Endings of picture files, in any case. The reference takes .avif only where a plugin is installed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 Level = Literal["basic", "advanced", "expert", "hidden"]
 
@@ -79,3 +79,12 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` was most likely meant to be, or None when nothing is close."""
     close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
     return close[0] if close else None
+
+
+def shown(value: object) -> str:
+    """A value as a person would write it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return " ".join(shown(item) for item in cast("Sequence[object]", value)) or "empty"
+    return str(value) if value != "" else "empty"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import textwrap
 from typing import Final
 
+from trainer.schema.base import shown
+from trainer.schema.option_status import OPEN_TEXT_CHOICES, STATUS, opt_of
 from trainer.schema.option_table import OptionStatus
-from trainer.schema.options import GROUPS, OPEN_TEXT_CHOICES, STATUS, opt_of, shown
+from trainer.schema.options import GROUPS
 
 _WIDTH: Final = 110
 _INDENT: Final = 8

@@ -12,17 +12,10 @@ import tomlkit
 
 from trainer.schema.base import Problem, UserError
 from trainer.schema.cli import parse_command_line, validate_options
+from trainer.schema.dataset_file import dataset_config, dataset_to_toml, read_dataset_config
+from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec, SubsetSpec
+from trainer.schema.option_files import options_to_toml, read_config_file
 from trainer.schema.options import Options
-from trainer.schema.toml_io import (
-    DatasetConfig,
-    DatasetSpec,
-    SubsetSpec,
-    dataset_config,
-    dataset_to_toml,
-    options_to_toml,
-    read_config_file,
-    read_dataset_config,
-)
 
 REFERENCE_DEFAULTS = SubsetSpec(
     image_dir=Path("cats"),
