@@ -70,16 +70,17 @@ class OptimizerKind:
 
     `finds_rate`: it finds its own rate, and the learning rate is a factor on it, usually 1. `is_schedule_free`: it has
     no schedule, and the weights it trains are not those to use (Defazio et al., "The Road Less Scheduled", 2024).
-    `state_bytes` is what it keeps for one trained number, about.
+    `num_moments` is how many numbers it keeps for one that is trained, about; `is_8bit` when it keeps them in 8 bit.
     """
 
     module: str
     class_name: str
     settings: Settings
-    state_bytes: float
+    num_moments: float
     fixed: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     finds_rate: bool = False
     is_schedule_free: bool = False
+    is_8bit: bool = False
 
 
 _ADAM: Final[Settings] = {"betas": BETAS, "eps": AMOUNT, "weight_decay": AMOUNT}
@@ -88,7 +89,12 @@ _8BIT: Final[Settings] = {"min_8bit_size": COUNT}
 _PAGED: Final[Settings] = {"is_paged": SWITCH}
 _SGD: Final[Settings] = {"momentum": PART, "dampening": PART, "weight_decay": AMOUNT, "nesterov": SWITCH}
 _LION: Final[Settings] = {"betas": BETAS, "weight_decay": AMOUNT}
-_DADAPT: Final[Settings] = {"weight_decay": AMOUNT, "log_every": COUNT_OR_ZERO, "d0": ABOVE_ZERO, "growth_rate": ABOVE_ZERO}
+_DADAPT: Final[Settings] = {
+    "weight_decay": AMOUNT,
+    "log_every": COUNT_OR_ZERO,
+    "d0": ABOVE_ZERO,
+    "growth_rate": ABOVE_ZERO,
+}
 _FREE: Final[Settings] = {
     "weight_decay": AMOUNT,
     "r": NUMBER,
@@ -98,37 +104,38 @@ _FREE: Final[Settings] = {
 _NESTEROV: Final = MappingProxyType({"momentum": 0.9, "nesterov": True})
 
 
-def _bnb(class_name: str, settings: Settings, state_bytes: float, **fixed: object) -> OptimizerKind:
-    return OptimizerKind("bitsandbytes.optim", class_name, settings, state_bytes, MappingProxyType(fixed))
+def _bnb(class_name: str, settings: Settings, num_moments: float, **fixed: object) -> OptimizerKind:
+    is_8bit = class_name.endswith("8bit")
+    return OptimizerKind(
+        "bitsandbytes.optim", class_name, settings, num_moments, MappingProxyType(fixed), is_8bit=is_8bit
+    )
 
 
-def _dadapt(
-    class_name: str, settings: Settings, state_bytes: float, *, module: str = "dadaptation"
-) -> OptimizerKind:
-    return OptimizerKind(module, class_name, {**_DADAPT, **settings}, state_bytes, finds_rate=True)
+def _dadapt(class_name: str, settings: Settings, num_moments: float, *, module: str = "dadaptation") -> OptimizerKind:
+    return OptimizerKind(module, class_name, {**_DADAPT, **settings}, num_moments, finds_rate=True)
 
 
-def _schedule_free(class_name: str, settings: Settings, state_bytes: float) -> OptimizerKind:
-    return OptimizerKind("schedulefree", class_name, {**_FREE, **settings}, state_bytes, is_schedule_free=True)
+def _schedule_free(class_name: str, settings: Settings, num_moments: float) -> OptimizerKind:
+    return OptimizerKind("schedulefree", class_name, {**_FREE, **settings}, num_moments, is_schedule_free=True)
 
 
 _DADAPT_ADAM: Final[Settings] = {"betas": BETAS, "eps": AMOUNT, "decouple": SWITCH}
 _DADAPT_ADAN: Final[Settings] = {"betas": THREE_BETAS, "eps": AMOUNT, "no_prox": SWITCH}
-_PREPRINT: Final = _dadapt("DAdaptAdamPreprint", _DADAPT_ADAM, 12, module="dadaptation.experimental")
+_PREPRINT: Final = _dadapt("DAdaptAdamPreprint", _DADAPT_ADAM, 3, module="dadaptation.experimental")
 
 OPTIMIZERS: Final[Mapping[str, OptimizerKind]] = MappingProxyType(
     {
-        "AdamW": OptimizerKind("torch.optim", "AdamW", {**_ADAM, **_TORCH, "amsgrad": SWITCH}, 8),
+        "AdamW": OptimizerKind("torch.optim", "AdamW", {**_ADAM, **_TORCH, "amsgrad": SWITCH}, 2),
         "AdamW8bit": _bnb("AdamW8bit", {**_ADAM, **_8BIT, **_PAGED}, 2),
         "PagedAdamW8bit": _bnb("PagedAdamW8bit", {**_ADAM, **_8BIT}, 2),
-        "PagedAdamW": _bnb("PagedAdamW", {**_ADAM, **_8BIT}, 8),
-        "PagedAdamW32bit": _bnb("PagedAdamW32bit", {**_ADAM, **_8BIT}, 8),
+        "PagedAdamW": _bnb("PagedAdamW", {**_ADAM, **_8BIT}, 2),
+        "PagedAdamW32bit": _bnb("PagedAdamW32bit", {**_ADAM, **_8BIT}, 2),
         "Lion": OptimizerKind(
-            "lion_pytorch", "Lion", {**_LION, "use_triton": SWITCH, "decoupled_weight_decay": SWITCH}, 4
+            "lion_pytorch", "Lion", {**_LION, "use_triton": SWITCH, "decoupled_weight_decay": SWITCH}, 1
         ),
         "Lion8bit": _bnb("Lion8bit", {**_LION, **_8BIT, **_PAGED}, 1),
         "PagedLion8bit": _bnb("PagedLion8bit", {**_LION, **_8BIT}, 1),
-        "SGDNesterov": OptimizerKind("torch.optim", "SGD", {**_SGD, **_TORCH}, 4, _NESTEROV),
+        "SGDNesterov": OptimizerKind("torch.optim", "SGD", {**_SGD, **_TORCH}, 1, _NESTEROV),
         "SGDNesterov8bit": _bnb("SGD8bit", {**_SGD, **_8BIT}, 1, **_NESTEROV),
         "Adafactor": OptimizerKind(
             "transformers.optimization",
@@ -143,7 +150,7 @@ OPTIMIZERS: Final[Mapping[str, OptimizerKind]] = MappingProxyType(
                 "relative_step": SWITCH,
                 "warmup_init": SWITCH,
             },
-            0.5,
+            0.125,
         ),
         "Prodigy": OptimizerKind(
             "prodigyopt",
@@ -159,24 +166,24 @@ OPTIMIZERS: Final[Mapping[str, OptimizerKind]] = MappingProxyType(
                 "growth_rate": ABOVE_ZERO,
                 "slice_p": COUNT,
             },
-            16,
+            4,
             finds_rate=True,
         ),
         "AdamWScheduleFree": _schedule_free(
-            "AdamWScheduleFree", {"betas": BETAS, "eps": AMOUNT, "warmup_steps": COUNT_OR_ZERO}, 8
+            "AdamWScheduleFree", {"betas": BETAS, "eps": AMOUNT, "warmup_steps": COUNT_OR_ZERO}, 2
         ),
         "RAdamScheduleFree": _schedule_free(
-            "RAdamScheduleFree", {"betas": BETAS, "eps": AMOUNT, "silent_sgd_phase": SWITCH}, 8
+            "RAdamScheduleFree", {"betas": BETAS, "eps": AMOUNT, "silent_sgd_phase": SWITCH}, 2
         ),
-        "SGDScheduleFree": _schedule_free("SGDScheduleFree", {"momentum": PART, "warmup_steps": COUNT_OR_ZERO}, 4),
+        "SGDScheduleFree": _schedule_free("SGDScheduleFree", {"momentum": PART, "warmup_steps": COUNT_OR_ZERO}, 1),
         "DAdaptation": _PREPRINT,
         "DAdaptAdamPreprint": _PREPRINT,
-        "DAdaptAdaGrad": _dadapt("DAdaptAdaGrad", {"momentum": PART, "eps": AMOUNT}, 16),
-        "DAdaptAdam": _dadapt("DAdaptAdam", {**_DADAPT_ADAM, "use_bias_correction": SWITCH}, 12),
-        "DAdaptAdan": _dadapt("DAdaptAdan", _DADAPT_ADAN, 20),
-        "DAdaptAdanIP": _dadapt("DAdaptAdanIP", _DADAPT_ADAN, 20, module="dadaptation.experimental"),
-        "DAdaptLion": _dadapt("DAdaptLion", {"betas": BETAS}, 8),
-        "DAdaptSGD": _dadapt("DAdaptSGD", {"momentum": PART}, 12),
+        "DAdaptAdaGrad": _dadapt("DAdaptAdaGrad", {"momentum": PART, "eps": AMOUNT}, 4),
+        "DAdaptAdam": _dadapt("DAdaptAdam", {**_DADAPT_ADAM, "use_bias_correction": SWITCH}, 3),
+        "DAdaptAdan": _dadapt("DAdaptAdan", _DADAPT_ADAN, 5),
+        "DAdaptAdanIP": _dadapt("DAdaptAdanIP", _DADAPT_ADAN, 5, module="dadaptation.experimental"),
+        "DAdaptLion": _dadapt("DAdaptLion", {"betas": BETAS}, 2),
+        "DAdaptSGD": _dadapt("DAdaptSGD", {"momentum": PART}, 3),
     }
 )
 """Optimizer -> what is known about it."""
@@ -218,6 +225,12 @@ def optimizer_name(value: str) -> str:
         f"must be one of {names}, another class of torch.optim, or a dotted path such as package.Class"
         + (f"; did you mean {known[near]}?" if near else "")
     )
+
+
+def moments_of(optimizer_type: str) -> tuple[float, bool]:
+    """(numbers kept for each that is trained, whether in 8 bit); two, as AdamW, for classes that are not known."""
+    kind = OPTIMIZERS.get(optimizer_type)
+    return (2, False) if kind is None else (kind.num_moments, kind.is_8bit)
 
 
 def is_schedule_free(optimizer_type: str) -> bool:

@@ -80,7 +80,7 @@ def read_options(given: Mapping[str, Given]) -> Reading:
         return Reading(None, explicit, tuple(problems), ())
     options, corrections = corrected(options, explicit)
     notes = [*corrections, *notes, *option_advice(options, explicit)]
-    if "use_8bit_adam" in explicit:
+    if explicit & {"use_8bit_adam", "use_lion_optimizer"}:
         explicit |= {"optimizer_type"}
     return Reading(options, explicit, (), tuple(notes))
 

@@ -74,9 +74,6 @@ _VALIDATION: Final = "validation is not supported yet; leave it out"
 _DEEPSPEED: Final = "DeepSpeed is not supported yet; --blocks_to_swap saves memory on one device"
 _DDP: Final = "training on several devices is not supported yet; leave it out"
 _WANDB: Final = "Weights & Biases is not supported yet; use --log_with=tensorboard"
-_SCHEDULE: Final = (
-    "its schedule is not supported yet; use --lr_scheduler constant, constant_with_warmup, cosine or linear"
-)
 _CAPTION: Final = "it is not supported yet; write the captions out as they should be used"
 
 SAMPLERS: Final = (
@@ -215,21 +212,7 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "zero3_save_16bit_model": _refused(_DEEPSPEED),
         "fp16_master_weights_and_gradients": _refused(_DEEPSPEED),
         # Optimizer and schedule.
-        "use_lion_optimizer": _refused("Lion is not supported yet; use --optimizer_type AdamW or AdamW8bit"),
-        "lr_scheduler_type": _refused(
-            "schedules of other packages are not supported yet; use --lr_scheduler", "text", default=""
-        ),
-        "lr_scheduler_args": _refused(_SCHEDULE, "text", is_list=True),
-        "lr_decay_steps": _refused(_SCHEDULE, "steps", default=0),
-        "lr_scheduler_timescale": _refused(_SCHEDULE, "integer"),
-        "lr_scheduler_min_lr_ratio": _refused(_SCHEDULE, "number"),
-        "lr_scheduler_num_cycles": _inert(
-            "only schedules that are not supported yet have cycles", "integer", default=1
-        ),
-        "lr_scheduler_power": _inert(
-            "only the polynomial schedule, which is not supported yet, has one", "number", default=1
-        ),
-        "fused_backward_pass": _refused("it works for Adafactor only, which is not supported yet; leave it out"),
+        "fused_backward_pass": _inert("a LoRA's gradients are too small to be worth freeing one by one"),
         # Network and model.
         # Validation.
         "validation_seed": _refused(_VALIDATION, "integer"),
@@ -240,8 +223,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
     }
 )
 
-_OPTIMIZER: Final = "is not supported yet; use AdamW or AdamW8bit"
-_LR_SCHEDULER: Final = "is not supported yet; use constant, constant_with_warmup, cosine or linear"
 _PICKLE: Final = "is not written: such files can hold code; use safetensors"
 _TRACKER: Final = "is not supported yet; use tensorboard"
 _NETWORK_SD: Final = "does not fit FLUX; use networks.lora_flux"
@@ -250,46 +231,6 @@ REFUSED_VALUES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     {
         "save_model_as": dict.fromkeys(("ckpt", "pt"), _PICKLE),
         "log_with": dict.fromkeys(("wandb", "all"), _TRACKER),
-        "optimizer_type": dict.fromkeys(
-            (
-                "SGDNesterov",
-                "SGDNesterov8bit",
-                "Lion",
-                "Lion8bit",
-                "PagedAdamW",
-                "PagedAdamW8bit",
-                "PagedAdamW32bit",
-                "PagedLion8bit",
-                "DAdaptation",
-                "DAdaptAdamPreprint",
-                "DAdaptAdaGrad",
-                "DAdaptAdam",
-                "DAdaptAdan",
-                "DAdaptAdanIP",
-                "DAdaptLion",
-                "DAdaptSGD",
-                "Prodigy",
-                "Adafactor",
-                "RAdamScheduleFree",
-                "AdamWScheduleFree",
-                "SGDScheduleFree",
-            ),
-            _OPTIMIZER,
-        ),
-        "lr_scheduler": dict.fromkeys(
-            (
-                "cosine_with_restarts",
-                "polynomial",
-                "inverse_sqrt",
-                "cosine_with_min_lr",
-                "cosine_warmup_with_min_lr",
-                "warmup_stable_decay",
-                "piecewise_constant",
-                "reduce_lr_on_plateau",
-                "adafactor",
-            ),
-            _LR_SCHEDULER,
-        ),
         "network_module": {
             **dict.fromkeys(
                 ("networks.lora_fa", "networks.dylora", "networks.oft", "networks.lora_sd3", "networks.loha"),

@@ -27,6 +27,7 @@ from trainer.train.findings import EXIT_OPTIONS, Findings
 from trainer.train.lora_form import form_problems
 from trainer.train.model_checks import Tokenizers, check_models, check_tokenizers, fetch_models, read_flux
 from trainer.train.network_checks import check_against_model, network_spec, spec_from_weights
+from trainer.train.optimizer_checks import check_optimization
 from trainer.train.reporting import Reporter
 from trainer.train.sampling import SamplePrompt, read_sample_prompts
 from trainer.train.schedule import Schedule, make_schedule
@@ -80,6 +81,10 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
     if dataset is not None:
         found: DatasetConfig = dataset
         index = findings.attempt(lambda: index_dataset(found, progress=reporter.progress))
+    # Without pictures the number of steps is not known; the schedule is checked all the same.
+    num_batches = index.num_batches_per_epoch if index is not None else 1
+    schedule = make_schedule(options, num_batches, num_processes)
+    check_optimization(options, findings, num_steps=schedule.num_steps, reporter=reporter)
     findings.raise_if_any()
     if (
         dataset is None
@@ -107,7 +112,7 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
         models=models,
         spec=spec,
         tokenizers=tokenizers,
-        schedule=make_schedule(options, index.num_batches_per_epoch, num_processes),
+        schedule=schedule,
     )
 
 
@@ -128,6 +133,7 @@ def check_replay(options: Options) -> CheckedReplay:
         findings.add(Problem(what, f"--{field}", hint, field), EXIT_OPTIONS)
     flux = read_flux(options, findings)
     check_device(options, findings)
+    check_optimization(options, findings, num_steps=options.max_train_steps)
     spec = findings.attempt(lambda: network_spec(options))
     if flux is not None:
         check_against_model(options, spec, flux, findings)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.schema.base import UserError
-from trainer.train.optim import LearningRateSchedule
+from trainer.train.learning_rate import LearningRateSchedule
+from trainer.train.optim import final_weights, found_rates, group_rates
 from trainer.train.reporting import Reporter, StopRequested
 
 MicroBatch = Callable[[torch.Generator], Tensor]
@@ -93,12 +94,17 @@ class MeanLoss:
         self._values: deque[float] = deque(maxlen=max(window, 1))
         self._sum = 0.0
 
+    @property
+    def value(self) -> float:
+        """The mean so far; NaN before the first step."""
+        return self._sum / len(self._values) if self._values else math.nan
+
     def add(self, value: float) -> float:
         if len(self._values) == self._values.maxlen:
             self._sum -= self._values[0]
         self._values.append(value)
         self._sum += value
-        return self._sum / len(self._values)
+        return self.value
 
 
 class GradientSync:
@@ -257,7 +263,6 @@ class TrainingLoop:
         # Looked at before the optimizer's step: what is no number never gets into the weights.
         if not math.isfinite(loss) or (not math.isfinite(norm) and not self._may_skip()):
             raise self._numbers_lost(before, losses, micro_batches, loss, norm)
-        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         more: Mapping[str, float] = {}
         if math.isfinite(norm):
             self._num_skipped_in_a_row = 0
@@ -267,6 +272,8 @@ class TrainingLoop:
             more = self._after_weights()
         else:
             self._skip(position)
+        rates = group_rates(self._optimizer)
+        more = {**more, **self._rate_scalars(rates)}
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._report(position, loss, norm, rates, started, paused, more)
@@ -321,8 +328,6 @@ class TrainingLoop:
         scalars = {"loss/current": loss, "loss/average": average, "norm/grad_norm": norm, **more}
         if self._scaler.is_enabled():
             scalars["norm/loss_scale"] = self._scaler.get_scale()
-        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
-            scalars[f"lr/{group.get('name', 'unet')}"] = rate
         self._reporter.step(
             step=position.step,
             epoch=position.epoch,
@@ -335,6 +340,17 @@ class TrainingLoop:
             grad_norm=norm if math.isfinite(norm) else None,
             scalars=scalars,
         )
+
+    def _rate_scalars(self, rates: Sequence[float]) -> dict[str, float]:
+        """Each group's rate under the reference's names: by what it trains, and by number."""
+        scalars: dict[str, float] = {}
+        names = [str(group.get("name", "unet")) for group in self._optimizer.param_groups]
+        for prefix, values in (("lr/", rates), ("lr/d*lr/", found_rates(self._optimizer) or ())):
+            # Strict is wrong here: an optimizer that finds no rate has none to show.
+            for index, (name, value) in enumerate(zip(names, values, strict=False)):
+                scalars[f"{prefix}{name}"] = value
+                scalars[f"{prefix}group{index}"] = value
+        return scalars
 
     def _after_step(self) -> None:
         settings, step = self._settings, self._position.step
@@ -352,6 +368,7 @@ class TrainingLoop:
 
     def _after_epoch(self) -> None:
         settings, epoch = self._settings, self._position.epoch
+        self._schedule.observe(self._average.value)
         every = settings.save_every_n_epochs
         if every and epoch % every == 0 and epoch < settings.num_epochs:
             self._save_now("epoch")
@@ -361,7 +378,8 @@ class TrainingLoop:
 
     def _save_now(self, kind: Literal["step", "epoch"]) -> None:
         try:
-            self._save(self._position, kind)
+            with final_weights(self._optimizer):
+                self._save(self._position, kind)
         except UserError as error:
             # Space can be made while training goes on; ending here would lose the work since the last save.
             self._reporter.warning(f"nothing was saved: {error}")
@@ -369,7 +387,8 @@ class TrainingLoop:
 
     def _sample_now(self, *, is_epoch_end: bool) -> None:
         try:
-            self._sample(self._position, is_epoch_end)
+            with final_weights(self._optimizer):
+                self._sample(self._position, is_epoch_end)
         except UserError as error:
             self._reporter.warning(f"no sample was made: {error}")
         except StopRequested:

@@ -45,11 +45,12 @@ from trainer.train.conditioning import TextSource
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import FileHashes
 from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
+from trainer.train.learning_rate import learning_rate_schedule
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
 from trainer.train.lora_form import base_layers
 from trainer.train.lost_numbers import explain_lost_numbers
 from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
-from trainer.train.optim import LearningRateSchedule, create_optimizer, optimizer_description
+from trainer.train.optim import create_optimizer, final_weights, optimizer_description
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.rescue import save_or_rescue
 from trainer.train.sample_maker import SampleMaker
@@ -152,12 +153,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         _loop_settings(checked, seed),
         network=network,
         optimizer=optimizer,
-        schedule=LearningRateSchedule(
-            optimizer,
-            options.lr_scheduler,
-            num_steps=checked.schedule.num_steps,
-            lr_warmup_steps=options.lr_warmup_steps,
-        ),
+        schedule=learning_rate_schedule(options, optimizer, num_steps=checked.schedule.num_steps),
         scaler=engine.scaler(),
         sync=GradientSync(engine.reduce_mean, engine.num_processes),
         reporter=reporter,
@@ -180,11 +176,12 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
                 position, was_stopped = loop.run()
             except NumbersLost as lost:
                 raise _after_lost_numbers(lost, network, options, save, engine) from lost
-        if was_stopped:
-            if position.step > 0:
-                _save_for_good(save, position, "step")
-            raise StopRequested
-        _save_for_good(save, position, "final")
+        with final_weights(optimizer):
+            if was_stopped:
+                if position.step > 0:
+                    _save_for_good(save, position, "step")
+                raise StopRequested
+            _save_for_good(save, position, "final")
 
 
 def _save_for_good(save: LoraSaver, position: StepPosition, kind: CheckpointKind) -> None:
