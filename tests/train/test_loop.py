@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainer.schema.base import UserError
 from trainer.schema.events import EventReader, EventWriter
 from trainer.schema.run_folder import RunFolder
+from trainer.train.learning_rate import LearningRateSchedule
 from trainer.train.loop import (
     MAX_SKIPPED_STEPS,
     GradientSync,
@@ -23,7 +24,6 @@ from trainer.train.loop import (
     TrainingLoop,
     step_generator,
 )
-from trainer.train.optim import LearningRateSchedule
 from trainer.train.reporting import Reporter, StopRequested
 
 

@@ -26,11 +26,10 @@ from trainer.schema.checkpoint_header import AutoencoderParams, ClipParams, Flux
 from trainer.schema.chroma_header import ChromaParams, TransformerParams
 from trainer.schema.lora_spec import IN_LAYERS, LoraSpec, spec_from_network_args
 from trainer.schema.network_args import fused_parts
+from trainer.schema.optimizers import moments_of, wanted_optimizer
 
 if TYPE_CHECKING:
-    from trainer.schema.optimizer_rules import wanted_optimizer
-from trainer.schema.optimizers import moments_of
-from trainer.schema.options import Options
+    from trainer.schema.options import Options
 
 PhaseName = Literal["text encoders", "latents", "training", "sampling"]
 

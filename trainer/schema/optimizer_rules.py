@@ -7,18 +7,12 @@ from typing import Final
 
 from trainer.schema.base import Problem, UserError
 from trainer.schema.optimizer_args import parse_arguments, parse_optimizer_args
-from trainer.schema.optimizers import finds_rate, is_schedule_free, sets_own_rate
+from trainer.schema.optimizers import OPTIMIZER_FLAGS, finds_rate, is_schedule_free, sets_own_rate, wanted_optimizer
 from trainer.schema.options import Options
 from trainer.schema.schedules import SCHEDULES, USERS, WITHOUT_WARMUP
 
-_ALIASES: Final[Mapping[str, str]] = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
 SMALL_FACTOR: Final = 0.1
 """A learning rate up to this is hardly meant as a factor on a rate that the optimizer finds."""
-
-
-def wanted_optimizer(options: Options) -> str:
-    """The optimizer's name with the old flags taken into account."""
-    return next((name for flag, name in _ALIASES.items() if getattr(options, flag)), options.optimizer_type)
 
 
 def optimizer_arguments(options: Options) -> dict[str, object]:
@@ -53,7 +47,7 @@ def optimizer_problems(options: Options, explicit: frozenset[str]) -> Iterator[t
 def _contradictions(
     options: Options, explicit: frozenset[str], arguments: Mapping[str, object], schedule: Mapping[str, object]
 ) -> Iterator[tuple[tuple[str, ...], str, str]]:
-    given = [flag for flag in _ALIASES if getattr(options, flag)]
+    given = [flag for flag in OPTIMIZER_FLAGS if getattr(options, flag)]
     if len(given) > 1:
         yield (
             ("use_lion_optimizer", "use_8bit_adam"),
@@ -61,7 +55,7 @@ def _contradictions(
             "Keep one of them.",
         )
     for flag in given:
-        if "optimizer_type" in explicit and options.optimizer_type != _ALIASES[flag]:
+        if "optimizer_type" in explicit and options.optimizer_type != OPTIMIZER_FLAGS[flag]:
             yield (
                 (flag, "optimizer_type"),
                 f"{flag} contradicts optimizer_type {options.optimizer_type}",
@@ -134,7 +128,7 @@ def _different_rates(options: Options) -> list[str]:
 
 def optimizer_corrections(options: Options, explicit: frozenset[str]) -> Iterator[tuple[str, dict[str, object]]]:
     """Old names and implied settings: a line for each, and the options that change."""
-    for flag, name in _ALIASES.items():
+    for flag, name in OPTIMIZER_FLAGS.items():
         if getattr(options, flag):
             yield f"{flag} is an old name of --optimizer_type={name}", {flag: False, "optimizer_type": name}
     arguments = optimizer_arguments(options)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Final, cast
+from typing import Final, Protocol, cast
 
 from trainer.schema.base import nearest
 
@@ -89,12 +89,8 @@ _8BIT: Final[Settings] = {"min_8bit_size": COUNT}
 _PAGED: Final[Settings] = {"is_paged": SWITCH}
 _SGD: Final[Settings] = {"momentum": PART, "dampening": PART, "weight_decay": AMOUNT, "nesterov": SWITCH}
 _LION: Final[Settings] = {"betas": BETAS, "weight_decay": AMOUNT}
-_DADAPT: Final[Settings] = {
-    "weight_decay": AMOUNT,
-    "log_every": COUNT_OR_ZERO,
-    "d0": ABOVE_ZERO,
-    "growth_rate": ABOVE_ZERO,
-}
+_DADAPT: Final[Settings] = {"weight_decay": AMOUNT, "log_every": COUNT_OR_ZERO, "d0": ABOVE_ZERO}
+_GROWS: Final[Settings] = {"growth_rate": ABOVE_ZERO}
 _FREE: Final[Settings] = {
     "weight_decay": AMOUNT,
     "r": NUMBER,
@@ -119,8 +115,8 @@ def _schedule_free(class_name: str, settings: Settings, num_moments: float) -> O
     return OptimizerKind("schedulefree", class_name, {**_FREE, **settings}, num_moments, is_schedule_free=True)
 
 
-_DADAPT_ADAM: Final[Settings] = {"betas": BETAS, "eps": AMOUNT, "decouple": SWITCH}
-_DADAPT_ADAN: Final[Settings] = {"betas": THREE_BETAS, "eps": AMOUNT, "no_prox": SWITCH}
+_DADAPT_ADAM: Final[Settings] = {**_GROWS, "betas": BETAS, "eps": AMOUNT, "decouple": SWITCH}
+_DADAPT_ADAN: Final[Settings] = {**_GROWS, "betas": THREE_BETAS, "eps": AMOUNT, "no_prox": SWITCH}
 _PREPRINT: Final = _dadapt("DAdaptAdamPreprint", _DADAPT_ADAM, 3, module="dadaptation.experimental")
 
 OPTIMIZERS: Final[Mapping[str, OptimizerKind]] = MappingProxyType(
@@ -178,15 +174,20 @@ OPTIMIZERS: Final[Mapping[str, OptimizerKind]] = MappingProxyType(
         "SGDScheduleFree": _schedule_free("SGDScheduleFree", {"momentum": PART, "warmup_steps": COUNT_OR_ZERO}, 1),
         "DAdaptation": _PREPRINT,
         "DAdaptAdamPreprint": _PREPRINT,
-        "DAdaptAdaGrad": _dadapt("DAdaptAdaGrad", {"momentum": PART, "eps": AMOUNT}, 4),
+        "DAdaptAdaGrad": _dadapt("DAdaptAdaGrad", {**_GROWS, "momentum": PART, "eps": AMOUNT}, 4),
         "DAdaptAdam": _dadapt("DAdaptAdam", {**_DADAPT_ADAM, "use_bias_correction": SWITCH}, 3),
         "DAdaptAdan": _dadapt("DAdaptAdan", _DADAPT_ADAN, 5),
         "DAdaptAdanIP": _dadapt("DAdaptAdanIP", _DADAPT_ADAN, 5, module="dadaptation.experimental"),
         "DAdaptLion": _dadapt("DAdaptLion", {"betas": BETAS}, 2),
-        "DAdaptSGD": _dadapt("DAdaptSGD", {"momentum": PART}, 3),
+        "DAdaptSGD": _dadapt("DAdaptSGD", {**_GROWS, "momentum": PART}, 3),
     }
 )
 """Optimizer -> what is known about it."""
+
+OPTIMIZER_FLAGS: Final[Mapping[str, str]] = MappingProxyType(
+    {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
+)
+"""Old flags, and the optimizer that each stands for."""
 
 TORCH_OPTIMIZERS: Final = (
     "Adadelta",
@@ -225,6 +226,16 @@ def optimizer_name(value: str) -> str:
         f"must be one of {names}, another class of torch.optim, or a dotted path such as package.Class"
         + (f"; did you mean {known[near]}?" if near else "")
     )
+
+
+class _OptimizerChoice(Protocol):
+    @property
+    def optimizer_type(self) -> str: ...
+
+
+def wanted_optimizer(options: _OptimizerChoice) -> str:
+    """The optimizer's name with the old flags taken into account."""
+    return next((name for flag, name in OPTIMIZER_FLAGS.items() if getattr(options, flag)), options.optimizer_type)
 
 
 def moments_of(optimizer_type: str) -> tuple[float, bool]:

@@ -250,12 +250,12 @@ def _scheduler_of_class(name: str, optimizer: torch.optim.Optimizer, arguments: 
     try:
         found = cast("object", getattr(importlib.import_module(module), class_name))
     except (ImportError, OSError, AttributeError) as error:
-        known = [key for key, value in vars(torch.optim.lr_scheduler).items() if inspect.isclass(value)]
+        known = {key.lower(): key for key, value in vars(torch.optim.lr_scheduler).items() if inspect.isclass(value)}
         near = nearest(class_name, known)
         raise UserError(
             f"lr_scheduler_type {name} cannot be loaded: {error}",
             "--lr_scheduler_type",
-            f"Did you mean {near}?" if near else "Check the spelling and the package's installation.",
+            f"Did you mean {known[near]}?" if near else "Check the spelling and the package's installation.",
             field="lr_scheduler_type",
             exit_code=2,
         ) from error

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Final, Protocol, cast, runtime_checkable
 
 import torch
@@ -131,7 +131,7 @@ def check_optimizer(optimizer_type: str, arguments: Mapping[str, object]) -> Non
 
 
 @contextlib.contextmanager
-def final_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def final_weights(optimizer: torch.optim.Optimizer) -> Generator[None, None, None]:
     """The trained weights as they are to be used: for saving, samples and validation.
 
     Only schedule-free optimizers train others than those. What is trained comes back to the last bit, so that a run
