@@ -50,12 +50,10 @@ _NOISE: Final = "it does not apply to FLUX's noise"
 _OTHER_LOSS: Final = "it does not apply to FLUX's loss"
 _LOADER: Final = "data is loaded in the training process"
 _HUB: Final = "uploading is not supported yet; upload the finished file yourself"
-_STATE: Final = "saving and resuming the state of a run is not supported yet; start from a LoRA with --network_weights"
 _VALIDATION: Final = "validation is not supported yet; leave it out"
 _DEEPSPEED: Final = "DeepSpeed is not supported yet; --blocks_to_swap saves memory on one device"
 _DDP: Final = "training on several devices is not supported yet; leave it out"
 _WANDB: Final = "Weights & Biases is not supported yet; use --log_with=tensorboard"
-_CAPTION: Final = "it is not supported yet; write the captions out as they should be used"
 
 SAMPLERS: Final = (
     "ddim",
@@ -178,17 +176,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "Keep captions and sizes of a folder in a file.",
             "it is not supported yet; captions and sizes are read from the files",
         ),
-        "keep_tokens_separator": _refused(
-            "dataset",
-            "Mark in a caption that ends what stays in place.",
-            "it is not supported yet; use --keep_tokens",
-            "text",
-            default="",
-        ),
-        "secondary_separator": _refused(
-            "dataset", "Mark that becomes the caption separator after shuffling.", _CAPTION, "text"
-        ),
-        "enable_wildcard": _refused("dataset", "Choose among {a|b} and among the lines of a caption.", _CAPTION),
         "color_aug": _refused(
             "dataset", "Vary colours a little at random.", "colour augmentation is not supported yet; leave it out"
         ),
@@ -203,21 +190,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "Print what would be trained on and stop.",
             "it is not supported; python -m trainer check reports on options and files",
         ),
-        "token_warmup_min": _refused(
-            "dataset",
-            "Parts of a caption that are used at the start of token warm-up.",
-            "token warm-up is not supported yet; leave it out",
-            "integer",
-            default=1,
-        ),
-        "token_warmup_step": _refused(
-            "dataset",
-            "Steps until whole captions are used; below 1 a part of the run.",
-            "token warm-up is not supported yet; leave it out",
-            "number",
-            default=0.0,
-            unit="steps",
-        ),
         "alpha_mask": _refused(
             "dataset", "Train more where pictures are opaque.", "masks are not supported yet; leave it out"
         ),
@@ -229,20 +201,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "A Python class that makes the dataset.",
             "it runs code of another program and is not supported; use --dataset_config",
             "text",
-        ),
-        "caption_dropout_every_n_epochs": _refused(
-            "dataset",
-            "Leave all captions empty in every so many epochs.",
-            "it is not supported yet; use --caption_dropout_rate",
-            "integer",
-            default=0,
-        ),
-        "caption_tag_dropout_rate": _refused(
-            "dataset",
-            "How often a part of a caption is left out, 0 to 1.",
-            "it is not supported yet; use --caption_dropout_rate",
-            "number",
-            default=0.0,
         ),
         "in_json": _refused(
             "dataset",
@@ -264,20 +222,11 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "save_state_to_huggingface": _refused("hub", "Upload the state of the run as well.", _HUB),
         "resume_from_huggingface": _refused("hub", "Take the state to go on from out of a repository.", _HUB),
         "async_upload": _refused("hub", "Upload while training goes on.", _HUB),
-        "save_n_epoch_ratio": _refused(
-            "saving",
-            "Save so many times over the run.",
-            "it is not supported yet; use --save_every_n_epochs",
-            "integer",
+        "skip_until_initial_step": _inert(
+            "course",
+            "Pass over the batches before the first step.",
+            "training always goes on with the batch at which it left off",
         ),
-        "save_last_n_epochs_state": _refused("saving", "Keep the states of the last epochs only.", _STATE, "integer"),
-        "save_last_n_steps_state": _refused("saving", "Keep the states of the last steps only.", _STATE, "integer"),
-        "save_state": _refused("saving", "Save the state of the run beside each LoRA.", _STATE),
-        "save_state_on_train_end": _refused("saving", "Save the state of the run at its end.", _STATE),
-        "resume": _refused("saving", "Folder with the state to go on from.", _STATE, "path"),
-        "skip_until_initial_step": _refused("course", "Pass over the batches before the first step.", _STATE),
-        "initial_epoch": _refused("course", "Epoch to begin with, from 1.", _STATE, "integer"),
-        "initial_step": _refused("course", "Step to begin after.", _STATE, "integer"),
         "output_config": _refused(
             "saving",
             "Write the options to config_file and stop.",

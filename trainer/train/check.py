@@ -5,9 +5,11 @@ Options have been checked by themselves; here they meet the files, the device an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.data.captions import caption_notes
 from trainer.data.index import DatasetIndex, index_dataset
 from trainer.lora.forms import to_published
 from trainer.lora.lora_file import read_lora_file
@@ -29,8 +31,9 @@ from trainer.train.model_checks import Tokenizers, check_models, check_tokenizer
 from trainer.train.network_checks import check_against_model, network_spec, spec_from_weights
 from trainer.train.optimizer_checks import check_optimization
 from trainer.train.reporting import Reporter
+from trainer.train.resume import Start, find_state, plan_start, run_identity
 from trainer.train.sampling import SamplePrompt, read_sample_prompts
-from trainer.train.schedule import Schedule, make_schedule
+from trainer.train.schedule import Schedule, epochs_between_saves, make_schedule
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class CheckedRun:
     spec: LoraSpec
     tokenizers: Tokenizers
     schedule: Schedule
+    start: Start
+    identity: Mapping[str, object]
+    """What a state says about the run."""
 
 
 def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -> CheckedRun:
@@ -85,6 +91,7 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
     num_batches = index.num_batches_per_epoch if index is not None else 1
     schedule = make_schedule(options, num_batches, num_processes)
     check_optimization(options, findings, num_steps=schedule.num_steps, reporter=reporter)
+    state = findings.attempt(lambda: find_state(options, reporter))
     findings.raise_if_any()
     if (
         dataset is None
@@ -101,8 +108,17 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
             reporter.note(f"sample prompt {number}: {', '.join(prompt.unused_flags)} have no effect for FLUX")
         if options.model_type == "chroma" and not prompt.uses_negative_prompt:
             reporter.note(f"sample prompt {number}: Chroma needs two-pass guidance for good pictures; --l 4 is usual")
+    for subset in dict.fromkeys(item.subset for item in index.items):
+        for note in caption_notes(subset):
+            reporter.note(f"{subset.image_dir}: {note}")
     for warning in index.warnings:
         reporter.warning(warning)
+    every = epochs_between_saves(options, schedule.num_epochs)
+    if every != options.save_every_n_epochs:
+        reporter.note(f"save_n_epoch_ratio {options.save_n_epoch_ratio}: a LoRA is saved every {every} epochs")
+        options = options.model_copy(update={"save_every_n_epochs": every})
+    identity = run_identity(options, index, num_processes=num_processes)
+    start = plan_start(options, state, schedule, identity, reporter)
     return CheckedRun(
         options=options,
         dataset=dataset,
@@ -113,6 +129,8 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
         spec=spec,
         tokenizers=tokenizers,
         schedule=schedule,
+        start=start,
+        identity=identity,
     )
 
 
