@@ -234,7 +234,7 @@ def _run_updates(view: RunView, smoothing: float) -> dict[str, object]:
         "header": run_view.header(view.name, status, state),
         "messages": run_view.messages(status, state, tail),
         "waiting": run_view.waiting(pending_commands(view.run) if view.is_live else [], is_live=view.is_live),
-        "plot": loss_plot(state.points, smoothing=smoothing, num_steps=state.num_steps),
+        "plot": loss_plot(state.points, smoothing=smoothing, num_steps=state.num_steps, validation=state.validation),
         "samples": run_view.samples(view.run_id, state.samples),
         "checkpoints": run_view.checkpoints(view.run_id, state.checkpoints),
         "log": run_view.log(view.run_id, tail),

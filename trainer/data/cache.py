@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from trainer.data.buckets import centre_crop
 from trainer.data.images import Picture, map_ahead, read_pixels
 from trainer.data.index import DatasetIndex, Progress
 from trainer.schema.base import Problem, UserError
@@ -110,8 +111,10 @@ def latent_requests(index: DatasetIndex, *, encoder: str) -> list[CacheRequest[T
         CacheRequest(
             latent_key(picture, encoder=encoder), picture.path.parent, picture.bucket, partial(read_pixels, picture)
         )
-        for item in index.items
-        for picture in item.centre_pictures()
+        for picture in (
+            *(picture for item in index.items for picture in item.centre_pictures()),
+            *(item.picture(centre_crop(item.fit), is_flipped=False) for item in index.validation),
+        )
     ]
 
 

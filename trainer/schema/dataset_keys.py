@@ -53,6 +53,8 @@ class DatasetSpec:
     bucket_reso_steps: int
     bucket_no_upscale: bool
     subsets: tuple[SubsetSpec, ...]
+    validation_split: float = 0.0
+    validation_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,13 @@ def _part(value: object) -> float:
     return float(value)
 
 
+def _part_below_one(value: object) -> float:
+    part = _part(value)
+    if part == 1:
+        raise ValueError("must be a number, at least 0 and below 1")
+    return part
+
+
 def _steps(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError("must be a number, 0 or more")
@@ -155,6 +164,8 @@ DATASET_KEYS: Final[Mapping[str, Key]] = MappingProxyType(
         "max_bucket_reso": Key(_UPPER, _whole(SIZE_STEP), "max_bucket_reso"),
         "bucket_reso_steps": Key(_UPPER, _side_steps, "bucket_reso_steps"),
         "bucket_no_upscale": Key(_UPPER, _switch, "bucket_no_upscale"),
+        "validation_split": Key(_UPPER, _part_below_one, "validation_split"),
+        "validation_seed": Key(_UPPER, _whole(0), "validation_seed"),
     }
 )
 SUBSET_KEYS: Final[Mapping[str, Key]] = MappingProxyType(
@@ -193,8 +204,6 @@ REFUSED_KEYS: Final[Mapping[str, tuple[object, str]]] = MappingProxyType(
                 "face_crop_aug_range",
                 "cache_info",
                 "alpha_mask",
-                "validation_split",
-                "validation_seed",
             )
         },
         "network_multiplier": (1.0, "it has no effect, in sd-scripts either; leave it out"),

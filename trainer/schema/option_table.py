@@ -50,7 +50,6 @@ _NOISE: Final = "it does not apply to FLUX's noise"
 _OTHER_LOSS: Final = "it does not apply to FLUX's loss"
 _LOADER: Final = "data is loaded in the training process"
 _HUB: Final = "uploading is not supported yet; upload the finished file yourself"
-_VALIDATION: Final = "validation is not supported yet; leave it out"
 _DEEPSPEED: Final = "DeepSpeed is not supported yet; --blocks_to_swap saves memory on one device"
 _DDP: Final = "training on several devices is not supported yet; leave it out"
 _WANDB: Final = "Weights & Biases is not supported yet; use --log_with=tensorboard"
@@ -296,25 +295,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "Change weights during the backward pass, to save memory for gradients.",
             "a LoRA's gradients are too small to be worth freeing one by one",
         ),
-        # Network and model.
-        # Validation.
-        "validation_seed": _refused(
-            "validation", "Seed that decides which pictures are held back.", _VALIDATION, "integer"
-        ),
-        "validation_split": _refused(
-            "validation",
-            "Part of the pictures that is held back for validation, 0 to 1.",
-            _VALIDATION,
-            "number",
-            default=0.0,
-        ),
-        "validate_every_n_steps": _refused(
-            "validation", "Validate after every so many steps.", _VALIDATION, "integer", unit="steps"
-        ),
-        "validate_every_n_epochs": _refused(
-            "validation", "Validate after every so many epochs.", _VALIDATION, "integer", unit="epochs"
-        ),
-        "max_validation_steps": _refused("validation", "Batches of one validation at most.", _VALIDATION, "integer"),
     }
 )
 

@@ -111,6 +111,10 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
     for subset in dict.fromkeys(item.subset for item in index.items):
         for note in caption_notes(subset):
             reporter.note(f"{subset.image_dir}: {note}")
+    if not index.validation:
+        for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
+            if getattr(options, name) is not None:
+                reporter.note(f"{name} has no effect: no picture is held back (validation_split)")
     for warning in index.warnings:
         reporter.warning(warning)
     every = epochs_between_saves(options, schedule.num_epochs)

@@ -25,9 +25,16 @@ from trainer.train.reporting import Reporter, StopRequested
 MicroBatch = Callable[[torch.Generator], Tensor]
 """Gives the loss of one micro-batch; everything random comes from the generator and torch's own."""
 
-Duty = Literal["step save", "step sample", "epoch save", "epoch sample"]
-DUTIES: Final[tuple[Duty, ...]] = ("step save", "step sample", "epoch save", "epoch sample")
-"""What may fall due after a step, in this order; the last two after the last step of an epoch only."""
+Duty = Literal["step save", "step validation", "step sample", "epoch validation", "epoch save", "epoch sample"]
+DUTIES: Final[tuple[Duty, ...]] = (
+    "step save",
+    "step validation",
+    "step sample",
+    "epoch validation",
+    "epoch save",
+    "epoch sample",
+)
+"""What may fall due after a step, in this order; the last three after the last step of an epoch only."""
 
 SaveKind = Literal["step", "epoch", "moment"]
 """When a state is saved: with a step's or an epoch's LoRA, or because one is due by the clock."""
@@ -54,6 +61,8 @@ class LoopSettings:
     sample_every_n_steps: int | None
     sample_every_n_epochs: int | None
     sample_at_first: bool
+    validate_every_n_steps: int | None = None
+    validate_every_n_epochs: int | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -199,6 +208,7 @@ class TrainingLoop:
         save: Callable[[StepPosition, Literal["step", "epoch"]], None],
         sample: Callable[[StepPosition, bool], None],
         peak_bytes: Callable[[], int],
+        validate: Callable[[], float] | None = None,
         inspect_gradients: Callable[[int], None] | None = None,
         before_step: Callable[[], None] = lambda: None,
         after_step: Callable[[], Mapping[str, float]] = dict,
@@ -226,6 +236,8 @@ class TrainingLoop:
         self._save = save
         self._sample = sample
         self._peak_bytes = peak_bytes
+        self._validate = validate
+        self._validated: tuple[int, float] | None = None
         self._inspect_gradients = inspect_gradients
         start = start or Progress()
         self._save_state = save_state
@@ -452,10 +464,20 @@ class TrainingLoop:
                 self._num_duties_done = num_done
                 if is_due or self._wishes.state:
                     self._save_state_now("step" if is_due else "moment")
+            case "step validation":
+                every = settings.validate_every_n_steps
+                if self._validate is not None and every and position.step % every == 0:
+                    self._validate_now(self._validate, is_epoch_end=False)
             case "step sample":
                 every = settings.sample_every_n_steps if settings.sample_every_n_epochs is None else None
                 if self._wishes.sample or (every is not None and position.step % every == 0):
                     self._sample_now(is_epoch_end=False)
+            case "epoch validation":
+                self._reporter.epoch(position.epoch, mean_loss=self._average.value)
+                if self._validate is None:
+                    self._schedule.observe(self._average.value)
+                elif position.epoch % (settings.validate_every_n_epochs or 1) == 0:
+                    self._validate_now(self._validate, is_epoch_end=True)
             case "epoch save":
                 every = settings.save_every_n_epochs
                 if every and position.epoch % every == 0 and position.epoch < settings.num_epochs:
@@ -481,6 +503,23 @@ class TrainingLoop:
             # Space can be made while training goes on; ending here would lose the work since the last save.
             self._reporter.warning(f"nothing was saved: {error}")
         self._reporter.phase("training")
+
+    def _validate_now(self, validate: Callable[[], float], *, is_epoch_end: bool) -> None:
+        """Takes the validation loss, once for a step that ends an epoch as well."""
+        step = self._position.step
+        if self._validated is None or self._validated[0] != step:
+            with final_weights(self._optimizer):
+                self._validated = (step, validate())
+            self._network.train()
+            self._schedule.observe(self._validated[1])
+            self._reporter.phase("training")
+        self._reporter.validation(
+            step=step,
+            epoch=self._position.epoch,
+            loss=self._validated[1],
+            train_loss=self._average.value,
+            is_epoch_end=is_epoch_end,
+        )
 
     def _sample_now(self, *, is_epoch_end: bool) -> None:
         try:

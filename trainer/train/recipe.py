@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.batches import BatchPlan, epoch_batches, share_of_rank
+from trainer.data.validation import validation_batches
 from trainer.lora.form_reader import Origin
 from trainer.lora.forms import to_published
 from trainer.lora.lora_file import read_lora_file
@@ -61,6 +62,7 @@ from trainer.train.session import DeviceLock
 from trainer.train.state_saver import StateSaver, Trainables, resume_state
 from trainer.train.text_phase import prepare_text, trains_clip
 from trainer.train.text_plan import TextPlan, caption_course, plan_texts
+from trainer.train.validator import Validator
 
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
@@ -184,6 +186,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         ),
         save=save,
         sample=sample,
+        validate=_validator(checked, model, network, latents, text.source, engine, reporter),
         peak_bytes=engine.peak_bytes,
         before_step=network.before_step,
         after_step=partial(hold_norms, network, options.scale_weight_norms),
@@ -259,6 +262,7 @@ def _announce_plan(checked: CheckedRun, texts: TextPlan | None, engine: Engine, 
     schedule, index = checked.schedule, checked.index
     reporter.plan(
         num_images=index.num_images,
+        num_validation_images=len(index.validation),
         num_batches_per_epoch=schedule.micro_steps_per_epoch,
         num_epochs=schedule.num_epochs,
         num_steps=schedule.num_steps,
@@ -450,6 +454,42 @@ def _sample_maker(
     return sample
 
 
+def _validator(
+    checked: CheckedRun,
+    model: Transformer,
+    network: AnyNetwork,
+    latents: LatentSource,
+    text: TextSource,
+    engine: Engine,
+    reporter: Reporter,
+) -> Validator | None:
+    """What gives the validation loss; None when no picture is held back."""
+    options = checked.options
+    if not checked.index.validation:
+        return None
+    plans = validation_batches(
+        checked.index.validation,
+        [dataset.spec.batch_size for dataset in checked.index.datasets],
+        options.max_validation_steps,
+    )
+    return Validator(
+        plans,
+        seed=options.validation_seed or 0,
+        latents=latents,
+        text=text,
+        model=model,
+        network=network,
+        guidance_scale=options.guidance_scale,
+        autocast=engine.autocast,
+        compute_dtype=engine.dtype,
+        device=engine.device,
+        reporter=reporter,
+        rank=engine.rank,
+        num_processes=engine.num_processes,
+        reduce_mean=engine.reduce_mean,
+    )
+
+
 def _loop_settings(checked: CheckedRun, seed: int) -> LoopSettings:
     options, schedule = checked.options, checked.schedule
     return LoopSettings(
@@ -464,6 +504,8 @@ def _loop_settings(checked: CheckedRun, seed: int) -> LoopSettings:
         sample_every_n_steps=options.sample_every_n_steps,
         sample_every_n_epochs=options.sample_every_n_epochs,
         sample_at_first=options.sample_at_first,
+        validate_every_n_steps=options.validate_every_n_steps,
+        validate_every_n_epochs=options.validate_every_n_epochs,
     )
 
 
