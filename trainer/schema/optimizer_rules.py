@@ -131,7 +131,10 @@ def optimizer_corrections(options: Options, explicit: frozenset[str]) -> Iterato
     for flag, name in OPTIMIZER_FLAGS.items():
         if getattr(options, flag):
             yield f"{flag} is an old name of --optimizer_type={name}", {flag: False, "optimizer_type": name}
-    arguments = optimizer_arguments(options)
+    try:
+        arguments = optimizer_arguments(options)
+    except UserError:
+        return  # it is one of the problems
     if not sets_own_rate(wanted_optimizer(options), arguments):
         return
     if arguments.get("relative_step") is False:

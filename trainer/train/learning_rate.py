@@ -16,7 +16,6 @@ from typing import Any, Final, cast
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
-from transformers import optimization
 
 from trainer.schema.base import UserError, nearest
 from trainer.schema.optimizer_rules import schedule_arguments
@@ -177,11 +176,13 @@ def rate_factors(
     so are the half cycles of the cosines that end at a lowest rate.
     """
     given = dict(arguments or {})
+    if schedule == "constant":
+        return lambda _step: 1.0
+    from transformers import optimization  # noqa: PLC0415 - takes seconds, which a constant rate need not cost
+
     # The schedules only read the rate from their optimizer; this one is never stepped.
     stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=learning_rate)
     match schedule:
-        case "constant":
-            return lambda _step: 1.0
         case "piecewise_constant":
             return partial(_piecewise, *parse_step_rules(str(given["step_rules"])))
         case "constant_with_warmup":
