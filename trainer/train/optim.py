@@ -68,10 +68,9 @@ def create_optimizer(
     if kind is None:
         _check_names(optimizer_type, make, given)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-            warnings.filterwarnings("ignore", message="Using experimental")
-            optimizer = make(list(groups), lr=rate, **given)
+        # Said once by the checks; the package says it for each tensor.
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+        optimizer = make(list(groups), lr=rate, **given)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, AssertionError, ImportError) as error:
         # The arguments are the only thing that a user gives: what an optimizer refuses is one of them.
         raise UserError(
