@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.data.specs import DATASET, SUBSET, one_dataset, picture
-from trainer.data.images import EXIF_ORIENTATION
+from trainer.data.decoding import EXIF_ORIENTATION
 from trainer.data.index import DatasetIndex, index_dataset
 from trainer.schema.base import UserError
 from trainer.schema.dataset_keys import DatasetConfig, SubsetSpec

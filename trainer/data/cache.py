@@ -26,7 +26,9 @@ from torch import Tensor
 from trainer.data.captions import caption_variants
 from trainer.data.images import Picture, map_ahead, read_pixels
 from trainer.data.index import DatasetIndex, Progress
+from trainer.data.masks import Mask, read_mask
 from trainer.schema.base import Problem, UserError
+from trainer.schema.options_data import CHANGES_PIXELS
 
 T = TypeVar("T")
 Entry = dict[str, Tensor]
@@ -34,7 +36,7 @@ Entry = dict[str, Tensor]
 CACHE_FOLDER = ".flux_cache"
 """Folder of the cached files, inside the pictures' folder. It may be deleted at any time."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every key; raised when the same inputs begin to give another result."""
 
 _SEAL = "fluxgui_cache"
@@ -82,12 +84,7 @@ def latent_key(picture: Picture, *, encoder: str) -> str:
     """The key of a picture's latents. `encoder` says which autoencoder, in which precision."""
     return _key(
         "latents",
-        picture.digest,
-        picture.resized,
-        picture.bucket,
-        picture.crop,
-        picture.is_flipped,
-        picture.resize_interpolation,
+        *picture.identity,
         encoder,
     )
 
@@ -104,15 +101,30 @@ def _key(*parts: object) -> str:
 def latent_requests(index: DatasetIndex, *, encoder: str) -> list[CacheRequest[Tensor]]:
     """Every picture to encode, both ways round where it may be flipped; `load` gives (3, height, width).
 
-    Raises `UserError` for subsets with random crops: there is no end of them.
+    Raises `UserError` for subsets with random crops or colours: there is no end of them.
     """
-    _refuse(index, "random_crop", "cache_latents")
+    for name in CHANGES_PIXELS:
+        _refuse(index, name, "cache_latents")
     return [
         CacheRequest(
             latent_key(picture, encoder=encoder), picture.path.parent, picture.bucket, partial(read_pixels, picture)
         )
         for item in index.items
         for picture in item.centre_pictures()
+    ]
+
+
+def mask_key(mask: Mask) -> str:
+    """The key of a mask at the size of the latents."""
+    return _key("mask", *mask.identity)
+
+
+def mask_requests(index: DatasetIndex) -> list[CacheRequest[Tensor]]:
+    """The masks of all pictures in `latent_requests`; `load` gives (h, w)."""
+    return [
+        CacheRequest(mask_key(mask), mask.path.parent, mask.bucket, partial(read_mask, mask))
+        for item in index.items
+        for mask in item.centre_masks()
     ]
 
 
@@ -135,8 +147,8 @@ def text_requests(
     return [CacheRequest(key(caption), folder, (), partial(str, caption)) for caption, folder in folders.items()]
 
 
-def _refuse(index: DatasetIndex, name: Literal["random_crop", "shuffle_caption"], option: str) -> None:
-    folders = dict.fromkeys(item.subset.image_dir for item in index.items if getattr(item.subset, name))
+def _refuse(index: DatasetIndex, name: str, option: str) -> None:
+    folders = dict.fromkeys(item.subset.place for item in index.items if getattr(item.subset, name))
     problems = [
         Problem(f"{name} cannot be used together with {option}", where=str(folder), hint="Turn one of them off.")
         for folder in folders
@@ -154,7 +166,7 @@ class TensorCache:
 
     def __init__(
         self,
-        kind: Literal["latents", "text"],
+        kind: Literal["latents", "masks", "text"],
         *,
         on_disk: bool,
         warn: Callable[[str], None],

@@ -121,7 +121,7 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "max_token_length": _inert("use --t5xxl_max_token_length", "integer", choices=("150", "225")),
         "vae": _inert("FLUX's autoencoder is given with --ae", "path"),
         "controlnet_model_name_or_path": _inert("a LoRA is trained without a ControlNet", "path"),
-        "conditioning_data_dir": _inert("masks are not supported", "path"),
+        "conditioning_data_dir": _inert("it is a key of the dataset file's subsets", "path"),
         "sample_sampler": _inert("samples always use FLUX's Euler steps", "text", default="ddim", choices=SAMPLERS),
         "noise_offset": _inert(_NOISE, "number"),
         "noise_offset_random_strength": _inert(_NOISE),
@@ -151,17 +151,15 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             choices=(*DYNAMO_BACKENDS, "no"),
         ),
         # Data.
-        "cache_info": _refused("it is not supported yet; captions and sizes are read from the files"),
+        "cache_info": _inert(
+            "sizes and captions are read from the files at every start, so that they cannot be out of date"
+        ),
         "keep_tokens_separator": _refused("it is not supported yet; use --keep_tokens", "text", default=""),
         "secondary_separator": _refused(_CAPTION, "text"),
         "enable_wildcard": _refused(_CAPTION),
-        "color_aug": _refused("colour augmentation is not supported yet; leave it out"),
-        "face_crop_aug_range": _refused("face crops are not supported yet; crop the pictures beforehand", "text"),
         "debug_dataset": _refused("it is not supported; python -m trainer check reports on options and files"),
         "token_warmup_min": _refused("token warm-up is not supported yet; leave it out", "integer", default=1),
         "token_warmup_step": _refused("token warm-up is not supported yet; leave it out", "number", default=0.0),
-        "alpha_mask": _refused("masks are not supported yet; leave it out"),
-        "masked_loss": _refused("masks are not supported yet; leave it out"),
         "dataset_class": _refused("it runs code of another program and is not supported; use --dataset_config", "text"),
         "caption_dropout_every_n_epochs": _refused(
             "it is not supported yet; use --caption_dropout_rate", "integer", default=0
@@ -169,7 +167,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "caption_tag_dropout_rate": _refused(
             "it is not supported yet; use --caption_dropout_rate", "number", default=0.0
         ),
-        "in_json": _refused("metadata files are not supported yet; use caption files beside the pictures", "path"),
         "weighted_captions": _refused("FLUX's text encoders have no weighted form; leave it out"),
         # Output.
         "huggingface_repo_id": _refused(_HUB, "text"),
