@@ -38,6 +38,7 @@ HELP: Final = """\
 python -m trainer --option=value ...     train a LoRA; --help lists the options
 python -m trainer demo --output_dir D    train the bundled demo; the LoRA and the samples are written to D
 python -m trainer check --option=...     check options, files and pictures as before training, and stop there
+python -m trainer options [--json]       list all options; --json for programs, --markdown for docs/options.md
 python -m trainer estimate --option=...  print what memory the training needs; --vram_gb picks blocks_to_swap
 python -m trainer replay --input=F --output=O --steps=N --option=...
                                          train on one recorded batch; a run records it when its loss is no number
@@ -207,6 +208,22 @@ def replay_recording(arguments: Sequence[str]) -> int:
     return run_guarded(work, reporter)
 
 
+def list_options(arguments: Sequence[str]) -> int:
+    from trainer.schema.cli_help import help_text  # noqa: PLC0415 - only this command needs them
+    from trainer.schema.option_reference import reference_page, reference_rows  # noqa: PLC0415
+
+    parser = argparse.ArgumentParser(prog="python -m trainer options", allow_abbrev=False)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one object for each option")
+    form.add_argument("--markdown", action="store_true", help="the page docs/options.md")
+    known = parser.parse_args(arguments)
+    if known.json:
+        print(json.dumps(reference_rows(), indent=1))
+    else:
+        print(reference_page() if known.markdown else help_text(), end="")
+    return EXIT_DONE
+
+
 def estimate_memory(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer estimate", allow_abbrev=False)
     parser.add_argument("--vram_gb", type=float, help="memory of the card in GiB: picks the smallest blocks_to_swap")
@@ -261,6 +278,7 @@ COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType
         "check": check,
         "replay": replay_recording,
         "estimate": estimate_memory,
+        "options": list_options,
     }
 )
 

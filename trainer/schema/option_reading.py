@@ -9,11 +9,11 @@ from typing import cast
 
 from pydantic import ValidationError
 
-from trainer.schema.base import Problem, nearest, shown
+from trainer.schema.base import OptionStatus, Problem, nearest, shown
 from trainer.schema.option_corrections import corrected, option_advice
 from trainer.schema.option_rules import broken_rules
 from trainer.schema.option_status import STATUS, bounds_text, kind_of_value, literals, refusal, sentence
-from trainer.schema.option_table import OPEN_TEXT, OptionStatus
+from trainer.schema.option_table import OPEN_TEXT
 from trainer.schema.options import Options
 
 

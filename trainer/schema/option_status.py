@@ -11,8 +11,8 @@ from typing import Annotated, Any, Final, Literal, Union, cast
 
 from pydantic.fields import FieldInfo
 
-from trainer.schema.base import Opt
-from trainer.schema.option_table import NOT_SUPPORTED, OPEN_TEXT, REFUSED_VALUES, OptionStatus, ValueType
+from trainer.schema.base import Opt, OptionStatus, ValueType
+from trainer.schema.option_table import NOT_SUPPORTED, OPEN_TEXT, REFUSED_VALUES
 from trainer.schema.options import GROUPS, OUR_OPTIONS, Options
 
 
@@ -39,7 +39,34 @@ def literals(annotation: object) -> Iterator[str]:
             yield from (str(value) for value in typing.get_args(part))
 
 
-def _status_of_field(name: str, info: FieldInfo) -> OptionStatus:
+def _metadata(info: FieldInfo) -> Iterator[object]:
+    """What stands beside a field's type; for a list, beside that of its items."""
+    yield from info.metadata
+    for part in _parts(info.annotation):
+        for item in typing.get_args(part):
+            if typing.get_origin(item) is Annotated:
+                for entry in typing.get_args(item)[1:]:
+                    yield from getattr(entry, "metadata", (entry,))
+
+
+def bounds_text(info: FieldInfo) -> str | None:
+    """The range that a value must lie in, in words, such as "1 to 1024"; None where there is none."""
+    found: dict[str, Any] = {}
+    for entry in _metadata(info):
+        for key in ("ge", "gt", "le", "lt"):
+            if getattr(entry, key, None) is not None:
+                found[key] = getattr(entry, key)
+    if "ge" in found and "le" in found:
+        return f"{found['ge']} to {found['le']}"
+    if "ge" in found and "lt" in found:
+        return f"at least {found['ge']} and below {found['lt']}"
+    if "ge" in found:
+        return f"{found['ge']} or more"
+    return f"above {found['gt']}" if "gt" in found else None
+
+
+def _status_of_field(group: str, name: str, info: FieldInfo) -> OptionStatus:
+    opt = opt_of(name)
     parts = list(_parts(info.annotation))
     is_list = typing.get_origin(parts[0]) is tuple
     if is_list:
@@ -69,14 +96,19 @@ def _status_of_field(name: str, info: FieldInfo) -> OptionStatus:
         default=cast("object", info.get_default()),
         is_ours=name in OUR_OPTIONS,
         refused_values=MappingProxyType(refused),
+        group=group,
+        level=opt.level,
+        help=opt.help,
+        unit=opt.unit,
+        bounds=bounds_text(info),
     )
 
 
 STATUS: Final[Mapping[str, OptionStatus]] = MappingProxyType(
     {
         **{
-            name: _status_of_field(name, Options.model_fields[name])
-            for group in GROUPS.values()
+            name: _status_of_field(title, name, Options.model_fields[name])
+            for title, group in GROUPS.items()
             for name in group.model_fields
         },
         **NOT_SUPPORTED,
@@ -89,21 +121,6 @@ OPEN_TEXT_CHOICES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {name: tuple(literals(Options.model_fields[name].annotation)) for name in sorted(OPEN_TEXT)}
 )
 """What may be given where the reference takes any text."""
-
-
-def bounds_text(info: FieldInfo) -> str | None:
-    found: dict[str, Any] = {}
-    for entry in info.metadata:
-        for key in ("ge", "gt", "le", "lt"):
-            if getattr(entry, key, None) is not None:
-                found[key] = getattr(entry, key)
-    if "ge" in found and "le" in found:
-        return f"{found['ge']} to {found['le']}"
-    if "ge" in found and "lt" in found:
-        return f"at least {found['ge']} and below {found['lt']}"
-    if "ge" in found:
-        return f"{found['ge']} or more"
-    return f"above {found['gt']}" if "gt" in found else None
 
 
 def kind_of_value(status: OptionStatus) -> str:

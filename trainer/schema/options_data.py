@@ -131,7 +131,7 @@ class DatasetOptions(OptionGroup):
         str, Field(min_length=1), Opt("Ending of caption files.", "Caption files", "advanced")
     ] = ".caption"
     caption_extention: Annotated[
-        str | None, Opt("Misspelt old name of caption_extension.", "Caption files", "hidden")
+        str | None, Opt("Misspelt old name of caption_extension.", "Caption files", "expert")
     ] = None
     caption_separator: Annotated[
         str, Field(min_length=1), Opt("What separates a caption's parts.", "Caption separator", "expert")

@@ -89,7 +89,7 @@ class OptimizerOptions(OptionGroup):
         BeforeValidator(_optimizer_name),
         Opt("AdamW8bit keeps the optimizer's state in 8 bit: less memory.", "Optimizer", "advanced"),
     ] = "AdamW"
-    use_8bit_adam: Annotated[bool, Opt("Old name of --optimizer_type=AdamW8bit.", "8-bit AdamW", "hidden")] = False
+    use_8bit_adam: Annotated[bool, Opt("Old name of --optimizer_type=AdamW8bit.", "8-bit AdamW", "expert")] = False
     optimizer_args: Annotated[
         tuple[str, ...] | None,
         BeforeValidator(split_words),
@@ -204,9 +204,9 @@ class SavingOptions(OptionGroup):
         int | None, Field(ge=1), Opt("Keep periodic saves of the last steps only.", "Keep last", "expert", "steps")
     ] = None
     config_file: Annotated[
-        Path | None, Opt("A TOML file with options; the command line wins over it.", "Options file", "hidden")
+        Path | None, Opt("A TOML file with options; the command line wins over it.", "Options file", "expert")
     ] = None
-    run_dir: Annotated[Path | None, Opt("The run folder that this run belongs to.", "Run folder", "hidden")] = None
+    run_dir: Annotated[Path | None, Opt("The run folder that this run belongs to.", "Run folder", "expert")] = None
 
 
 class SampleOptions(OptionGroup):
