@@ -50,7 +50,7 @@ def test_transparency_lies_on_white_unless_it_is_the_mask(tmp_path: Path) -> Non
 def test_a_palette_with_transparency_becomes_rgb_without_a_warning(tmp_path: Path) -> None:
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 200, 100, 50])
-    image.save(tmp_path / "palette.png", transparency=bytes([255, 0]))
+    image.save(tmp_path / "palette.png", transparency=bytes([0, 255]))
     assert np.asarray(load_image(tmp_path / "palette.png"))[0, 0].tolist() == [200, 100, 50]
 
 

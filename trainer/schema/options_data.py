@@ -160,14 +160,6 @@ class DatasetOptions(OptionGroup):
     alpha_mask: Annotated[
         bool, Opt("Transparent parts of pictures count less in the loss.", "Transparency as mask", "advanced")
     ] = False
-    masked_loss: Annotated[
-        bool,
-        Opt("Masks from conditioning_data_dir in the dataset file: black counts nothing.", "Masked loss", "advanced"),
-    ] = False
-    masked_loss_normalize: Annotated[
-        bool,
-        Opt("Divide by the mask's area, so that small areas are learnt as strongly.", "Mask by area", "expert"),
-    ] = False
 
 
 class CacheOptions(OptionGroup):

@@ -17,6 +17,7 @@ from trainer.schema.checkpoint_header import (
 )
 from trainer.schema.chroma_header import TransformerParams
 from trainer.schema.cli import check_files
+from trainer.schema.dataset_advice import dataset_advice
 from trainer.schema.dataset_file import dataset_config
 from trainer.schema.dataset_keys import DatasetConfig
 from trainer.schema.lora_spec import LoraSpec
@@ -75,7 +76,7 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
         prompts = findings.attempt(lambda: tuple(read_sample_prompts(path)))
     index: DatasetIndex | None = None
     dataset: DatasetConfig | None = None
-    if not findings.has("dataset_config"):
+    if not findings.has("dataset_config") and not findings.has("in_json"):
         dataset = findings.attempt(lambda: dataset_config(options))
     if dataset is not None:
         found: DatasetConfig = dataset
@@ -96,6 +97,8 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
             reporter.note(f"sample prompt {number}: {', '.join(prompt.unused_flags)} have no effect for FLUX")
         if options.model_type == "chroma" and not prompt.uses_negative_prompt:
             reporter.note(f"sample prompt {number}: Chroma needs two-pass guidance for good pictures; --l 4 is usual")
+    for line in dataset_advice(dataset, options):
+        reporter.note(line)
     for warning in index.warnings:
         reporter.warning(warning)
     return CheckedRun(

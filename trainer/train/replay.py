@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
         reporter.note(line)
     network, _ = attach_network(options, checked.spec, model, engine, reporter, seed)
     load_initial(network, recording.initial, source)
-    objective = flow_objective(options, model, _no_text, engine)
+    objective = flow_objective(options, model, network, _no_text, engine)
     batch = batch_of(recording, objective, engine.device, apply_mask=options.apply_t5_attn_mask, seed=seed)
     optimizer = create_optimizer(
         options.optimizer_type,
@@ -185,16 +186,11 @@ def batch_of(
         recording.loss_weights.to(device),
         torch.Generator().manual_seed(seed),
     )
-    if recording.noisy is None:
-        return batch
-    return FlowBatch(
-        batch.latents,
-        batch.noise,
-        batch.sigmas,
-        batch.timesteps,
-        recording.noisy.to(device),
-        batch.text,
-        batch.loss_weights,
+    return replace(
+        batch,
+        noisy=batch.noisy if recording.noisy is None else recording.noisy.to(device),
+        mask=None if recording.mask is None else recording.mask.to(device),
+        preserved=None if recording.preserved is None else recording.preserved.to(device),
     )
 
 
