@@ -163,8 +163,12 @@ def check(arguments: Sequence[str]) -> int:
         reporter.note(note)
     checked = check_run(parsed.options, reporter)
     from trainer.train.recipe import tell_settings  # noqa: PLC0415
+    from trainer.train.text_plan import plan_texts  # noqa: PLC0415
 
     tell_settings(parsed, checked.flux, reporter)
+    texts = plan_texts(checked, parsed.options.seed or 0)
+    if texts is not None:
+        reporter.note(str(texts))
     print(
         f"{checked.index.num_images} pictures, {checked.schedule.num_epochs} epochs of "
         f"{checked.schedule.steps_per_epoch} steps, {checked.schedule.num_steps} steps in total. No problems found."

@@ -28,10 +28,17 @@ REFERENCE_DEFAULTS = SubsetSpec(
     is_reg=False,
     shuffle_caption=False,
     keep_tokens=0,
+    keep_tokens_separator="",
     caption_separator=",",
+    secondary_separator=None,
+    enable_wildcard=False,
     caption_prefix=None,
     caption_suffix=None,
     caption_dropout_rate=0.0,
+    caption_dropout_every_n_epochs=0,
+    caption_tag_dropout_rate=0.0,
+    token_warmup_min=1,
+    token_warmup_step=0.0,
     color_aug=False,
     flip_aug=False,
     random_crop=False,
@@ -246,8 +253,14 @@ def test_a_json_file_is_read_the_same(tmp_path: Path) -> None:
             "some subsets of this dataset have a metadata_file and some have not",
             "[[datasets]] of their own",
         ),
-        (one_subset("enable_wildcard = true"), "enable_wildcard is not supported yet", "Write the captions out"),
-        (one_subset("token_warmup_step = 0.5"), "token_warmup_step cannot be used", None),
+        (one_subset("enable_wildcard = 1"), "enable_wildcard is 1; it must be true or false", None),
+        (one_subset("token_warmup_step = -1"), "token_warmup_step is -1; it must be a number, 0 or more", None),
+        (one_subset("token_warmup_step = inf"), "token_warmup_step is inf; it must be a number, 0 or more", None),
+        (
+            one_subset("caption_tag_dropout_rate = 2"),
+            "caption_tag_dropout_rate is 2; it must be a number, 0 to 1",
+            None,
+        ),
         (one_subset(general="validation_split = 0.1"), "validation_split cannot be used", None),
     ],
 )
@@ -277,8 +290,7 @@ def test_all_mistakes_are_found_at_once_each_with_its_place(tmp_path: Path) -> N
 
 def test_unsupported_keys_that_change_nothing_are_accepted(tmp_path: Path) -> None:
     text = one_subset(
-        'alpha_mask = false\ncolor_aug = false\nsecondary_separator = ""\ntoken_warmup_min = 1\ntoken_warmup_step = 0\n'
-        "caption_tag_dropout_rate = 0\ncustom_attributes = {}\n".replace('secondary_separator = ""\n', ""),
+        "alpha_mask = false\ncolor_aug = false\ncustom_attributes = {}\n",
         general="network_multiplier = 1\nvalidation_split = 0",
     )
     assert read(tmp_path, text).datasets[0].subsets == (REFERENCE_DEFAULTS,)
@@ -287,7 +299,7 @@ def test_unsupported_keys_that_change_nothing_are_accepted(tmp_path: Path) -> No
 def test_what_the_caches_rule_out_is_named_at_the_subset(tmp_path: Path) -> None:
     text = one_subset("shuffle_caption = true\ncaption_dropout_rate = 0.1\nrandom_crop = true")
     found = problems(tmp_path, text, "--cache_text_encoder_outputs --cache_latents")
-    assert [problem.what.split()[0] for problem in found] == ["shuffle_caption", "random_crop"]
+    assert [problem.what.split()[0] for problem in found] == ["random_crop"]
     assert read(tmp_path, text).datasets[0].subsets[0].shuffle_caption
 
 
@@ -343,7 +355,7 @@ def test_folders_named_by_repeats_and_words_are_subsets(tmp_path: Path, caplog: 
     command = f"--train_data_dir={tmp_path / 'train'} --reg_data_dir={tmp_path / 'reg'} --resolution=512 --flip_aug"
     with caplog.at_level(logging.WARNING, "trainer"):
         (dataset,) = dataset_config(options(command)).datasets
-    found = [(s.image_dir.name, s.num_repeats, s.class_tokens, s.is_reg, s.flip_aug) for s in dataset.subsets]
+    found = [(s.place.name, s.num_repeats, s.class_tokens, s.is_reg, s.flip_aug) for s in dataset.subsets]
     assert found == [
         ("10_my cat", 10, "my cat", False, True),
         ("2_dog_x", 2, "dog_x", False, True),

@@ -41,7 +41,7 @@ def read_metadata_file(subset: SubsetSpec, suffixes: Collection[str], problems: 
             missing.append(name)
         else:
             caption, tags = cast("list[str | None]", texts)
-            captions[picture] = _combine(caption, tags, subset.caption_separator)
+            captions[picture] = _combine(caption, tags, subset.caption_separator, keeps_lines=subset.enable_wildcard)
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else "")
         where = "this folder" if subset.image_dir is None else str(subset.image_dir)
@@ -52,8 +52,12 @@ def read_metadata_file(subset: SubsetSpec, suffixes: Collection[str], problems: 
     return captions
 
 
-def _combine(caption: str | None, tags: str | None, separator: str) -> str:
-    return separator.join(text for text in (caption, tags) if text)
+def _combine(caption: str | None, tags: str | None, separator: str, *, keeps_lines: bool) -> str:
+    """Caption and tags; behind each of several lines, of which wildcards draw one, where `keeps_lines` is set."""
+    if not (caption and tags and keeps_lines):
+        return separator.join(text for text in (caption, tags) if text)
+    tags = tags.replace("\n", separator)
+    return "\n".join(f"{line}{separator}{tags}" for line in caption.split("\n") if line.strip())
 
 
 def _entries(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, object], str]]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.lora.adapter import Trained, wrong_part
+from trainer.lora.half import held, inner_scale, scaled_down, to_type
 from trainer.lora.lora import LoraLinear
 
 _TINY = 1e-12
@@ -45,7 +46,9 @@ class DoraLinear(LoraLinear):
             dtype = weight.dtype if weight.dtype.itemsize > 1 else up.dtype
             for index, part in enumerate(self.parts):
                 rows, block = up[part], down[index * rank : (index + 1) * rank]
-                crossed = (rows.t().to(dtype) @ weight[part].to(up.device, dtype)).float()
+                crossed = (scaled_down(rows.t(), dtype) @ weight[part].to(up.device, dtype)).float() / inner_scale(
+                    dtype
+                )
                 squares += 2 * scale * (block * crossed).sum(dim=0)
                 squares += scale**2 * (block * ((rows.t() @ rows) @ block)).sum(dim=0)
             return squares.clamp_min(_TINY).sqrt()
@@ -54,12 +57,12 @@ class DoraLinear(LoraLinear):
         """(..., I) -> (..., O)."""
         if self.multiplier == 0 or (self.training and self._drops_module()):
             return self.base(x)
-        scaled = (x * (self.magnitude / self.column_norms())).to(x.dtype)
+        scaled = to_type(x * (self.magnitude / self.column_norms()), x.dtype)
         output = self._adapted(scaled, self.alpha / self.rank)
         if self.multiplier == 1:
             return output
-        base = self.base(x)
-        return base + self.multiplier * (output - base)
+        base = held(self.base(x))
+        return base + self.multiplier * (held(output) - base)
 
     def published(self) -> dict[str, Tensor]:
         return {**super().published(), "dora_scale": self.magnitude.detach()[None]}

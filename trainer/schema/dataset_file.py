@@ -199,9 +199,6 @@ def _fallback(name: str, options: Options) -> object:
 
 def _cache_conflicts(subset: Mapping[str, object], options: Options) -> Iterator[str]:
     """What a subset asks for that the caches rule out."""
-    # Dropped captions are fine, unlike in the reference trainer: the empty caption is encoded beforehand, too.
-    if options.cache_text_encoder_outputs and subset["shuffle_caption"]:
-        yield "shuffle_caption changes captions in every step, which cache_text_encoder_outputs rules out"
     for name, effect in CHANGES_PIXELS.items():
         if options.cache_latents and subset[name]:
             yield f"{name} {effect} in every step, which cache_latents rules out"

@@ -44,10 +44,17 @@ class SubsetSpec:
     is_reg: bool
     shuffle_caption: bool
     keep_tokens: int
+    keep_tokens_separator: str
     caption_separator: str
+    secondary_separator: str | None
+    enable_wildcard: bool
     caption_prefix: str | None
     caption_suffix: str | None
     caption_dropout_rate: float
+    caption_dropout_every_n_epochs: int
+    caption_tag_dropout_rate: float
+    token_warmup_min: int
+    token_warmup_step: float
     color_aug: bool
     flip_aug: bool
     random_crop: bool
@@ -122,6 +129,10 @@ def _filled_text(value: object) -> str:
     return text
 
 
+def _text_or_none(value: object) -> str | None:
+    return _text(value) or None
+
+
 def _ending(value: object) -> str:
     text = _filled_text(value)
     return text if text.startswith(".") else f".{text}"
@@ -139,6 +150,12 @@ def _whole(lowest: int) -> Callable[[object], int]:
 def _part(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError("must be a number, 0 to 1")
+    return float(value)
+
+
+def _steps(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError("must be a number, 0 or more")
     return float(value)
 
 
@@ -214,10 +231,17 @@ SUBSET_KEYS: Final[Mapping[str, Key]] = MappingProxyType(
         "is_reg": Key(("subset",), _switch, default=False),
         "shuffle_caption": Key(_ALL, _switch, "shuffle_caption"),
         "keep_tokens": Key(_ALL, _whole(0), "keep_tokens"),
+        "keep_tokens_separator": Key(_ALL, _text, "keep_tokens_separator"),
         "caption_separator": Key(_ALL, _filled_text, "caption_separator"),
+        "secondary_separator": Key(_ALL, _text_or_none, "secondary_separator"),
+        "enable_wildcard": Key(_ALL, _switch, "enable_wildcard"),
         "caption_prefix": Key(_ALL, _text, "caption_prefix"),
         "caption_suffix": Key(_ALL, _text, "caption_suffix"),
         "caption_dropout_rate": Key(_ALL, _part, "caption_dropout_rate"),
+        "caption_dropout_every_n_epochs": Key(_ALL, _whole(0), "caption_dropout_every_n_epochs"),
+        "caption_tag_dropout_rate": Key(_ALL, _part, "caption_tag_dropout_rate"),
+        "token_warmup_min": Key(_ALL, _whole(0), "token_warmup_min"),
+        "token_warmup_step": Key(_ALL, _steps, "token_warmup_step"),
         "color_aug": Key(_ALL, _switch, "color_aug"),
         "flip_aug": Key(_ALL, _switch, "flip_aug"),
         "random_crop": Key(_ALL, _switch, "random_crop"),
@@ -234,13 +258,6 @@ REFUSED_KEYS: Final[Mapping[str, tuple[object, str]]] = MappingProxyType(
         **{
             name: (NOT_SUPPORTED[name].default, NOT_SUPPORTED[name].reason)
             for name in (
-                "keep_tokens_separator",
-                "secondary_separator",
-                "enable_wildcard",
-                "caption_dropout_every_n_epochs",
-                "caption_tag_dropout_rate",
-                "token_warmup_min",
-                "token_warmup_step",
                 "validation_split",
                 "validation_seed",
             )

@@ -92,6 +92,9 @@ def option_advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
         yield "sample_every_n_steps has no effect: sample_every_n_epochs wins"
     if options.sample_prompts is None and (every_epochs or every_steps or options.sample_at_first):
         yield "no samples are made: sample_prompts is not given"
+    caches_text = options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk
+    if "caption_variants" in explicit and not caches_text:
+        yield "caption_variants has no effect: without cache_text_encoder_outputs every step encodes its own texts"
     if options.model_type == "chroma" and options.guidance_scale != 0:
         yield f"guidance_scale is {options.guidance_scale:g}; Chroma was made with 0"
     yield from network_advice(options, explicit)

@@ -42,14 +42,6 @@ def broken_rules(options: Options, explicit: frozenset[str]) -> Iterator[tuple[t
 
 def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tuple[tuple[str, ...], str, str]]:
     """(names, what, hint) of each contradiction. The first name is the option to change."""
-    caches_text = options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk
-    text_cache = "cache_text_encoder_outputs"
-    if caches_text and options.shuffle_caption:
-        yield (
-            ("shuffle_caption", text_cache),
-            f"shuffle_caption changes captions in every step, which {text_cache} rules out",
-            "Turn one of the two off.",
-        )
     if options.cache_latents or options.cache_latents_to_disk:
         for name, effect in CHANGES_PIXELS.items():
             if getattr(options, name):

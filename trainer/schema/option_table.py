@@ -58,7 +58,6 @@ _WANDB: Final = "Weights & Biases is not supported yet; use --log_with=tensorboa
 _SCHEDULE: Final = (
     "its schedule is not supported yet; use --lr_scheduler constant, constant_with_warmup, cosine or linear"
 )
-_CAPTION: Final = "it is not supported yet; write the captions out as they should be used"
 
 SAMPLERS: Final = (
     "ddim",
@@ -183,56 +182,16 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "Keep captions and sizes in a file.",
             "captions and sizes are read from the files at every start, so that they are never out of date",
         ),
-        "keep_tokens_separator": _refused(
-            "dataset",
-            "Mark in a caption that ends what stays in place.",
-            "it is not supported yet; use --keep_tokens",
-            "text",
-            default="",
-        ),
-        "secondary_separator": _refused(
-            "dataset", "Mark that becomes the caption separator after shuffling.", _CAPTION, "text"
-        ),
-        "enable_wildcard": _refused("dataset", "Choose among {a|b} and among the lines of a caption.", _CAPTION),
         "debug_dataset": _refused(
             "dataset",
             "Print what would be trained on and stop.",
             "it is not supported; python -m trainer check reports on options and files",
-        ),
-        "token_warmup_min": _refused(
-            "dataset",
-            "Parts of a caption that are used at the start of token warm-up.",
-            "token warm-up is not supported yet; leave it out",
-            "integer",
-            default=1,
-        ),
-        "token_warmup_step": _refused(
-            "dataset",
-            "Steps until whole captions are used; below 1 a part of the run.",
-            "token warm-up is not supported yet; leave it out",
-            "number",
-            default=0.0,
-            unit="steps",
         ),
         "dataset_class": _refused(
             "dataset",
             "A Python class that makes the dataset.",
             "it runs code of another program and is not supported; use --dataset_config",
             "text",
-        ),
-        "caption_dropout_every_n_epochs": _refused(
-            "dataset",
-            "Leave all captions empty in every so many epochs.",
-            "it is not supported yet; use --caption_dropout_rate",
-            "integer",
-            default=0,
-        ),
-        "caption_tag_dropout_rate": _refused(
-            "dataset",
-            "How often a part of a caption is left out, 0 to 1.",
-            "it is not supported yet; use --caption_dropout_rate",
-            "number",
-            default=0.0,
         ),
         "weighted_captions": _refused(
             "dataset", "Weigh words that are in (brackets).", "FLUX's text encoders have no weighted form; leave it out"

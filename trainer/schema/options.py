@@ -59,6 +59,7 @@ GROUPS: Final[Mapping[str, type[OptionGroup]]] = MappingProxyType(
 
 OUR_OPTIONS: Final = frozenset(
     {
+        "caption_variants",
         "clip_l_tokenizer",
         "t5xxl_tokenizer",
         "clip_l_activation",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.data.captions import caption_notes
 from trainer.data.index import DatasetIndex, index_dataset
 from trainer.lora.forms import to_published
 from trainer.lora.lora_file import read_lora_file
@@ -99,6 +100,9 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
             reporter.note(f"sample prompt {number}: Chroma needs two-pass guidance for good pictures; --l 4 is usual")
     for line in dataset_advice(dataset, options):
         reporter.note(line)
+    for subset in dict.fromkeys(item.subset for item in index.items):
+        for note in caption_notes(subset):
+            reporter.note(f"{subset.place}: {note}")
     for warning in index.warnings:
         reporter.warning(warning)
     return CheckedRun(

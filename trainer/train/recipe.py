@@ -56,6 +56,7 @@ from trainer.train.sample_maker import SampleMaker
 from trainer.train.saver import LoraSaver, model_files, training_facts
 from trainer.train.session import DeviceLock
 from trainer.train.text_phase import prepare_text, trains_clip
+from trainer.train.text_plan import TextPlan, caption_course, plan_texts
 
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
@@ -100,9 +101,10 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
     options = checked.options
     started_at = time.time()
     seed = options.seed if options.seed is not None else engine.share(secrets.randbits(SEED_BITS))
-    _announce_plan(checked, engine, reporter)
+    texts = plan_texts(checked, seed, num_processes=engine.num_processes)
+    _announce_plan(checked, texts, engine, reporter)
     _start_trackers(options, engine, reporter)
-    text = prepare_text(checked, engine, reporter)
+    text = prepare_text(checked, texts, engine, reporter)
     latents, autoencoder = prepare_latents(checked, engine, reporter)
 
     reporter.phase("model")
@@ -198,7 +200,7 @@ def _save_for_good(save: LoraSaver, position: StepPosition, kind: CheckpointKind
     )
 
 
-def _announce_plan(checked: CheckedRun, engine: Engine, reporter: Reporter) -> None:
+def _announce_plan(checked: CheckedRun, texts: TextPlan | None, engine: Engine, reporter: Reporter) -> None:
     schedule, index = checked.schedule, checked.index
     reporter.plan(
         num_images=index.num_images,
@@ -212,11 +214,15 @@ def _announce_plan(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         ],
         first_step=0,
         device=engine.name(),
+        num_texts=None if texts is None else len(texts.texts),
+        text_bytes=None if texts is None else texts.num_bytes,
     )
     reporter.note(
         f"{index.num_images} pictures, {schedule.num_epochs} epochs of {schedule.steps_per_epoch} steps, "
         f"{schedule.num_steps} steps in total"
     )
+    if texts is not None:
+        reporter.note(str(texts))
 
 
 def _start_trackers(options: Options, engine: Engine, reporter: Reporter) -> None:
@@ -481,8 +487,11 @@ def _micro_batches(
 ) -> Callable[[int], Iterator[MicroBatch]]:
     """For an epoch, one callable for each batch of this process, which gives the batch's loss."""
 
+    options = checked.options
+    course = caption_course(options, checked.schedule, engine.num_processes)
+
     def micro_batches(epoch: int) -> Iterator[MicroBatch]:
-        plans = epoch_batches(checked.index, seed, epoch, prior_loss_weight=checked.options.prior_loss_weight)
+        plans = epoch_batches(checked.index, seed, epoch, prior_loss_weight=options.prior_loss_weight, course=course)
         share = share_of_rank(plans, engine.rank, engine.num_processes)
         with contextlib.closing(loaded_batches(latents, share)) as batches:
             for plan, loaded in batches:
