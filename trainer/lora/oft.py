@@ -52,6 +52,10 @@ class OftLinear(Adapter):
     def alpha(self) -> float:
         return self._alpha
 
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        self._alpha = alpha
+
     def trained(self) -> tuple[Trained, ...]:
         return tuple(Trained(f"blocks_{index}", "blocks", blocks) for index, blocks in enumerate(self.blocks()))
 

@@ -50,7 +50,6 @@ _NOISE: Final = "it does not apply to FLUX's noise"
 _OTHER_LOSS: Final = "it does not apply to FLUX's loss"
 _LOADER: Final = "data is loaded in the training process"
 _HUB: Final = "uploading is not supported yet; upload the finished file yourself"
-_STATE: Final = "saving and resuming the state of a run is not supported yet; start from a LoRA with --network_weights"
 _VALIDATION: Final = "validation is not supported yet; leave it out"
 _DEEPSPEED: Final = "DeepSpeed is not supported yet; --blocks_to_swap saves memory on one device"
 _DDP: Final = "training on several devices is not supported yet; leave it out"
@@ -207,20 +206,11 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "save_state_to_huggingface": _refused("hub", "Upload the state of the run as well.", _HUB),
         "resume_from_huggingface": _refused("hub", "Take the state to go on from out of a repository.", _HUB),
         "async_upload": _refused("hub", "Upload while training goes on.", _HUB),
-        "save_n_epoch_ratio": _refused(
-            "saving",
-            "Save so many times over the run.",
-            "it is not supported yet; use --save_every_n_epochs",
-            "integer",
+        "skip_until_initial_step": _inert(
+            "course",
+            "Pass over the batches before the first step.",
+            "training always goes on with the batch at which it left off",
         ),
-        "save_last_n_epochs_state": _refused("saving", "Keep the states of the last epochs only.", _STATE, "integer"),
-        "save_last_n_steps_state": _refused("saving", "Keep the states of the last steps only.", _STATE, "integer"),
-        "save_state": _refused("saving", "Save the state of the run beside each LoRA.", _STATE),
-        "save_state_on_train_end": _refused("saving", "Save the state of the run at its end.", _STATE),
-        "resume": _refused("saving", "Folder with the state to go on from.", _STATE, "path"),
-        "skip_until_initial_step": _refused("course", "Pass over the batches before the first step.", _STATE),
-        "initial_epoch": _refused("course", "Epoch to begin with, from 1.", _STATE, "integer"),
-        "initial_step": _refused("course", "Step to begin after.", _STATE, "integer"),
         "output_config": _refused(
             "saving",
             "Write the options to config_file and stop.",

@@ -64,6 +64,16 @@ class CourseOptions(OptionGroup):
         Field(ge=1),
         Opt("Batches computed for one optimizer step: a larger batch without more memory.", "Accumulation", "advanced"),
     ] = 1
+    initial_epoch: Annotated[
+        int | None,
+        Field(ge=1),
+        Opt("Begin with this epoch, whatever the state says.", "First epoch", "expert", "epochs"),
+    ] = None
+    initial_step: Annotated[
+        int | None,
+        Field(ge=0),
+        Opt("Begin behind this step; wins over initial_epoch and the state.", "Steps done before", "expert", "steps"),
+    ] = None
     seed: Annotated[
         int | None, Field(ge=0, lt=2**63), Opt("Same seed, same run. Empty: a random one.", "Seed", "advanced")
     ] = None
@@ -205,11 +215,35 @@ class SavingOptions(OptionGroup):
     save_every_n_steps: Annotated[
         int | None, Field(ge=1), Opt("Save a LoRA after every so many steps.", "Save every", "advanced", "steps")
     ] = None
+    save_n_epoch_ratio: Annotated[
+        int | None,
+        Opt("Save about so many LoRAs in all, evenly spread; wins over save_every_n_epochs.", "Saves in all", "expert"),
+    ] = None
     save_last_n_epochs: Annotated[
         int | None, Field(ge=1), Opt("Keep periodic saves of the last epochs only.", "Keep last", "expert", "epochs")
     ] = None
     save_last_n_steps: Annotated[
         int | None, Field(ge=1), Opt("Keep periodic saves of the last steps only.", "Keep last", "expert", "steps")
+    ] = None
+    save_state: Annotated[
+        bool,
+        Opt("With each LoRA save a folder from which training can go on exactly (--resume).", "Save states"),
+    ] = False
+    save_state_on_train_end: Annotated[
+        bool, Opt("Save such a folder at the end of the training, or when it is stopped.", "State at the end", "expert")
+    ] = False
+    save_last_n_epochs_state: Annotated[
+        int | None,
+        Field(ge=0),
+        Opt("Keep states of the last epochs only. Empty: as the LoRAs.", "Keep last states", "expert", "epochs"),
+    ] = None
+    save_last_n_steps_state: Annotated[
+        int | None,
+        Field(ge=0),
+        Opt("Keep states of the last steps only. Empty: as the LoRAs.", "Keep last states", "expert", "steps"),
+    ] = None
+    resume: Annotated[
+        Path | None, Opt("A state folder to go on from, ours or sd-scripts'.", "Resume from state", "expert")
     ] = None
     config_file: Annotated[
         Path | None, Opt("A TOML file with options; the command line wins over it.", "Options file", "expert")

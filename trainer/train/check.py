@@ -5,6 +5,7 @@ Options have been checked by themselves; here they meet the files, the device an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +31,9 @@ from trainer.train.lora_form import form_problems
 from trainer.train.model_checks import Tokenizers, check_models, check_tokenizers, fetch_models, read_flux
 from trainer.train.network_checks import check_against_model, network_spec, spec_from_weights
 from trainer.train.reporting import Reporter
+from trainer.train.resume import Start, find_state, plan_start, run_identity
 from trainer.train.sampling import SamplePrompt, read_sample_prompts
-from trainer.train.schedule import Schedule, make_schedule
+from trainer.train.schedule import Schedule, epochs_between_saves, make_schedule
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class CheckedRun:
     spec: LoraSpec
     tokenizers: Tokenizers
     schedule: Schedule
+    start: Start
+    identity: Mapping[str, object]
+    """What a state says about the run."""
 
 
 def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -> CheckedRun:
@@ -82,6 +87,7 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
     if dataset is not None:
         found: DatasetConfig = dataset
         index = findings.attempt(lambda: index_dataset(found, progress=reporter.progress))
+    state = findings.attempt(lambda: find_state(options, reporter))
     findings.raise_if_any()
     if (
         dataset is None
@@ -105,6 +111,13 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
             reporter.note(f"{subset.place}: {note}")
     for warning in index.warnings:
         reporter.warning(warning)
+    schedule = make_schedule(options, index.num_batches_per_epoch, num_processes)
+    every = epochs_between_saves(options, schedule.num_epochs)
+    if every != options.save_every_n_epochs:
+        reporter.note(f"save_n_epoch_ratio {options.save_n_epoch_ratio}: a LoRA is saved every {every} epochs")
+        options = options.model_copy(update={"save_every_n_epochs": every})
+    identity = run_identity(options, index, num_processes=num_processes)
+    start = plan_start(options, state, schedule, identity, reporter)
     return CheckedRun(
         options=options,
         dataset=dataset,
@@ -114,7 +127,9 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
         models=models,
         spec=spec,
         tokenizers=tokenizers,
-        schedule=make_schedule(options, index.num_batches_per_epoch, num_processes),
+        schedule=schedule,
+        start=start,
+        identity=identity,
     )
 
 

@@ -18,6 +18,14 @@ class Schedule:
     num_steps: int
 
 
+def epochs_between_saves(options: Options, num_epochs: int) -> int | None:
+    """`save_every_n_epochs`, or what `save_n_epoch_ratio` makes of the number of epochs, by the reference's rule."""
+    ratio = options.save_n_epoch_ratio
+    if ratio is None or ratio <= 0:
+        return options.save_every_n_epochs
+    return max(1, num_epochs // ratio)
+
+
 def make_schedule(options: Options, num_batches_per_epoch: int, num_processes: int) -> Schedule:
     """Epochs and steps by the reference trainer's arithmetic: epochs win over steps, a rest of an epoch's batches
     makes a smaller last accumulation."""
