@@ -17,6 +17,7 @@ from trainer.schema.weight_files import read_weights
 from trainer.train.base_weights import base_weights_identity, merge_base_weights
 from trainer.train.check import CheckedRun
 from trainer.train.conditioning import (
+    VISIBLE_PADDING,
     CachedText,
     ClipEncoder,
     ClipSource,
@@ -28,7 +29,7 @@ from trainer.train.conditioning import (
 )
 from trainer.train.engine import Engine
 from trainer.train.reporting import Reporter
-from trainer.train.text_plan import VISIBLE_PADDING, TextPlan, text_dtype
+from trainer.train.text_plan import TextPlan, text_dtype
 
 
 @dataclass(frozen=True)
