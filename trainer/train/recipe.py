@@ -41,8 +41,9 @@ from trainer.train.base_weights import merge_base_weights
 from trainer.train.check import CheckedRun, check_run
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
+from trainer.train.device_checks import product_seconds, slow_format
 from trainer.train.engine import Engine
-from trainer.train.file_hashes import FileHashes
+from trainer.train.file_hashes import HASHES_FILE, FileHashes
 from trainer.train.foreign_state import resume_foreign
 from trainer.train.latents_phase import LatentSource, LoadedBatch, load_ae, loaded_batches, prepare_latents
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
@@ -64,7 +65,6 @@ from trainer.train.text_plan import TextPlan, caption_course, plan_texts
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
 REPLAY_FOLDER = "replay"
-HASHES_FILE = "model_hashes.json"
 TRACKER_NAME = "network_train"
 
 
@@ -78,6 +78,9 @@ def train(command: ParsedCommand, reporter: Reporter) -> None:
     checked = check_run(command, reporter, num_processes=engine.num_processes)
     tell_settings(command, checked, reporter, num_processes=engine.num_processes)
     reporter.note(f"training on {engine.name()}, {engine.dtype}".replace("torch.", ""))
+    slow = slow_format(engine.device, engine.dtype, product_seconds)
+    if slow is not None:
+        reporter.warning(slow)
     warn_of_memory(checked, engine.total_bytes(), reporter)
     with _turn_on_device(options, engine, reporter):
         _train_checked(checked, engine, reporter)
