@@ -23,6 +23,7 @@ from trainer.model.weights import load_flux
 from trainer.offload.block_swap import BlockSwap
 from trainer.schema.lora_spec import LoraSpec
 from trainer.train.conditioning import TextInputs
+from trainer.train.masks_phase import MaskSource
 from trainer.train.objective import predict_velocity
 from trainer.train.reporting import Reporter
 from trainer.train.validator import TIMESTEPS, Validator
@@ -30,6 +31,8 @@ from trainer.train.validator import TIMESTEPS, Validator
 
 class Latents:
     """Latents that are a function of the picture."""
+
+    masks = MaskSource()
 
     def load(self, plan: BatchPlan) -> Tensor:
         seeds = [int(planned.item.digest[:8], 16) for planned in plan.items]

@@ -47,7 +47,15 @@ def validation_batches(items: Sequence[Item], batch_sizes: Sequence[int], limit:
 
 
 def _planned(item: Item) -> PlannedItem:
-    return PlannedItem(item, validation_caption(item), is_flipped=False, crop=centre_crop(item.fit), loss_weight=1.0)
+    return PlannedItem(
+        item,
+        validation_caption(item),
+        is_flipped=False,
+        resized=item.fit.resized,
+        crop=centre_crop(item.fit),
+        colour=None,
+        loss_weight=1.0,
+    )
 
 
 def _in_turns(queues: Sequence[Sequence[BatchPlan]]) -> Iterator[BatchPlan]:

@@ -10,7 +10,7 @@ import dataclasses
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -42,10 +42,11 @@ from trainer.train.base_weights import merge_base_weights
 from trainer.train.check import CheckedRun, check_run
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
+from trainer.train.device_checks import product_seconds, slow_format
 from trainer.train.engine import Engine
-from trainer.train.file_hashes import FileHashes
+from trainer.train.file_hashes import HASHES_FILE, FileHashes
 from trainer.train.foreign_state import resume_foreign
-from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
+from trainer.train.latents_phase import LatentSource, LoadedBatch, load_ae, loaded_batches, prepare_latents
 from trainer.train.learning_rate import learning_rate_schedule
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
 from trainer.train.lora_form import base_layers
@@ -67,7 +68,6 @@ from trainer.train.validator import Validator
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
 REPLAY_FOLDER = "replay"
-HASHES_FILE = "model_hashes.json"
 TRACKER_NAME = "network_train"
 
 
@@ -81,6 +81,9 @@ def train(command: ParsedCommand, reporter: Reporter) -> None:
     checked = check_run(command, reporter, num_processes=engine.num_processes)
     tell_settings(command, checked, reporter, num_processes=engine.num_processes)
     reporter.note(f"training on {engine.name()}, {engine.dtype}".replace("torch.", ""))
+    slow = slow_format(engine.device, engine.dtype, product_seconds)
+    if slow is not None:
+        reporter.warning(slow)
     warn_of_memory(checked, engine.total_bytes(), reporter)
     with _turn_on_device(options, engine, reporter):
         _train_checked(checked, engine, reporter)
@@ -170,7 +173,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         reporter=reporter,
         rank=engine.rank,
         micro_batches=_micro_batches(
-            checked, latents, flow_objective(options, model, text.source, engine), engine, seed
+            checked, latents, flow_objective(options, model, network, text.source, engine), engine, seed
         ),
         save=save,
         sample=sample,
@@ -496,7 +499,19 @@ def _loop_settings(checked: CheckedRun, seed: int) -> LoopSettings:
     )
 
 
-def flow_objective(options: Options, model: Transformer, text: TextSource, engine: Engine) -> FlowObjective:
+@contextlib.contextmanager
+def network_off(network: AnyNetwork) -> Generator[None, None, None]:
+    """The base model alone, while entered."""
+    network.set_multiplier(0.0)
+    try:
+        yield
+    finally:
+        network.set_multiplier(1.0)
+
+
+def flow_objective(
+    options: Options, model: Transformer, network: AnyNetwork, text: TextSource, engine: Engine
+) -> FlowObjective:
     return FlowObjective(
         model,
         text,
@@ -519,10 +534,12 @@ def flow_objective(options: Options, model: Transformer, text: TextSource, engin
             min_timestep=options.min_timestep,
             max_timestep=options.max_timestep,
             rounds_timesteps=options.round_timesteps,
+            divides_by_mask=options.masked_loss_normalize,
         ),
         autocast=engine.autocast,
         compute_dtype=engine.dtype,
         device=engine.device,
+        without_network=partial(network_off, network),
     )
 
 
@@ -531,7 +548,7 @@ class PlannedBatch:
     """One batch of the data: gives its loss, and can be drawn again with the same generator."""
 
     plan: BatchPlan
-    loaded: Tensor
+    loaded: LoadedBatch
     latents: LatentSource
     objective: FlowObjective
     device: torch.device
@@ -540,11 +557,15 @@ class PlannedBatch:
         return self.objective.loss(self.draw(generator))
 
     def draw(self, generator: torch.Generator) -> FlowBatch:
+        items, mask = self.plan.items, self.loaded.mask
+        preserved = torch.tensor([planned.is_preserved for planned in items], device=self.device)
         return self.objective.draw(
-            self.latents.finish(self.loaded, generator),
-            [planned.caption for planned in self.plan.items],
-            torch.tensor([planned.loss_weight for planned in self.plan.items], device=self.device),
+            self.latents.finish(self.loaded.pixels, generator),
+            [planned.caption for planned in items],
+            torch.tensor([planned.loss_weight for planned in items], device=self.device),
             generator,
+            mask=None if mask is None else mask.to(self.device),
+            preserved=preserved if any(planned.is_preserved for planned in items) else None,
         )
 
 

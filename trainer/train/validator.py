@@ -26,6 +26,8 @@ TIMESTEPS: Final = (0.2, 0.4, 0.6, 0.8)
 class Validator:
     """Gives the mean squared error of the model's velocity over all validation pictures and `TIMESTEPS`.
 
+    Of pictures with a mask only what the mask shows counts.
+
     It depends on the pictures, the captions, the weights and `guidance_scale` alone: not on the run's seed, its
     timestep sampling, loss, weights of losses or dropouts, nor on batches and processes. So runs can be compared.
     Call it with the weights that are to be measured; the network is left in evaluation mode.
@@ -81,6 +83,10 @@ class Validator:
     def _errors(self, plan: BatchPlan) -> Tensor:
         """The errors of a batch, (timesteps, B) float32 on the host."""
         latents = torch.cat([self._latents_of(planned, plan) for planned in plan.items])
+        mask = self._latents.masks.load(plan)
+        # Where a mask leaves nothing, everything counts after all.
+        weights = torch.ones_like(latents[:, :1]) if mask is None else mask.to(self._device).float()
+        weights = torch.where(weights.sum(dim=(1, 2, 3), keepdim=True) > 0, weights, torch.ones_like(weights))
         text = self._text([planned.caption for planned in plan.items])
         errors: list[Tensor] = []
         for timestep in TIMESTEPS:
@@ -92,8 +98,9 @@ class Validator:
                 velocity = predict_velocity(
                     self._model, noisy.to(self._compute_dtype), sigmas, text, self._guidance_scale
                 ).float()
-            squared = (velocity - flow.velocity_target(latents, noise)).square()
-            errors.append(squared.mean(dim=(1, 2, 3)).cpu())
+            squared = (velocity - flow.velocity_target(latents, noise)).square().mean(dim=1, keepdim=True)
+            # A mean over what counts, so that small masks weigh as much as large ones.
+            errors.append(((squared * weights).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3))).cpu())
         return torch.stack(errors)
 
     def _latents_of(self, planned: PlannedItem, plan: BatchPlan) -> Tensor:
