@@ -43,7 +43,7 @@ from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
 from trainer.train.device_checks import product_seconds, slow_format
 from trainer.train.engine import Engine
-from trainer.train.file_hashes import FileHashes
+from trainer.train.file_hashes import HASHES_FILE, FileHashes
 from trainer.train.foreign_state import resume_foreign
 from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
@@ -65,7 +65,6 @@ from trainer.train.text_plan import TextPlan, caption_course, plan_texts
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
 REPLAY_FOLDER = "replay"
-HASHES_FILE = "model_hashes.json"
 TRACKER_NAME = "network_train"
 
 
