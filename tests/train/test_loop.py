@@ -15,6 +15,7 @@ from trainer.schema.events import EventReader, EventWriter
 from trainer.schema.run_folder import RunFolder
 from trainer.train.learning_rate import LearningRateSchedule
 from trainer.train.loop import (
+    DUTIES,
     MAX_SKIPPED_STEPS,
     GradientSync,
     LoopSettings,
@@ -145,9 +146,9 @@ def test_a_resumed_loop_first_does_what_was_left_to_do_after_its_last_step() -> 
     due = settings(save_every_n_steps=3, save_every_n_epochs=1, sample_every_n_steps=3)
     for num_done, saved, sampled in (
         (0, [(3, "step"), (3, "epoch")], [3]),
-        (1, [(3, "epoch")], [3]),
-        (2, [(3, "epoch")], []),
-        (4, [], []),
+        (DUTIES.index("step sample"), [(3, "epoch")], [3]),
+        (DUTIES.index("epoch save"), [(3, "epoch")], []),
+        (len(DUTIES), [], []),
     ):
         course = Course(due, start=Progress(step=3, num_duties_done=num_done))
         course.loop.run()
@@ -179,7 +180,7 @@ def test_states_are_saved_with_each_lora_and_when_one_is_due() -> None:
     )
     course.loop._state_is_due = lambda: next(due)  # pyright: ignore[reportPrivateUsage]
     course.loop.run()
-    assert states == [(2, 1, "moment"), (3, 3, "epoch"), (5, 1, "step")]
+    assert states == [(2, 1, "moment"), (3, DUTIES.index("epoch save") + 1, "epoch"), (5, 1, "step")]
 
 
 def test_epochs_win_over_steps_for_samples() -> None:

@@ -72,7 +72,7 @@ class CourseOptions(OptionGroup):
     ] = 1
     initial_epoch: Annotated[
         int | None,
-        Field(ge=1),
+        Field(ge=0),
         Opt("Begin with this epoch, whatever the state says.", "First epoch", "expert", "epochs"),
     ] = None
     initial_step: Annotated[
