@@ -7,6 +7,7 @@ from torch import Tensor
 
 from trainer.data.batches import BatchPlan
 from trainer.data.cache import TensorCache, mask_key, mask_requests
+from trainer.data.cache_files import Entry
 from trainer.data.masks import LATENT_STRIDE, Mask, read_mask
 from trainer.train.check import CheckedRun
 from trainer.train.reporting import Reporter
@@ -37,9 +38,11 @@ def prepare_masks(checked: CheckedRun, reporter: Reporter) -> MaskSource:
     if not options.cache_latents:
         return MaskSource()
     cache = TensorCache("masks", on_disk=options.cache_latents_to_disk, warn=reporter.warning)
-    cache.fill(
-        mask_requests(checked.index),
-        lambda _keys, masks: [{"mask": mask} for mask in masks],
-        check_commands=reporter.check_stop,
-    )
+    requests = mask_requests(checked.index)
+    cache.fill(requests, _as_entries, check_commands=reporter.check_stop)
+    cache.recover_with(requests, lambda: _as_entries)
     return MaskSource(cache)
+
+
+def _as_entries(_keys: list[str], masks: list[Tensor]) -> list[Entry]:
+    return [{"mask": mask} for mask in masks]
