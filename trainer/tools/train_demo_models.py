@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--fine-steps", type=int, default=2200, help="of it at high noise levels, where shapes are decided"
     )
-    parser.add_argument("--guidance-steps", type=int, default=800, help="in which it learns what guidance means")
+    parser.add_argument("--guidance-steps", type=int, default=600, help="in which it learns what guidance means")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
     parser.add_argument("--samples", type=int, default=200, help="held-out captions to measure with")
     parser.add_argument("--measure", action="store_true", help="only measure the models in --out")
