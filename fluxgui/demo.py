@@ -1,4 +1,4 @@
-"""The demo: small models and pictures made on the spot, and a run that trains on them. No gradio."""
+"""The demo: small models that come with the program, pictures made on the spot, and a run that trains on them. No gradio."""
 
 from __future__ import annotations
 

@@ -22,9 +22,10 @@ from fluxgui.pictures import CAPTION_SUFFIX, PictureFolder, check_folder
 from trainer.schema.advice import weak_defaults
 from trainer.schema.base import Problem, UserError
 from trainer.schema.cli import check_files, to_argv, validate_options
+from trainer.schema.dataset_file import dataset_to_toml
+from trainer.schema.option_files import options_to_toml
 from trainer.schema.options import Options
 from trainer.schema.options_data import parse_resolution
-from trainer.schema.toml_io import dataset_to_toml, options_to_toml
 
 FormValues = Mapping[str, object]
 

@@ -35,9 +35,9 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         html_part('<div class="page-head"><h1>FluxGUI</h1><p>Trains LoRAs for FLUX.1 on your own pictures.</p></div>')
         with gr.Column(visible=False, elem_classes="card", elem_id="welcome") as welcome:
             html_part(
-                '<div class="card-title"><h2>First time here?</h2><p>The demo makes small models and twelve captioned '
-                "pictures, without a download, and trains on them for a minute or two. It shows everything that a real "
-                "run shows.</p></div>"
+                '<div class="card-title"><h2>First time here?</h2><p>The demo teaches a small FLUX, which comes with '
+                "the program, a new emblem from sixteen pictures in a minute or two. It shows everything that a real run "
+                "shows.</p></div>"
             )
             try_demo = gr.Button("Try the demo", variant="primary", elem_id="try-demo")
         with gr.Tabs(elem_id="pages") as tabs:

@@ -25,10 +25,10 @@ from trainer.schema.chroma_header import read_transformer
 from trainer.schema.cli import ParsedCommand, parse_command_line, validate_options
 from trainer.schema.folders import demo_dir
 from trainer.schema.memory import OtherModels, estimate, pick_blocks_to_swap
+from trainer.schema.option_files import read_config_file
 from trainer.schema.options import Options
 from trainer.schema.options_data import parse_resolution
 from trainer.schema.run_folder import RunFolder
-from trainer.schema.toml_io import read_config_file
 from trainer.schema.weight_files import read_weights
 
 EXIT_DONE, EXIT_OPTIONS, EXIT_INTERRUPTED = 0, 2, 130
@@ -38,6 +38,7 @@ HELP: Final = """\
 python -m trainer --option=value ...     train a LoRA; --help lists the options
 python -m trainer demo --output_dir D    train the bundled demo; the LoRA and the samples are written to D
 python -m trainer check --option=...     check options, files and pictures as before training, and stop there
+python -m trainer options [--json]       list all options; --json for programs, --markdown for docs/options.md
 python -m trainer estimate --option=...  print what memory the training needs; --vram_gb picks blocks_to_swap
 python -m trainer replay --input=F --output=O --steps=N --option=...
                                          train on one recorded batch; a run records it when its loss is no number
@@ -162,8 +163,12 @@ def check(arguments: Sequence[str]) -> int:
         reporter.note(note)
     checked = check_run(parsed.options, reporter)
     from trainer.train.recipe import tell_settings  # noqa: PLC0415
+    from trainer.train.text_plan import plan_texts  # noqa: PLC0415
 
     tell_settings(parsed, checked.flux, reporter)
+    texts = plan_texts(checked, parsed.options.seed or 0)
+    if texts is not None:
+        reporter.note(str(texts))
     print(
         f"{checked.index.num_images} pictures, {checked.schedule.num_epochs} epochs of "
         f"{checked.schedule.steps_per_epoch} steps, {checked.schedule.num_steps} steps in total. No problems found."
@@ -205,6 +210,22 @@ def replay_recording(arguments: Sequence[str]) -> int:
         replay(parsed, reporter, source=source, output=output, num_steps=num_steps)
 
     return run_guarded(work, reporter)
+
+
+def list_options(arguments: Sequence[str]) -> int:
+    from trainer.schema.cli_help import help_text  # noqa: PLC0415 - only this command needs them
+    from trainer.schema.option_reference import reference_page, reference_rows  # noqa: PLC0415
+
+    parser = argparse.ArgumentParser(prog="python -m trainer options", allow_abbrev=False)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one object for each option")
+    form.add_argument("--markdown", action="store_true", help="the page docs/options.md")
+    known = parser.parse_args(arguments)
+    if known.json:
+        print(json.dumps(reference_rows(), indent=1))
+    else:
+        print(reference_page() if known.markdown else help_text(), end="")
+    return EXIT_DONE
 
 
 def estimate_memory(arguments: Sequence[str]) -> int:
@@ -261,6 +282,7 @@ COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType
         "check": check,
         "replay": replay_recording,
         "estimate": estimate_memory,
+        "options": list_options,
     }
 )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainer.schema.toml_io import DatasetConfig, DatasetSpec, SubsetSpec
+from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec, SubsetSpec
 
 SUBSET = SubsetSpec(
     image_dir=Path(),
@@ -18,10 +18,17 @@ SUBSET = SubsetSpec(
     is_reg=False,
     shuffle_caption=False,
     keep_tokens=0,
+    keep_tokens_separator="",
     caption_separator=",",
+    secondary_separator=None,
+    enable_wildcard=False,
     caption_prefix=None,
     caption_suffix=None,
     caption_dropout_rate=0.0,
+    caption_dropout_every_n_epochs=0,
+    caption_tag_dropout_rate=0.0,
+    token_warmup_min=1,
+    token_warmup_step=0.0,
     flip_aug=False,
     random_crop=False,
     resize_interpolation=None,

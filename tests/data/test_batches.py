@@ -8,7 +8,7 @@ import pytest
 from tests.data.specs import DATASET, SUBSET, picture
 from trainer.data.batches import epoch_batches, share_of_rank
 from trainer.data.index import DatasetIndex, index_dataset
-from trainer.schema.toml_io import DatasetConfig
+from trainer.schema.dataset_keys import DatasetConfig
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from trainer.data.cache import (
 )
 from trainer.data.index import DatasetIndex, index_dataset
 from trainer.schema.base import UserError
-from trainer.schema.toml_io import SubsetSpec
+from trainer.schema.dataset_keys import SubsetSpec
 
 
 class Encoder:
@@ -256,36 +256,29 @@ def test_the_same_file_twice_is_encoded_once(tmp_path: Path) -> None:
     assert len(encoder.batches) == len(cache) == 1
 
 
-def test_texts_are_every_caption_that_can_be_drawn_and_the_prompts(tmp_path: Path) -> None:
-    rules = replace(SUBSET, caption_prefix="photo of", caption_dropout_rate=0.1)
-    index = index_of(tmp_path, subset=rules, count=2)
-    make = partial(text_requests, index, encoder="t5", max_length=64, apply_mask=False)
-    requests = make(more=("a prompt", ""))
-    assert [(request.load(), request.folder) for request in requests] == [
-        ("photo of picture 0", tmp_path),
-        ("", tmp_path),
-        ("photo of picture 1", tmp_path),
-        ("a prompt", None),
-    ]
+def test_texts_are_encoded_once_and_found_by_all_that_decides_them(tmp_path: Path) -> None:
+    texts = {"a cat": tmp_path, "": tmp_path, "a prompt": None}
+    requests = text_requests(texts, encoder="t5", max_length=64, apply_mask=False)
+    assert [(request.load(), request.folder) for request in requests] == list(texts.items())
 
     def encode(_keys: list[str], texts: list[str]) -> Sequence[Entry]:
         return [{"length": torch.tensor([len(text)])} for text in texts]
 
     cache = TensorCache("text", on_disk=True, warn=no_warning)
     cache.fill(requests, encode, batch_size=3)
-    assert len(cached_files(tmp_path)) == 3
-    assert [int(cache[request.key]["length"]) for request in requests] == [18, 0, 18, 8]
+    assert len(cached_files(tmp_path)) == 2
+    assert [int(cache[request.key]["length"]) for request in requests] == [5, 0, 8]
     later = TensorCache("text", on_disk=True, warn=no_warning)
-    assert [request.load() for request in later.missing(make(more=["a prompt"]))] == ["a prompt"]
+    assert [request.load() for request in later.missing(requests)] == ["a prompt"]
+    other = text_requests(texts, encoder="t5", max_length=64, apply_mask=True)
+    assert len(later.missing(other)) == 3
 
 
-def test_random_crops_and_shuffled_captions_cannot_be_encoded_beforehand(tmp_path: Path) -> None:
-    index = index_of(tmp_path, subset=replace(SUBSET, random_crop=True, shuffle_caption=True), count=1)
+def test_random_crops_cannot_be_encoded_beforehand(tmp_path: Path) -> None:
+    index = index_of(tmp_path, subset=replace(SUBSET, random_crop=True), count=1)
     with pytest.raises(UserError, match="random_crop cannot be used together with cache_latents") as failure:
         latent_requests(index, encoder="ae")
     assert failure.value.exit_code == 2
-    with pytest.raises(UserError, match="shuffle_caption cannot be used together with cache_text_encoder_outputs"):
-        text_requests(index, encoder="t5", max_length=64, apply_mask=False)
 
 
 def test_an_error_of_the_encoder_passes_through(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tests.data.specs import DATASET, SUBSET, one_dataset, picture
 from trainer.data.images import EXIF_ORIENTATION
 from trainer.data.index import DatasetIndex, index_dataset
 from trainer.schema.base import UserError
-from trainer.schema.toml_io import DatasetConfig, SubsetSpec
+from trainer.schema.dataset_keys import DatasetConfig, SubsetSpec
 
 
 def folder_with(folder: Path, *sizes: tuple[int, int], caption: str | None = "a cat") -> SubsetSpec:

@@ -21,8 +21,9 @@ from tests.fluxgui.sparse_flux import make_sparse_flux
 from tests.tiny import TinyModels
 from trainer.schema.base import UserError
 from trainer.schema.cli import parse_command_line
+from trainer.schema.dataset_file import read_dataset_config
+from trainer.schema.option_files import read_config_file
 from trainer.schema.options import Options
-from trainer.schema.toml_io import read_config_file, read_dataset_config
 from trainer.tools.tiny_chroma import make_chroma
 from trainer.tools.tiny_pictures import make_images
 

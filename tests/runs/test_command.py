@@ -137,11 +137,12 @@ def test_the_well_known_command_runs_verbatim_under_accelerate(
 
 def test_the_demo_command_writes_lora_and_samples(tmp_path: Path) -> None:
     output = tmp_path / "demo"
-    finished = run_command([sys.executable, "-m", "trainer", "demo", f"--output_dir={output}", "--max_train_epochs=1"])
+    short = ("--max_train_epochs=1", "--sample_every_n_epochs=1")
+    finished = run_command([sys.executable, "-m", "trainer", "demo", f"--output_dir={output}", *short])
     assert_succeeded(finished)
     assert (output / "demo.safetensors").is_file()
     samples = list((output / "sample").glob("*.png"))
-    assert len(samples) == 4, "two prompts, before the first step and after the epoch"
+    assert len(samples) == 8, "four prompts, before the first step and after the epoch"
     assert_same_effect_in_diffusers(output / "demo.safetensors", demo_dir() / "models" / "flux1-demo.safetensors")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from trainer.schema.advice import deviations, weak_defaults
 from trainer.schema.cli import ParsedCommand, validate_options
-from trainer.schema.options import STATUS
+from trainer.schema.option_status import STATUS
 from trainer.schema.presets import list_presets
 
 GOOD: dict[str, object] = {

@@ -16,7 +16,7 @@ from trainer.schema.file_checks import check_files
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.memory import GIB, estimate, lora_tensor_sizes, usual_models
 from trainer.schema.model_check import check_kind
-from trainer.schema.options import Given, Reading, read_options
+from trainer.schema.option_reading import Given, Reading, read_options
 from trainer.tools.tiny_models import make_chroma
 
 PUBLISHED = ChromaParams(64, 64, 4096, 3072, 4.0, 24, 19, 38, (16, 56, 56), 10_000, True, 64, 5120, 5)

@@ -10,7 +10,8 @@ import pytest
 
 from trainer.schema.base import Problem, UserError
 from trainer.schema.cli import parse_command_line, to_argv, validate_options
-from trainer.schema.options import STATUS, Options
+from trainer.schema.option_status import STATUS
+from trainer.schema.options import Options
 
 PUBLISHED = [
     "--pretrained_model_name_or_path",
@@ -178,9 +179,9 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
 
 
 def test_a_files_values_are_checked_as_the_command_lines_are(tmp_path: Path) -> None:
-    path = write(tmp_path / "config.toml", '[train]\nnetwork_dim = 0\nmixed_precision = "fp61"\nsave_state = true\n')
+    path = write(tmp_path / "config.toml", '[train]\nnetwork_dim = 0\nmixed_precision = "fp61"\nalpha_mask = true\n')
     found = problems(f"--config_file={path}", "--seed=-1")
-    assert {problem.field for problem in found} == {"network_dim", "mixed_precision", "save_state", "seed"}
+    assert {problem.field for problem in found} == {"network_dim", "mixed_precision", "alpha_mask", "seed"}
     (dim,) = [problem for problem in found if problem.field == "network_dim"]
     assert str(dim) == f"network_dim is 0; it must be 1 to 1024 ({path}, [train])."
 

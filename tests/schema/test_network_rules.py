@@ -8,7 +8,7 @@ import pytest
 
 from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
 from trainer.schema.network_args import KEYS
-from trainer.schema.options import Given, Reading, read_options
+from trainer.schema.option_reading import Given, Reading, read_options
 
 
 def read(**values: object) -> Reading:

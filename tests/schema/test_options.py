@@ -16,7 +16,9 @@ from pydantic import ValidationError
 
 from trainer.schema.base import Problem, UserError
 from trainer.schema.optimizer_args import parse_optimizer_args
-from trainer.schema.options import GROUPS, OUR_OPTIONS, STATUS, Given, Options, Reading, opt_of, read_options
+from trainer.schema.option_reading import Given, Reading, read_options
+from trainer.schema.option_status import STATUS, opt_of
+from trainer.schema.options import GROUPS, OUR_OPTIONS, Options
 from trainer.schema.options_data import parse_resolution
 
 REFERENCE: Mapping[str, Mapping[str, Any]] = json.loads(
@@ -240,8 +242,6 @@ def test_a_refused_option_of_the_wrong_type_says_so() -> None:
 @pytest.mark.parametrize(
     ("values", "field", "pieces"),
     [
-        ({"cache_text_encoder_outputs": True, "shuffle_caption": True}, "shuffle_caption", "rules out"),
-        ({"cache_text_encoder_outputs_to_disk": True, "shuffle_caption": True}, "shuffle_caption", "rules out"),
         ({"cache_latents": True, "random_crop": True}, "random_crop", "rules out"),
         ({"lr_warmup_steps": 10}, "lr_warmup_steps", "constant has no warm-up"),
         ({"loss_type": "huber", "huber_schedule": "snr"}, "huber_schedule", "does not exist for FLUX"),
@@ -272,7 +272,7 @@ def test_settings_that_go_together_are_accepted() -> None:
     options(lr_scheduler="constant_with_warmup", lr_warmup_steps=10)
     options(log_with="tensorboard", logging_dir="logs")
     options(blocks_to_swap=38)
-    options(cache_text_encoder_outputs=True, keep_tokens=1, caption_prefix="ohwx")
+    options(cache_text_encoder_outputs=True, keep_tokens=1, caption_prefix="ohwx", shuffle_caption=True)
 
 
 def test_all_problems_are_reported_and_rules_wait_for_right_values() -> None:

@@ -15,7 +15,9 @@ from tokenizers import Tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from tests.tiny import TinyModels, make_full_depth_flux
+from trainer.schema.base import UserError
 from trainer.tools import tiny_autoencoder
+from trainer.tools import tiny_models as tiny_models_maker
 from trainer.tools.tiny_models import DemoBundle, make_autoencoder, make_demo_bundle, make_flux, make_images
 from trainer.tools.tiny_networks import default_axes_dim
 from trainer.tools.tiny_weights import write_safetensors
@@ -238,7 +240,7 @@ def contents(bundle: DemoBundle) -> dict[str, bytes]:
 def test_demo_bundle_is_whole_reproducible_and_left_alone(tmp_path: Path) -> None:
     bundle = make_demo_bundle(tmp_path / "demo")
     assert all(Path(value).exists() for value in vars(bundle).values())
-    assert len(list(bundle.images.glob("*.png"))) == len(list(bundle.images.glob("*.txt"))) == 12
+    assert len(list(bundle.images.glob("*.png"))) == len(list(bundle.images.glob("*.txt"))) == 16
     assert str(bundle.images) in bundle.dataset_config.read_text()
     first = contents(bundle)
     (bundle.images / "note.txt").write_text("mine")
@@ -256,3 +258,13 @@ def test_a_moved_bundle_is_made_again_for_its_new_place(tmp_path: Path) -> None:
     make_demo_bundle(tmp_path / "demo").folder.rename(tmp_path / "moved")
     bundle = make_demo_bundle(tmp_path / "moved")
     assert str(tmp_path / "moved" / "images") in bundle.dataset_config.read_text()
+
+
+def test_a_program_without_its_trained_models_says_where_they_should_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_models_maker, "TRAINED_FILES", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="models cannot be copied") as raised:
+        make_demo_bundle(tmp_path / "demo")
+    assert raised.value.problems[0].where == str(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == [], "nothing half-made is left"

@@ -176,10 +176,23 @@ def test_saving_every_epoch_leaves_the_last_ones(tmp_path: Path) -> None:
     assert warnings == []
 
 
+def test_files_of_other_settings_and_of_a_stop_go_when_they_are_as_old(tmp_path: Path) -> None:
+    for step in (30, 37, 50, 60, 100):
+        write_file(tmp_path / checkpoint_name("cat", "step", step), b"lora")
+    others = ["cat2-step00000030.safetensors", "cat-000001.safetensors", "cat.safetensors", "cat-step00000030-state"]
+    for name in others:
+        write_file(tmp_path / name, b"other")
+    removed = remove_superseded(tmp_path, "cat", "step", 100, every=20, keep_last=30, warn=pytest.fail, spare={37})
+    # 100 - 30 - 1 = 69, down to a save: 60.
+    assert [path.name for path in removed] == [checkpoint_name("cat", "step", step) for step in (30, 50, 60)]
+    kept = [checkpoint_name("cat", "step", step) for step in (37, 100)]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*kept, *others])
+
+
 def test_an_old_file_that_cannot_be_removed_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / checkpoint_name("cat", "epoch", 1)).mkdir()
     warnings: list[str] = []
     removed = remove_superseded(tmp_path, "cat", "epoch", 2, every=1, keep_last=1, warn=warnings.append)
-    assert removed is None
+    assert removed == []
     assert len(warnings) == 1
     assert "cat-000001.safetensors could not be removed" in warnings[0]

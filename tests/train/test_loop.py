@@ -21,6 +21,7 @@ from trainer.train.loop import (
     NumbersLost,
     StepPosition,
     TrainingLoop,
+    Wishes,
     step_generator,
 )
 from trainer.train.optim import LearningRateSchedule
@@ -78,8 +79,8 @@ class Course:
             peak_bytes=lambda: 0,
         )
 
-    def micro_batches(self, epoch: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
-        for number in range(self.num_micro):
+    def micro_batches(self, epoch: int, skipped: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
+        for number in range(skipped, self.num_micro):
             target = float(10 * epoch + number)
 
             def loss(_generator: torch.Generator, target: float = target) -> Tensor:
@@ -152,8 +153,8 @@ def test_no_lost_number_gets_into_the_weights() -> None:
     course = Course(settings(num_steps=6))
     good = course.micro_batches
 
-    def with_a_bad_one(epoch: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
-        for number, loss in enumerate(good(epoch)):
+    def with_a_bad_one(epoch: int, skipped: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
+        for number, loss in enumerate(good(epoch, skipped)):
             yield (lambda _generator: (course.model.weight * math.nan).sum()) if number == 1 else loss
 
     course.loop._micro_batches = with_a_bad_one  # pyright: ignore[reportPrivateUsage]
@@ -166,7 +167,7 @@ def test_no_lost_number_gets_into_the_weights() -> None:
 
 def test_a_gradient_that_is_no_number_ends_the_run_too() -> None:
     course = Course(settings(num_steps=1))
-    course.loop._micro_batches = lambda _epoch: iter(  # pyright: ignore[reportPrivateUsage]
+    course.loop._micro_batches = lambda _epoch, _skipped: iter(  # pyright: ignore[reportPrivateUsage]
         [lambda _generator: course.model.weight.abs().sqrt().sum()]
     )
     with pytest.raises(NumbersLost, match=r"the gradient's norm became (inf|nan) at step 1"):
@@ -178,7 +179,7 @@ def test_a_gradient_beyond_fp16_halves_the_loss_scale_and_says_so(caplog: pytest
     course = Course(settings(num_steps=6), Reporter(), rate=0.01)
     course.loop._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)  # pyright: ignore[reportPrivateUsage]
 
-    def in_half(_epoch: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
+    def in_half(_epoch: int, _skipped: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
         for _ in range(3):
             # The gradient of 20 leaves the range at scales above 2048.
             yield lambda _generator: (course.model.weight.half() * 20.0).float().sum()
@@ -195,7 +196,7 @@ def test_a_gradient_beyond_fp16_halves_the_loss_scale_and_says_so(caplog: pytest
 def test_gradients_that_never_fit_fp16_end_the_run() -> None:
     course = Course(settings(num_steps=60, num_epochs=20))
     course.loop._scaler = torch.amp.GradScaler("cpu")  # pyright: ignore[reportPrivateUsage]
-    course.loop._micro_batches = lambda _epoch: iter(  # pyright: ignore[reportPrivateUsage]
+    course.loop._micro_batches = lambda _epoch, _skipped: iter(  # pyright: ignore[reportPrivateUsage]
         [lambda _generator: course.model.weight.abs().sqrt().sum()] * 3
     )
     with pytest.raises(NumbersLost, match=f"at step {MAX_SKIPPED_STEPS + 1}"):
@@ -306,7 +307,9 @@ def test_gradients_of_all_processes_are_averaged_in_one_reduction() -> None:
 
     parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3, 1))]
     parameters[0].grad = torch.ones(2)
-    assert GradientSync(mean_with_another, 2)(parameters, stop=False)
+    wishes = GradientSync(mean_with_another, 2)(parameters, Wishes(save=True))
+    assert wishes == Wishes(stop=True, save=True, sample=True, state=True), "what one process wishes, all do"
+    assert GradientSync(lambda tensor: tensor, 2)(parameters, Wishes(sample=True)) == Wishes(sample=True)
     assert len(calls) == 1
     assert parameters[0].grad.tolist() == [2.0, 2.0]
     assert parameters[1].grad is not None

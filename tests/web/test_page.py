@@ -182,7 +182,7 @@ def test_the_demo_from_the_first_visit_to_the_downloaded_file(app: App, page: Pa
     expect(page.locator("#run-plot polyline.smooth")).to_be_attached()
     pictures = page.locator("#run-samples section img")
     pictures.last.scroll_into_view_if_needed()
-    wait_until(lambda: bool(pictures.evaluate_all("all => all.length > 1 && all.every(i => i.naturalWidth == 256)")))
+    wait_until(lambda: bool(pictures.evaluate_all("all => all.length > 1 && all.every(i => i.naturalWidth == 96)")))
 
     final = page.locator("#run-checkpoints li", has_text="final").locator("a.download")
     with page.expect_download() as waiting:

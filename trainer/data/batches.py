@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.data.buckets import Size, centre_crop, random_crop
-from trainer.data.captions import draw_caption
+from trainer.data.captions import CaptionCourse, Moment, draw_caption
 from trainer.data.images import Picture
 from trainer.data.index import DatasetIndex, Item
 
@@ -40,28 +40,40 @@ class BatchPlan:
     size: Size
 
 
-def epoch_batches(index: DatasetIndex, seed: int, epoch: int, *, prior_loss_weight: float = 1.0) -> list[BatchPlan]:
+def epoch_batches(
+    index: DatasetIndex,
+    seed: int,
+    epoch: int,
+    *,
+    prior_loss_weight: float = 1.0,
+    course: CaptionCourse | None = None,
+) -> list[BatchPlan]:
     """All batches of an epoch, in order: each item as often as it repeats, buckets never mixed, all shuffled.
 
-    Regularisation pictures get `prior_loss_weight`. Flip, crop and caption of each draw come from a generator of its
-    own, so they do not depend on the order or on which process draws them.
+    Regularisation pictures get `prior_loss_weight`. Flip, crop and caption of each draw come from generators of its
+    own, so they do not depend on the order or on which process draws them. What a caption loses in a token warm-up or
+    in some epochs follows from where `course` puts its batch; without one nothing is lost so.
     """
     order = random.Random(f"order {seed} {epoch}")
     draws: defaultdict[tuple[int, Size], list[tuple[int, int]]] = defaultdict(list)
     for position, item in enumerate(index.items):
         draws[item.dataset, item.bucket].extend((position, repeat) for repeat in range(item.num_repeats))
-    plans: list[BatchPlan] = []
+    batches: list[tuple[Size, list[tuple[int, int]]]] = []
     for dataset, size in sorted(draws):
         bucket = draws[dataset, size]
         order.shuffle(bucket)
         batch_size = index.datasets[dataset].spec.batch_size
-        for start in range(0, len(bucket), batch_size):
-            planned = (
-                _plan(index.items[position], f"draw {seed} {epoch} {position} {repeat}", prior_loss_weight)
-                for position, repeat in bucket[start : start + batch_size]
-            )
-            plans.append(BatchPlan(tuple(planned), size))
-    order.shuffle(plans)
+        batches.extend((size, bucket[start : start + batch_size]) for start in range(0, len(bucket), batch_size))
+    order.shuffle(batches)
+    num_variants = None if course is None else course.num_variants
+    plans: list[BatchPlan] = []
+    for place, (size, batch) in enumerate(batches):
+        moment = None if course is None else course.moment(epoch, place)
+        planned = (
+            _plan(index.items[position], f"{seed} {epoch} {position} {repeat}", prior_loss_weight, moment, num_variants)
+            for position, repeat in batch
+        )
+        plans.append(BatchPlan(tuple(planned), size))
     return plans
 
 
@@ -71,12 +83,16 @@ def share_of_rank(plans: Sequence[BatchPlan], rank: int, num_processes: int) -> 
     return [plans[(rank + turn * num_processes) % len(plans)] for turn in range(num_each)]
 
 
-def _plan(item: Item, seed: str, prior_loss_weight: float) -> PlannedItem:
-    rng = random.Random(seed)
+def _plan(
+    item: Item, seed: str, prior_loss_weight: float, moment: Moment | None, num_variants: int | None
+) -> PlannedItem:
+    rng = random.Random(f"draw {seed}")
+    # A generator of its own: the words of a caption must not decide how its picture is cut.
+    words = random.Random(f"caption {seed}")
     return PlannedItem(
         item=item,
         is_flipped=item.subset.flip_aug and rng.random() < 0.5,
         crop=random_crop(item.fit, rng) if item.subset.random_crop else centre_crop(item.fit),
-        caption=draw_caption(item.caption, item.subset, rng),
+        caption=draw_caption(item.caption, item.subset, words, moment, num_variants=num_variants),
         loss_weight=prior_loss_weight if item.is_reg else 1.0,
     )

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from trainer.data.captions import caption_variants
 from trainer.data.images import Picture, map_ahead, read_pixels
 from trainer.data.index import DatasetIndex, Progress
 from trainer.schema.base import Problem, UserError
@@ -106,7 +105,7 @@ def latent_requests(index: DatasetIndex, *, encoder: str) -> list[CacheRequest[T
 
     Raises `UserError` for subsets with random crops: there is no end of them.
     """
-    _refuse(index, "random_crop", "cache_latents")
+    _refuse_random_crops(index)
     return [
         CacheRequest(
             latent_key(picture, encoder=encoder), picture.path.parent, picture.bucket, partial(read_pixels, picture)
@@ -117,28 +116,19 @@ def latent_requests(index: DatasetIndex, *, encoder: str) -> list[CacheRequest[T
 
 
 def text_requests(
-    index: DatasetIndex, *, encoder: str, max_length: int, apply_mask: bool, more: Iterable[str] = ()
+    texts: Mapping[str, Path | None], *, encoder: str, max_length: int, apply_mask: bool
 ) -> list[CacheRequest[str]]:
-    """Every text to encode, each once: captions with prefix and suffix, the empty one where captions are dropped.
-
-    `more` are texts that belong to no picture, such as sample prompts; they are kept in memory. Raises `UserError` for
-    subsets that shuffle their captions.
-    """
-    _refuse(index, "shuffle_caption", "cache_text_encoder_outputs")
-    folders: dict[str, Path | None] = {}
-    for item in index.items:
-        for caption in caption_variants(item.caption, item.subset) or ():
-            folders.setdefault(caption, item.path.parent)
-    for caption in more:
-        folders.setdefault(caption, None)
+    """One request for each of `texts`, which are given with the folder of a picture that they belong to, if any."""
     key = partial(text_key, encoder=encoder, max_length=max_length, apply_mask=apply_mask)
-    return [CacheRequest(key(caption), folder, (), partial(str, caption)) for caption, folder in folders.items()]
+    return [CacheRequest(key(text), folder, (), partial(str, text)) for text, folder in texts.items()]
 
 
-def _refuse(index: DatasetIndex, name: Literal["random_crop", "shuffle_caption"], option: str) -> None:
-    folders = dict.fromkeys(item.subset.image_dir for item in index.items if getattr(item.subset, name))
+def _refuse_random_crops(index: DatasetIndex) -> None:
+    folders = dict.fromkeys(item.subset.image_dir for item in index.items if item.subset.random_crop)
     problems = [
-        Problem(f"{name} cannot be used together with {option}", where=str(folder), hint="Turn one of them off.")
+        Problem(
+            "random_crop cannot be used together with cache_latents", where=str(folder), hint="Turn one of them off."
+        )
         for folder in folders
     ]
     if problems:

@@ -15,7 +15,7 @@ from trainer.data.buckets import Fit, Size
 from trainer.data.captions import tag_frequency
 from trainer.data.images import DECODE_ERRORS, ImageFacts, Picture, check_image, decode_failure, map_ahead
 from trainer.schema.base import Problem, UserError
-from trainer.schema.toml_io import DatasetConfig, DatasetSpec, SubsetSpec
+from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec, SubsetSpec
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"))
 """Endings of picture files, in any case. The reference takes .avif only where a plugin is installed."""
@@ -247,7 +247,9 @@ def _read_captions(subset: _Found, problems: list[Problem]) -> tuple[_Caption, .
     for path in subset.paths:
         file = _caption_file(path, subset.spec.caption_extension)
         try:
-            captions.append(_Caption(None) if file is None else _read_caption(file))
+            captions.append(
+                _Caption(None) if file is None else _read_caption(file, all_lines=subset.spec.enable_wildcard)
+            )
         except (UnicodeError, OSError) as error:
             reason = "not UTF-8 text" if isinstance(error, UnicodeError) else _reason(error)
             hint = "Save it as UTF-8." if isinstance(error, UnicodeError) else None
@@ -265,11 +267,16 @@ def _caption_file(path: Path, extension: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
-def _read_caption(file: Path) -> _Caption:
-    """The first line without spaces around it. A file without any line, an error in the reference, is an empty one."""
+def _read_caption(file: Path, *, all_lines: bool) -> _Caption:
+    """The first line without spaces around it, or `all_lines` that are not blank, of which wildcards draw one.
+
+    A file without any line, an error in the reference, is an empty one.
+    """
     lines = file.read_text(encoding="utf-8-sig").splitlines()
     if not any(line.strip() for line in lines):
         return _Caption("", is_empty_file=True)
+    if all_lines:
+        return _Caption("\n".join(line.strip() for line in lines if line.strip()))
     return _Caption(lines[0].strip(), has_more_lines=any(line.strip() for line in lines[1:]))
 
 

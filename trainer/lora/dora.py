@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.lora.adapter import Trained, wrong_part
+from trainer.lora.half import held, inner_scale, scaled_down, to_type
 from trainer.lora.lora import LoraLinear
 from trainer.schema.network_args import DoraAxis
 
@@ -52,11 +53,11 @@ class DoraLinear(LoraLinear):
                 rows, block = up[part], down[index * rank : (index + 1) * rank]
                 own = weight[part].to(up.device, dtype)
                 if self.axis == "in":
-                    crossed = (rows.t().to(dtype) @ own).float()
+                    crossed = (scaled_down(rows.t(), dtype) @ own).float() / inner_scale(dtype)
                     squares += 2 * scale * (block * crossed).sum(dim=0)
                     squares += scale**2 * (block * ((rows.t() @ rows) @ block)).sum(dim=0)
                 else:
-                    crossed = (own @ block.t().to(dtype)).float()
+                    crossed = (own @ scaled_down(block.t(), dtype)).float() / inner_scale(dtype)
                     squares[part] += 2 * scale * (rows * crossed).sum(dim=1)
                     squares[part] += scale**2 * (rows * (rows @ (block @ block.t()))).sum(dim=1)
             return squares.clamp_min(_TINY).sqrt()
@@ -67,16 +68,16 @@ class DoraLinear(LoraLinear):
             return self.base(x)
         factor = self.magnitude / self.norms()
         if self.axis == "in":
-            output = self._adapted((x * factor).to(x.dtype), self.alpha / self.rank)
+            output = self._adapted(to_type(x * factor, x.dtype), self.alpha / self.rank)
         else:
-            output = self._adapted(x, self.alpha / self.rank)
+            output = held(self._adapted(x, self.alpha / self.rank))
             # The bias is no part of V.
             offset = 0.0 if self.bias is None else self.bias.float() * (1 - factor)
-            output = (output * factor + offset).to(output.dtype)
+            output = to_type(output * factor + offset, output.dtype)
         if self.multiplier == 1:
             return output
-        base = self.base(x)
-        return base + self.multiplier * (output - base)
+        base = held(self.base(x))
+        return base + self.multiplier * (held(output) - base)
 
     def published(self) -> dict[str, Tensor]:
         return {**super().published(), "dora_scale": self.magnitude.detach().view(self._file_shape)}

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from trainer.lora.adapter import Adapter, Trained, base_linear, frozen_weight, wrong_part
+from trainer.lora.adapter import Adapter, Trained, base_linear, compute_dtype, frozen_weight, wrong_part
 from trainer.lora.ggpo import Perturbation
+from trainer.lora.half import held, inner_scale, scaled_down
 from trainer.lora.pissa import principal_factors
 from trainer.lora.split import merge_up, part_slices, unmerge_up
 
@@ -34,8 +35,8 @@ class _LoraContext(FunctionCtx):
 class _LoraFunction(torch.autograd.Function):
     """The whole adapted Linear as one step of autograd.
 
-    What is kept for backward is the input, which the layer before keeps anyway, and down(x), which is thin. The base's
-    weight is read from the module again, as it may be elsewhere in between.
+    What is kept for backward is the input, which the layer before keeps anyway, and down(x), which is thin and in fp16
+    scaled down. The base's weight is read from the module again, as it may be elsewhere in between.
     """
 
     @staticmethod
@@ -46,12 +47,12 @@ class _LoraFunction(torch.autograd.Function):
         dtype, rank = output.dtype, up.shape[1]
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            inner = flat @ down.to(dtype).t()
+            inner = held(flat @ scaled_down(down, dtype).t())
             rows = output.view(-1, output.shape[-1])
             up_rows = up.to(dtype)
             for index, part in enumerate(parts):
                 block = inner[:, index * rank : (index + 1) * rank]
-                rows[:, part].addmm_(block, up_rows[part].t(), alpha=scale)
+                rows[:, part].addmm_(block, up_rows[part].t(), alpha=scale / inner_scale(dtype))
         ctx.save_for_backward(x, inner, down, up)
         ctx.base, ctx.input_dtype, ctx.scale, ctx.parts = base, x.dtype, scale, parts
         return output
@@ -63,19 +64,20 @@ class _LoraFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
         x, inner, down, up = cast("tuple[Tensor, Tensor, Tensor, Tensor]", ctx.saved_tensors)  # pyright: ignore[reportAttributeAccessIssue]
         dtype, rank = grad_output.dtype, up.shape[1]
+        up_scale = ctx.scale / inner_scale(dtype)
         with torch.autocast(grad_output.device.type, enabled=False):
             grad = grad_output.reshape(-1, grad_output.shape[-1])
             flat = x.reshape(-1, x.shape[-1]).to(dtype)
             up_rows = up.to(dtype)
             if len(ctx.parts) == 1:
                 grad_inner = (grad @ up_rows).mul_(ctx.scale)
-                grad_up = (grad.t() @ inner).to(up.dtype).mul_(ctx.scale)
+                grad_up = (grad.t() @ inner).to(up.dtype).mul_(up_scale)
             else:
                 grad_inner, grad_up = torch.empty_like(inner), torch.empty_like(up)
                 for index, part in enumerate(ctx.parts):
                     block = slice(index * rank, (index + 1) * rank)
                     grad_inner[:, block] = (grad[:, part] @ up_rows[part]).mul_(ctx.scale)
-                    grad_up[part] = (grad[:, part].t() @ inner[:, block]).to(up.dtype).mul_(ctx.scale)
+                    grad_up[part] = (grad[:, part].t() @ inner[:, block]).to(up.dtype).mul_(up_scale)
             grad_down = (grad_inner.t() @ flat).to(down.dtype)
             grad_x = None
             if ctx.needs_input_grad[0]:  # pyright: ignore[reportAttributeAccessIssue]
@@ -170,7 +172,7 @@ class LoraLinear(Adapter):
             down, up = self.factors()
             output = cast("Tensor", _LoraFunction.apply(x, down, up, self.base, scale, self.parts))
         if self.training and self.perturbation is not None:
-            output = output + self.perturbation(x, output.dtype)
+            output = held(output) + held(self.perturbation(x, output.dtype))
         return output
 
     def _drops_module(self) -> bool:
@@ -178,9 +180,11 @@ class LoraLinear(Adapter):
 
     def _forward_with_dropout(self, x: Tensor, scale: float) -> Tensor:
         """Neuron dropout on down(x), and whole ranks dropped sample by sample, what is left scaled up."""
-        output = self.base(x)
+        output = held(self.base(x))
         down, up = self.factors()
-        inner = F.linear(x, down.to(x.dtype))
+        dtype = compute_dtype(x)
+        inner = F.linear(x, scaled_down(down, dtype))
+        scale = scale / inner_scale(dtype)
         if self.dropout > 0:
             inner = F.dropout(inner, self.dropout)
         if self.rank_dropout > 0:
@@ -188,11 +192,12 @@ class LoraLinear(Adapter):
             kept = torch.rand(inner.shape[0], width, device=inner.device) > self.rank_dropout
             inner = inner * kept.view(inner.shape[0], *[1] * (inner.dim() - 2), width).to(inner.dtype)
             scale = scale / (1.0 - self.rank_dropout)
+        inner = held(inner)
         rank, up = up.shape[1], up.to(inner.dtype)
         added = [
             F.linear(inner[..., index * rank : (index + 1) * rank], up[part]) for index, part in enumerate(self.parts)
         ]
-        return output + (torch.cat(added, dim=-1) * scale).to(output.dtype)
+        return output + held((torch.cat(added, dim=-1) * scale).to(output.dtype))
 
     # ---- files -------------------------------------------------------------------------------------------------------
 

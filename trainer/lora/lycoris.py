@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trainer.lora.adapter import wrong_part
 from trainer.lora.lora_file import read_lora_file
 from trainer.lora.max_norm import NormReport
-from trainer.lora.network import LoadReport, LoraNetwork
+from trainer.lora.network import LoadReport, LoraNetwork, take_tensors
 from trainer.schema.base import UserError
 from trainer.schema.lora_spec import LoraSpec
 
@@ -154,6 +154,14 @@ class LycorisNetwork(nn.Module):
             _published(key): torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for key, parameter in self._network.named_parameters()
         }
+
+    def state_to_resume(self) -> dict[str, dict[str, object]]:
+        """Everything that a later attempt needs to go on exactly; the tensors themselves."""
+        return {"tensors": dict(self._network.state_dict())}
+
+    def resume_from(self, state: Mapping[str, Mapping[str, object]]) -> None:
+        """Takes what `state_to_resume` gave. Raises `ValueError` when it is of another network; nothing is taken then."""
+        take_tensors(self._network.state_dict(), state["tensors"])
 
     def published_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """The package's own keys, with CLIP-L's names as published."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from trainer.lora.lora import LoraLinear
 from trainer.lora.lora_file import read_lora_file
 from trainer.lora.max_norm import NormReport, hold_norms
 from trainer.lora.naming import Component, foreign_format, layers_of, published_key
+from trainer.lora.oft import OftLinear
 from trainer.lora.split import MERGED, SPLIT_ALPHA_KEY, read_as_trained
 from trainer.lora.targets import flux_targets, text_encoder_targets, wrap
 from trainer.schema.base import UserError
@@ -182,6 +184,29 @@ class LoraNetwork(nn.Module):
                     found[published_key(name, suffix)] = (entry.parameter, rows)
         return found
 
+    def state_to_resume(self) -> dict[str, dict[str, object]]:
+        """Everything that a later attempt needs to go on exactly: more than a file has, and not rounded. Views."""
+        return {
+            "parameters": {name: parameter.data for name, parameter in self.named_parameters()},
+            "alphas": {name: adapter.alpha for name, adapter in self._adapters.items()},
+            "deviations": {
+                name: adapter.perturbation.deviation
+                for name, adapter in self._adapters.items()
+                if isinstance(adapter, LoraLinear) and adapter.perturbation is not None
+            },
+        }
+
+    def resume_from(self, state: Mapping[str, Mapping[str, object]]) -> None:
+        """Takes what `state_to_resume` gave. Raises `ValueError` when it is of another network; nothing is taken then."""
+        parameters = dict(self.named_parameters())
+        take_tensors({name: parameter.data for name, parameter in parameters.items()}, state["parameters"])
+        for name, adapter in self._adapters.items():
+            if isinstance(adapter, (LoraLinear, OftLinear)):
+                adapter.alpha = cast("float", state["alphas"][name])
+            if isinstance(adapter, LoraLinear) and adapter.perturbation is not None:
+                deviation = cast("Tensor | None", state["deviations"].get(name))
+                adapter.perturbation.deviation = None if deviation is None else deviation.to(adapter.lora_up.device)
+
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def published_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -224,6 +249,19 @@ class LoraNetwork(nn.Module):
             unexpected=tuple(name for name in known if name not in self._adapters),
             num_corrected=num_corrected,
         )
+
+
+def take_tensors(own: Mapping[str, Tensor], given: Mapping[str, object]) -> None:
+    """Copies `given` into the tensors of `own`. Raises `ValueError` before the first copy when names or shapes differ."""
+    if own.keys() != given.keys():
+        name = sorted(own.keys() ^ given.keys())[0]
+        raise ValueError(f"{name} is only in {'the state' if name in given else 'this network'}")
+    for name, tensor in own.items():
+        shape = tuple(cast("Tensor", given[name]).shape)
+        if shape != tuple(tensor.shape):
+            raise ValueError(f"{name} is {list(shape)} in the state and {list(tensor.shape)} here")
+    for name, tensor in own.items():
+        tensor.copy_(cast("Tensor", given[name]))
 
 
 def _rate_groups(trained: Sequence[Trained], rate: float, name: str, ratio: float | None) -> list[dict[str, object]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.lora.adapter import Adapter, Trained, product_without_bias, wrong_part
+from trainer.lora.half import held
 from trainer.lora.split import part_slices
 from trainer.schema.base import UserError
 
@@ -51,6 +52,10 @@ class OftLinear(Adapter):
     def alpha(self) -> float:
         return self._alpha
 
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        self._alpha = alpha
+
     def trained(self) -> tuple[Trained, ...]:
         return tuple(Trained(f"blocks_{index}", "blocks", blocks) for index, blocks in enumerate(self.blocks()))
 
@@ -70,7 +75,7 @@ class OftLinear(Adapter):
         """(..., I) -> (..., O)."""
         if self.multiplier == 0:
             return self.base(x)
-        output = product_without_bias(self.base, x)
+        output = held(product_without_bias(self.base, x))
         turned = [
             # What is added is small beside the output: in a low precision it is kept apart until the end.
             torch.einsum(
@@ -78,7 +83,7 @@ class OftLinear(Adapter):
             ).flatten(-2)
             for part, turn in zip(self.parts, self.turns(), strict=True)
         ]
-        output = output + torch.cat(turned, dim=-1)
+        output = output + held(torch.cat(turned, dim=-1))
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def published(self) -> dict[str, Tensor]:

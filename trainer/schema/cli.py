@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
-from trainer.schema.base import Problem, UserError, nearest
+from trainer.schema.base import Problem, UserError, nearest, shown
 from trainer.schema.cli_help import help_text
 from trainer.schema.file_checks import check_files as check_files
-from trainer.schema.options import STATUS, Given, Options, read_options, shown
-from trainer.schema.toml_io import non_default_values, read_config_sections
+from trainer.schema.option_files import non_default_values, read_config_sections
+from trainer.schema.option_reading import Given, read_options
+from trainer.schema.option_status import STATUS
+from trainer.schema.options import Options
 
 _HELP: Final = ("-h", "--help")
 _EXIT_OPTIONS: Final = 2

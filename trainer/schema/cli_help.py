@@ -5,8 +5,9 @@ from __future__ import annotations
 import textwrap
 from typing import Final
 
-from trainer.schema.option_table import OptionStatus
-from trainer.schema.options import GROUPS, OPEN_TEXT_CHOICES, STATUS, opt_of, shown
+from trainer.schema.base import GROUP_TITLES, OptionStatus, shown
+from trainer.schema.option_reference import usable_choices
+from trainer.schema.option_status import STATUS
 
 _WIDTH: Final = 110
 _INDENT: Final = 8
@@ -14,7 +15,7 @@ _VALUE_NAMES: Final = {"text": "TEXT", "path": "PATH", "integer": "N", "number":
 
 
 def help_text() -> str:
-    """Every option by group, with its default; then those without effect and those that are not supported."""
+    """Every option by group, with its default, and the reason where it has no effect or is refused."""
     lines = [
         "Train a LoRA for FLUX.1. Options are those of sd-scripts' flux_train_network.py; [ours] marks the others.",
         "Names may be shortened while they stay unambiguous. --config_file values stand below the command line.",
@@ -22,18 +23,11 @@ def help_text() -> str:
         "  -h, --help",
         *_entry("Show this text."),
     ]
-    for title, group in GROUPS.items():
-        lines += ["", f"{title}:"]
-        for name in group.model_fields:
-            status, opt = STATUS[name], opt_of(name)
-            mark = " [ours]" if status.is_ours else ""
-            unit = f" In {opt.unit}." if opt.unit else ""
-            lines += [f"  --{name}{_value(name, status)}{mark}", *_entry(f"{opt.help}{unit}{_default(status)}")]
-    for kind, title in (("inert", "accepted without effect:"), ("refused", "not supported:")):
-        lines += ["", title]
-        for name, status in STATUS.items():
-            if status.status == kind:
-                lines += [f"  --{name}{_value(name, status)}", *_entry(f"{status.reason}.")]
+    for title in GROUP_TITLES:
+        names = [name for name, status in STATUS.items() if status.group == title]
+        lines += ["", f"{title}:"] if names else []
+        for name in names:
+            lines += [f"  --{name}{_value(name)}{_mark(STATUS[name])}", *_entry(_description(STATUS[name]))]
     return "\n".join(lines) + "\n"
 
 
@@ -41,11 +35,22 @@ def _entry(text: str) -> list[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent=" " * _INDENT, subsequent_indent=" " * _INDENT)
 
 
-def _value(name: str, status: OptionStatus) -> str:
+def _mark(status: OptionStatus) -> str:
+    marks = {"inert": " [no effect]", "refused": " [refused]", "supported": " [ours]" if status.is_ours else ""}
+    return marks[status.status]
+
+
+def _description(status: OptionStatus) -> str:
+    unit = f" In {status.unit}." if status.unit else ""
+    reason = f" {status.reason[0].upper()}{status.reason[1:]}." if status.reason else ""
+    return f"{status.help}{unit}{_default(status)}{reason}"
+
+
+def _value(name: str) -> str:
+    status = STATUS[name]
     if status.value_type == "flag":
         return ""
-    choices = [choice for choice in status.choices if choice not in status.refused_values]
-    choices = choices or list(OPEN_TEXT_CHOICES.get(name, ()))
+    choices = usable_choices(name)
     word = "{" + ",".join(choices) + "}" if choices else _VALUE_NAMES[status.value_type]
     return f" [{word} ...]" if status.is_list else f" {word}"
 

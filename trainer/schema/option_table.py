@@ -6,62 +6,43 @@ Each has its reference type, choices and default, so that the parser knows all o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final
 
-Status = Literal["supported", "inert", "refused"]
-ValueType = Literal["flag", "text", "path", "integer", "number", "steps"]
-"""`steps` is a whole number, or a part of the run as 0.1 or 10%."""
-
-
-@dataclass(frozen=True)
-class OptionStatus:
-    """What is known about one option, whether or not it is supported.
-
-    `reason` says why an option is inert or refused, and names the alternative where there is one. `choices` are the
-    reference's; `refused_values` maps those that are refused, as they are spelt, to the reason. A refused option may
-    still be given at its default, where it changes nothing.
-    """
-
-    status: Status
-    value_type: ValueType
-    reason: str = ""
-    choices: tuple[str, ...] = ()
-    is_list: bool = False
-    default: object = None
-    is_ours: bool = False
-    refused_values: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+from trainer.schema.base import OptionStatus, ValueType
 
 
 def _inert(
-    reason: str, value_type: ValueType = "flag", *, default: object = None, choices: tuple[str, ...] = ()
+    group: str,
+    help_text: str,
+    reason: str,
+    value_type: ValueType = "flag",
+    *,
+    default: object = None,
+    choices: tuple[str, ...] = (),
+    unit: str | None = None,
 ) -> OptionStatus:
-    return _entry("inert", reason, value_type, default, choices)
+    off: object = False if value_type == "flag" else default
+    return OptionStatus(
+        "inert", value_type, reason, choices, default=off, group=group, level="expert", help=help_text, unit=unit
+    )
 
 
 def _refused(
+    group: str,
+    help_text: str,
     reason: str,
     value_type: ValueType = "flag",
     *,
     default: object = None,
     choices: tuple[str, ...] = (),
     is_list: bool = False,
-) -> OptionStatus:
-    return _entry("refused", reason, value_type, default, choices, is_list=is_list)
-
-
-def _entry(
-    status: Status,
-    reason: str,
-    value_type: ValueType,
-    default: object,
-    choices: tuple[str, ...],
-    *,
-    is_list: bool = False,
+    unit: str | None = None,
 ) -> OptionStatus:
     off: object = False if value_type == "flag" else default
-    return OptionStatus(status, value_type, reason, choices, is_list, off)
+    return OptionStatus(
+        "refused", value_type, reason, choices, is_list, off, group=group, level="expert", help=help_text, unit=unit
+    )
 
 
 _ATTENTION: Final = "attention always runs through torch's scaled dot product attention"
@@ -69,7 +50,6 @@ _NOISE: Final = "it does not apply to FLUX's noise"
 _OTHER_LOSS: Final = "it does not apply to FLUX's loss"
 _LOADER: Final = "data is loaded in the training process"
 _HUB: Final = "uploading is not supported yet; upload the finished file yourself"
-_STATE: Final = "saving and resuming the state of a run is not supported yet; start from a LoRA with --network_weights"
 _VALIDATION: Final = "validation is not supported yet; leave it out"
 _DEEPSPEED: Final = "DeepSpeed is not supported yet; --blocks_to_swap saves memory on one device"
 _DDP: Final = "training on several devices is not supported yet; leave it out"
@@ -77,7 +57,6 @@ _WANDB: Final = "Weights & Biases is not supported yet; use --log_with=tensorboa
 _SCHEDULE: Final = (
     "its schedule is not supported yet; use --lr_scheduler constant, constant_with_warmup, cosine or linear"
 )
-_CAPTION: Final = "it is not supported yet; write the captions out as they should be used"
 
 SAMPLERS: Final = (
     "ddim",
@@ -115,35 +94,79 @@ DYNAMO_BACKENDS: Final = (
 NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
     {
         # Meaningless for FLUX, in the reference too.
-        "v2": _inert("FLUX has no version 2"),
-        "v_parameterization": _inert("FLUX predicts a velocity whatever this says"),
-        "clip_skip": _inert("FLUX uses CLIP-L's pooled output", "integer"),
-        "max_token_length": _inert("use --t5xxl_max_token_length", "integer", choices=("150", "225")),
-        "vae": _inert("FLUX's autoencoder is given with --ae", "path"),
-        "controlnet_model_name_or_path": _inert("a LoRA is trained without a ControlNet", "path"),
-        "conditioning_data_dir": _inert("masks are not supported", "path"),
-        "sample_sampler": _inert("samples always use FLUX's Euler steps", "text", default="ddim", choices=SAMPLERS),
-        "noise_offset": _inert(_NOISE, "number"),
-        "noise_offset_random_strength": _inert(_NOISE),
-        "multires_noise_iterations": _inert(_NOISE, "integer"),
-        "multires_noise_discount": _inert(_NOISE, "number", default=0.3),
-        "adaptive_noise_scale": _inert(_NOISE, "number"),
-        "zero_terminal_snr": _inert(_NOISE),
-        "min_snr_gamma": _inert(_OTHER_LOSS, "number"),
-        "v_pred_like_loss": _inert(_OTHER_LOSS, "number"),
-        "scale_v_pred_loss_like_noise_pred": _inert(_OTHER_LOSS),
-        "debiased_estimation_loss": _inert(_OTHER_LOSS),
+        "v2": _inert("model", "The model is Stable Diffusion 2.", "FLUX has no version 2"),
+        "v_parameterization": _inert(
+            "flow", "Stable Diffusion 2's kind of prediction.", "FLUX predicts a velocity whatever this says"
+        ),
+        "clip_skip": _inert(
+            "model",
+            "Take CLIP's output from so many layers before its last.",
+            "FLUX uses CLIP-L's pooled output",
+            "integer",
+        ),
+        "max_token_length": _inert(
+            "model",
+            "Longest caption in CLIP's tokens.",
+            "use --t5xxl_max_token_length",
+            "integer",
+            choices=("150", "225"),
+        ),
+        "vae": _inert(
+            "model", "Another autoencoder for Stable Diffusion.", "FLUX's autoencoder is given with --ae", "path"
+        ),
+        "controlnet_model_name_or_path": _inert(
+            "model", "A ControlNet.", "a LoRA is trained without a ControlNet", "path"
+        ),
+        "conditioning_data_dir": _inert("dataset", "Folder of mask pictures.", "masks are not supported", "path"),
+        "sample_sampler": _inert(
+            "samples",
+            "How samples are drawn.",
+            "samples always use FLUX's Euler steps",
+            "text",
+            default="ddim",
+            choices=SAMPLERS,
+        ),
+        "noise_offset": _inert("flow", "Shift each picture's noise by a random amount of this size.", _NOISE, "number"),
+        "noise_offset_random_strength": _inert(
+            "flow", "Draw the strength of noise_offset anew, up to its value.", _NOISE
+        ),
+        "multires_noise_iterations": _inert("flow", "Add noise of so many coarser sizes.", _NOISE, "integer"),
+        "multires_noise_discount": _inert(
+            "flow", "How quickly coarser noise gets weaker.", _NOISE, "number", default=0.3
+        ),
+        "adaptive_noise_scale": _inert("flow", "Let noise_offset follow the picture's mean.", _NOISE, "number"),
+        "zero_terminal_snr": _inert("flow", "Make the last timestep pure noise.", _NOISE),
+        "min_snr_gamma": _inert("flow", "Give noise levels with little noise less weight.", _OTHER_LOSS, "number"),
+        "v_pred_like_loss": _inert("flow", "Add a part of Stable Diffusion 2's loss.", _OTHER_LOSS, "number"),
+        "scale_v_pred_loss_like_noise_pred": _inert("flow", "Weigh the loss as if noise were predicted.", _OTHER_LOSS),
+        "debiased_estimation_loss": _inert("flow", "Weigh the loss by the noise level.", _OTHER_LOSS),
         # Without effect in this trainer.
-        "sdpa": _inert(_ATTENTION),
-        "xformers": _inert(_ATTENTION),
-        "mem_eff_attn": _inert(_ATTENTION),
-        "max_data_loader_n_workers": _inert(_LOADER, "integer", default=8),
-        "persistent_data_loader_workers": _inert(_LOADER),
-        "lowram": _inert("models are loaded block by block and freed after use anyway"),
-        "highvram": _inert("memory is managed by need"),
-        "skip_cache_check": _inert("what is kept on disk is named after its content, so there is no check to skip"),
-        "disable_mmap_load_safetensors": _inert("how model files are read is chosen by the program"),
+        "sdpa": _inert("memory", "Torch's attention.", _ATTENTION),
+        "xformers": _inert("memory", "Attention of the package xformers.", _ATTENTION),
+        "mem_eff_attn": _inert("memory", "An older attention that saves memory.", _ATTENTION),
+        "max_data_loader_n_workers": _inert("memory", "Processes that load pictures.", _LOADER, "integer", default=8),
+        "persistent_data_loader_workers": _inert("memory", "Keep those processes between epochs.", _LOADER),
+        "lowram": _inert(
+            "memory",
+            "Keep models on the GPU where main memory is small.",
+            "models are loaded block by block and freed after use anyway",
+        ),
+        "highvram": _inert(
+            "memory", "Do not free GPU memory between the pictures that are encoded.", "memory is managed by need"
+        ),
+        "skip_cache_check": _inert(
+            "cache",
+            "Trust what is kept on disk without looking.",
+            "what is kept on disk is named after its content, so there is no check to skip",
+        ),
+        "disable_mmap_load_safetensors": _inert(
+            "memory",
+            "Read model files without mapping them into memory.",
+            "how model files are read is chosen by the program",
+        ),
         "dynamo_backend": _inert(
+            "memory",
+            "What torch_compile compiles with.",
             "it belongs to --torch_compile, which is not supported yet",
             "text",
             default="inductor",
@@ -151,92 +174,191 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             choices=(*DYNAMO_BACKENDS, "no"),
         ),
         # Data.
-        "cache_info": _refused("it is not supported yet; captions and sizes are read from the files"),
-        "keep_tokens_separator": _refused("it is not supported yet; use --keep_tokens", "text", default=""),
-        "secondary_separator": _refused(_CAPTION, "text"),
-        "enable_wildcard": _refused(_CAPTION),
-        "color_aug": _refused("colour augmentation is not supported yet; leave it out"),
-        "face_crop_aug_range": _refused("face crops are not supported yet; crop the pictures beforehand", "text"),
-        "debug_dataset": _refused("it is not supported; python -m trainer check reports on options and files"),
-        "token_warmup_min": _refused("token warm-up is not supported yet; leave it out", "integer", default=1),
-        "token_warmup_step": _refused("token warm-up is not supported yet; leave it out", "number", default=0.0),
-        "alpha_mask": _refused("masks are not supported yet; leave it out"),
-        "masked_loss": _refused("masks are not supported yet; leave it out"),
-        "dataset_class": _refused("it runs code of another program and is not supported; use --dataset_config", "text"),
-        "caption_dropout_every_n_epochs": _refused(
-            "it is not supported yet; use --caption_dropout_rate", "integer", default=0
+        "cache_info": _refused(
+            "cache",
+            "Keep captions and sizes of a folder in a file.",
+            "it is not supported yet; captions and sizes are read from the files",
         ),
-        "caption_tag_dropout_rate": _refused(
-            "it is not supported yet; use --caption_dropout_rate", "number", default=0.0
+        "color_aug": _refused(
+            "dataset", "Vary colours a little at random.", "colour augmentation is not supported yet; leave it out"
         ),
-        "in_json": _refused("metadata files are not supported yet; use caption files beside the pictures", "path"),
-        "weighted_captions": _refused("FLUX's text encoders have no weighted form; leave it out"),
+        "face_crop_aug_range": _refused(
+            "dataset",
+            "Crop around faces, by factors from the first to the second number.",
+            "face crops are not supported yet; crop the pictures beforehand",
+            "text",
+        ),
+        "debug_dataset": _refused(
+            "dataset",
+            "Print what would be trained on and stop.",
+            "it is not supported; python -m trainer check reports on options and files",
+        ),
+        "alpha_mask": _refused(
+            "dataset", "Train more where pictures are opaque.", "masks are not supported yet; leave it out"
+        ),
+        "masked_loss": _refused(
+            "flow", "Train only where mask pictures are white.", "masks are not supported yet; leave it out"
+        ),
+        "dataset_class": _refused(
+            "dataset",
+            "A Python class that makes the dataset.",
+            "it runs code of another program and is not supported; use --dataset_config",
+            "text",
+        ),
+        "in_json": _refused(
+            "dataset",
+            "Metadata file with captions.",
+            "metadata files are not supported yet; use caption files beside the pictures",
+            "path",
+        ),
+        "weighted_captions": _refused(
+            "dataset", "Weigh words that are in (brackets).", "FLUX's text encoders have no weighted form; leave it out"
+        ),
         # Output.
-        "huggingface_repo_id": _refused(_HUB, "text"),
-        "huggingface_repo_type": _refused(_HUB, "text"),
-        "huggingface_path_in_repo": _refused(_HUB, "text"),
-        "huggingface_token": _refused(_HUB, "text"),
-        "huggingface_repo_visibility": _refused(_HUB, "text"),
-        "save_state_to_huggingface": _refused(_HUB),
-        "resume_from_huggingface": _refused(_HUB),
-        "async_upload": _refused(_HUB),
-        "save_n_epoch_ratio": _refused("it is not supported yet; use --save_every_n_epochs", "integer"),
-        "save_last_n_epochs_state": _refused(_STATE, "integer"),
-        "save_last_n_steps_state": _refused(_STATE, "integer"),
-        "save_state": _refused(_STATE),
-        "save_state_on_train_end": _refused(_STATE),
-        "resume": _refused(_STATE, "path"),
-        "skip_until_initial_step": _refused(_STATE),
-        "initial_epoch": _refused(_STATE, "integer"),
-        "initial_step": _refused(_STATE, "integer"),
-        "output_config": _refused("it is not supported yet; write the options into a TOML file for --config_file"),
-        # Logs.
-        "wandb_run_name": _refused(_WANDB, "text"),
-        "wandb_api_key": _refused(_WANDB, "text"),
-        "log_tracker_config": _refused("it is not supported yet; use --log_tracker_name and --log_prefix", "path"),
-        "log_config": _refused("it is not supported yet; the options are in the LoRA's metadata"),
-        # Hardware and number formats.
-        "torch_compile": _refused("it is not supported yet; leave it out"),
-        "full_fp16": _refused("it is not supported yet; use --mixed_precision=fp16"),
-        "full_bf16": _refused("it is not supported yet; use --mixed_precision=bf16"),
-        "fp8_base": _refused("it is not supported yet; --blocks_to_swap saves memory"),
-        "fp8_base_unet": _refused("it is not supported yet; --blocks_to_swap saves memory"),
-        "cpu_offload_checkpointing": _refused("it is not supported yet; use --blocks_to_swap"),
-        "ddp_timeout": _refused(_DDP, "integer"),
-        "ddp_gradient_as_bucket_view": _refused(_DDP),
-        "ddp_static_graph": _refused(_DDP),
-        "deepspeed": _refused(_DEEPSPEED),
-        "zero_stage": _refused(_DEEPSPEED, "integer", default=2, choices=("0", "1", "2", "3")),
-        "offload_optimizer_device": _refused(_DEEPSPEED, "text", choices=("cpu", "nvme")),
-        "offload_optimizer_nvme_path": _refused(_DEEPSPEED, "text"),
-        "offload_param_device": _refused(_DEEPSPEED, "text", choices=("cpu", "nvme")),
-        "offload_param_nvme_path": _refused(_DEEPSPEED, "text"),
-        "zero3_init_flag": _refused(_DEEPSPEED),
-        "zero3_save_16bit_model": _refused(_DEEPSPEED),
-        "fp16_master_weights_and_gradients": _refused(_DEEPSPEED),
-        # Optimizer and schedule.
-        "use_lion_optimizer": _refused("Lion is not supported yet; use --optimizer_type AdamW or AdamW8bit"),
-        "lr_scheduler_type": _refused(
-            "schedules of other packages are not supported yet; use --lr_scheduler", "text", default=""
+        "huggingface_repo_id": _refused(
+            "hub", "Repository of the Hugging Face hub that every saved LoRA is uploaded to.", _HUB, "text"
         ),
-        "lr_scheduler_args": _refused(_SCHEDULE, "text", is_list=True),
-        "lr_decay_steps": _refused(_SCHEDULE, "steps", default=0),
-        "lr_scheduler_timescale": _refused(_SCHEDULE, "integer"),
-        "lr_scheduler_min_lr_ratio": _refused(_SCHEDULE, "number"),
+        "huggingface_repo_type": _refused("hub", "Kind of that repository, such as model.", _HUB, "text"),
+        "huggingface_path_in_repo": _refused("hub", "Folder in that repository.", _HUB, "text"),
+        "huggingface_token": _refused("hub", "Access token of the hub.", _HUB, "text"),
+        "huggingface_repo_visibility": _refused("hub", "public, or anything else for private.", _HUB, "text"),
+        "save_state_to_huggingface": _refused("hub", "Upload the state of the run as well.", _HUB),
+        "resume_from_huggingface": _refused("hub", "Take the state to go on from out of a repository.", _HUB),
+        "async_upload": _refused("hub", "Upload while training goes on.", _HUB),
+        "skip_until_initial_step": _inert(
+            "course",
+            "Pass over the batches before the first step.",
+            "training always goes on with the batch at which it left off",
+        ),
+        "output_config": _refused(
+            "saving",
+            "Write the options to config_file and stop.",
+            "it is not supported yet; write the options into a TOML file for --config_file",
+        ),
+        # Logs.
+        "wandb_run_name": _refused("logs", "Name of the run at Weights & Biases.", _WANDB, "text"),
+        "wandb_api_key": _refused("logs", "Key for Weights & Biases.", _WANDB, "text"),
+        "log_tracker_config": _refused(
+            "logs",
+            "TOML file with settings of the tracker.",
+            "it is not supported yet; use --log_tracker_name and --log_prefix",
+            "path",
+        ),
+        "log_config": _refused(
+            "logs", "Log the options too.", "it is not supported yet; the options are in the LoRA's metadata"
+        ),
+        # Hardware and number formats.
+        "torch_compile": _refused("memory", "Compile the model with torch.", "it is not supported yet; leave it out"),
+        "full_fp16": _refused(
+            "memory", "Train the LoRA in fp16.", "it is not supported yet; use --mixed_precision=fp16"
+        ),
+        "full_bf16": _refused(
+            "memory", "Train the LoRA in bf16.", "it is not supported yet; use --mixed_precision=bf16"
+        ),
+        "fp8_base": _refused(
+            "memory", "Keep the frozen models in 8 bit.", "it is not supported yet; --blocks_to_swap saves memory"
+        ),
+        "fp8_base_unet": _refused(
+            "memory",
+            "Keep the frozen transformer in 8 bit, the text encoders not.",
+            "it is not supported yet; --blocks_to_swap saves memory",
+        ),
+        "cpu_offload_checkpointing": _refused(
+            "memory", "Keep saved activations in main memory.", "it is not supported yet; use --blocks_to_swap"
+        ),
+        "ddp_timeout": _refused("devices", "Minutes to wait for the other processes.", _DDP, "integer", unit="minutes"),
+        "ddp_gradient_as_bucket_view": _refused("devices", "Save memory for gradients with several devices.", _DDP),
+        "ddp_static_graph": _refused("devices", "Promise torch that every step uses the same layers.", _DDP),
+        "deepspeed": _refused("devices", "Train with DeepSpeed.", _DEEPSPEED),
+        "zero_stage": _refused(
+            "devices",
+            "How much DeepSpeed shares among the devices.",
+            _DEEPSPEED,
+            "integer",
+            default=2,
+            choices=("0", "1", "2", "3"),
+        ),
+        "offload_optimizer_device": _refused(
+            "devices", "Where DeepSpeed keeps the optimizer.", _DEEPSPEED, "text", choices=("cpu", "nvme")
+        ),
+        "offload_optimizer_nvme_path": _refused("devices", "Folder for that on an NVMe disk.", _DEEPSPEED, "text"),
+        "offload_param_device": _refused(
+            "devices", "Where DeepSpeed keeps weights.", _DEEPSPEED, "text", choices=("cpu", "nvme")
+        ),
+        "offload_param_nvme_path": _refused("devices", "Folder for those on an NVMe disk.", _DEEPSPEED, "text"),
+        "zero3_init_flag": _refused(
+            "devices", "Share the weights among the devices while they are loaded.", _DEEPSPEED
+        ),
+        "zero3_save_16bit_model": _refused("devices", "Save a whole model in 16 bit with stage 3.", _DEEPSPEED),
+        "fp16_master_weights_and_gradients": _refused(
+            "devices", "Keep DeepSpeed's weights and gradients in fp16.", _DEEPSPEED
+        ),
+        # Optimizer and schedule.
+        "use_lion_optimizer": _refused(
+            "optimizer",
+            "Old name of --optimizer_type=Lion.",
+            "Lion is not supported yet; use --optimizer_type AdamW or AdamW8bit",
+        ),
+        "lr_scheduler_type": _refused(
+            "optimizer",
+            "Any schedule of torch or another package, by its class.",
+            "schedules of other packages are not supported yet; use --lr_scheduler",
+            "text",
+            default="",
+        ),
+        "lr_scheduler_args": _refused(
+            "optimizer", "Settings of that schedule, each as key=value.", _SCHEDULE, "text", is_list=True
+        ),
+        "lr_decay_steps": _refused(
+            "optimizer",
+            "Steps over which the rate falls at the end; below 1 a part of the run.",
+            _SCHEDULE,
+            "steps",
+            default=0,
+            unit="steps",
+        ),
+        "lr_scheduler_timescale": _refused("optimizer", "Time scale of inverse_sqrt.", _SCHEDULE, "integer"),
+        "lr_scheduler_min_lr_ratio": _refused(
+            "optimizer", "Lowest rate, as a part of the learning rate.", _SCHEDULE, "number"
+        ),
         "lr_scheduler_num_cycles": _inert(
-            "only schedules that are not supported yet have cycles", "integer", default=1
+            "optimizer",
+            "How often a schedule with restarts starts again.",
+            "only schedules that are not supported yet have cycles",
+            "integer",
+            default=1,
         ),
         "lr_scheduler_power": _inert(
-            "only the polynomial schedule, which is not supported yet, has one", "number", default=1
+            "optimizer",
+            "Power of the polynomial schedule.",
+            "only the polynomial schedule, which is not supported yet, has one",
+            "number",
+            default=1,
         ),
-        "fused_backward_pass": _refused("it works for Adafactor only, which is not supported yet; leave it out"),
+        "fused_backward_pass": _refused(
+            "optimizer",
+            "Change weights during the backward pass, to save memory for gradients.",
+            "it works for Adafactor only, which is not supported yet; leave it out",
+        ),
         # Network and model.
         # Validation.
-        "validation_seed": _refused(_VALIDATION, "integer"),
-        "validation_split": _refused(_VALIDATION, "number", default=0.0),
-        "validate_every_n_steps": _refused(_VALIDATION, "integer"),
-        "validate_every_n_epochs": _refused(_VALIDATION, "integer"),
-        "max_validation_steps": _refused(_VALIDATION, "integer"),
+        "validation_seed": _refused(
+            "validation", "Seed that decides which pictures are held back.", _VALIDATION, "integer"
+        ),
+        "validation_split": _refused(
+            "validation",
+            "Part of the pictures that is held back for validation, 0 to 1.",
+            _VALIDATION,
+            "number",
+            default=0.0,
+        ),
+        "validate_every_n_steps": _refused(
+            "validation", "Validate after every so many steps.", _VALIDATION, "integer", unit="steps"
+        ),
+        "validate_every_n_epochs": _refused(
+            "validation", "Validate after every so many epochs.", _VALIDATION, "integer", unit="epochs"
+        ),
+        "max_validation_steps": _refused("validation", "Batches of one validation at most.", _VALIDATION, "integer"),
     }
 )
 

@@ -94,7 +94,7 @@ class DatasetOptions(OptionGroup):
         str, Field(min_length=1), Opt("Ending of caption files.", "Caption files", "advanced")
     ] = ".caption"
     caption_extention: Annotated[
-        str | None, Opt("Misspelt old name of caption_extension.", "Caption files", "hidden")
+        str | None, Opt("Misspelt old name of caption_extension.", "Caption files", "expert")
     ] = None
     caption_separator: Annotated[
         str, Field(min_length=1), Opt("What separates a caption's parts.", "Caption separator", "expert")
@@ -103,6 +103,52 @@ class DatasetOptions(OptionGroup):
     caption_suffix: Annotated[str | None, Opt("Put after every caption.", "After captions", "advanced")] = None
     shuffle_caption: Annotated[bool, Opt("Shuffle the parts of captions in every step.", "Shuffle captions")] = False
     keep_tokens: Annotated[int, Field(ge=0), Opt("First parts that stay in place.", "Keep parts", "advanced")] = 0
+    keep_tokens_separator: Annotated[
+        str,
+        Opt(
+            "Stands in a caption once or twice: what is before the first one and after the second one stays in place.",
+            "Separator of kept parts",
+            "expert",
+        ),
+    ] = ""
+    secondary_separator: Annotated[
+        str | None,
+        Field(min_length=1),
+        Opt(
+            "Becomes caption_separator in the end: parts that it joins stay together until then.",
+            "Second separator",
+            "expert",
+        ),
+    ] = None
+    enable_wildcard: Annotated[
+        bool,
+        Opt(
+            "Draw one line of each caption, and one option of each {a|b} in it; {{ and }} stand for braces.",
+            "Wildcards",
+            "advanced",
+        ),
+    ] = False
+    caption_tag_dropout_rate: Annotated[
+        float, Field(ge=0, le=1), Opt("How often each part of a caption is left out, 0 to 1.", "Part dropout")
+    ] = 0.0
+    token_warmup_min: Annotated[
+        int, Field(ge=0), Opt("Parts of a caption at the start of a token warm-up.", "Parts at first", "expert")
+    ] = 1
+    token_warmup_step: Annotated[
+        float,
+        Field(ge=0),
+        Opt(
+            "Steps until captions have all their parts, or a part of the run below 1. 0: from the start.",
+            "Token warm-up",
+            "expert",
+            "steps",
+        ),
+    ] = 0.0
+    caption_dropout_every_n_epochs: Annotated[
+        int,
+        Field(ge=0),
+        Opt("Every Nth epoch leaves all captions empty. 0: none.", "Epochs without captions", "expert"),
+    ] = 0
     caption_dropout_rate: Annotated[
         float, Field(ge=0, le=1), Opt("How often a caption is left empty, 0 to 1.", "Caption dropout", "advanced")
     ] = 0.0
@@ -123,6 +169,15 @@ class CacheOptions(OptionGroup):
     cache_text_encoder_outputs: Annotated[
         bool, Opt("Encode captions once and free the text encoders.", "Keep encoded captions", "advanced")
     ] = False
+    caption_variants: Annotated[
+        int,
+        Field(ge=1),
+        Opt(
+            "Texts encoded for each caption that is shuffled, loses parts or has wildcards, beside the empty one.",
+            "Encoded variants",
+            "expert",
+        ),
+    ] = 8
     cache_text_encoder_outputs_to_disk: Annotated[
         bool, Opt("Keep encoded captions on disk for the next run too.", "Encoded captions on disk", "advanced")
     ] = False

@@ -110,7 +110,7 @@ class MemoryOptions(OptionGroup):
         Field(ge=0),
         Opt("How many transformer blocks stay in main memory until needed.", "Blocks to swap", "basic", "blocks"),
     ] = None
-    split_mode: Annotated[bool, Opt("Old name of --blocks_to_swap=18.", "Split mode", "hidden")] = False
+    split_mode: Annotated[bool, Opt("Old name of --blocks_to_swap=18.", "Split mode", "expert")] = False
 
 
 class NetworkOptions(OptionGroup):

@@ -64,6 +64,16 @@ class CourseOptions(OptionGroup):
         Field(ge=1),
         Opt("Batches computed for one optimizer step: a larger batch without more memory.", "Accumulation", "advanced"),
     ] = 1
+    initial_epoch: Annotated[
+        int | None,
+        Field(ge=1),
+        Opt("Begin with this epoch, whatever the state says.", "First epoch", "expert", "epochs"),
+    ] = None
+    initial_step: Annotated[
+        int | None,
+        Field(ge=0),
+        Opt("Begin behind this step; wins over initial_epoch and the state.", "Steps done before", "expert", "steps"),
+    ] = None
     seed: Annotated[
         int | None, Field(ge=0, lt=2**63), Opt("Same seed, same run. Empty: a random one.", "Seed", "advanced")
     ] = None
@@ -89,7 +99,7 @@ class OptimizerOptions(OptionGroup):
         BeforeValidator(_optimizer_name),
         Opt("AdamW8bit keeps the optimizer's state in 8 bit: less memory.", "Optimizer", "advanced"),
     ] = "AdamW"
-    use_8bit_adam: Annotated[bool, Opt("Old name of --optimizer_type=AdamW8bit.", "8-bit AdamW", "hidden")] = False
+    use_8bit_adam: Annotated[bool, Opt("Old name of --optimizer_type=AdamW8bit.", "8-bit AdamW", "expert")] = False
     optimizer_args: Annotated[
         tuple[str, ...] | None,
         BeforeValidator(split_words),
@@ -197,16 +207,40 @@ class SavingOptions(OptionGroup):
     save_every_n_steps: Annotated[
         int | None, Field(ge=1), Opt("Save a LoRA after every so many steps.", "Save every", "advanced", "steps")
     ] = None
+    save_n_epoch_ratio: Annotated[
+        int | None,
+        Opt("Save about so many LoRAs in all, evenly spread; wins over save_every_n_epochs.", "Saves in all", "expert"),
+    ] = None
     save_last_n_epochs: Annotated[
         int | None, Field(ge=1), Opt("Keep periodic saves of the last epochs only.", "Keep last", "expert", "epochs")
     ] = None
     save_last_n_steps: Annotated[
         int | None, Field(ge=1), Opt("Keep periodic saves of the last steps only.", "Keep last", "expert", "steps")
     ] = None
-    config_file: Annotated[
-        Path | None, Opt("A TOML file with options; the command line wins over it.", "Options file", "hidden")
+    save_state: Annotated[
+        bool,
+        Opt("With each LoRA save a folder from which training can go on exactly (--resume).", "Save states"),
+    ] = False
+    save_state_on_train_end: Annotated[
+        bool, Opt("Save such a folder at the end of the training, or when it is stopped.", "State at the end", "expert")
+    ] = False
+    save_last_n_epochs_state: Annotated[
+        int | None,
+        Field(ge=0),
+        Opt("Keep states of the last epochs only. Empty: as the LoRAs.", "Keep last states", "expert", "epochs"),
     ] = None
-    run_dir: Annotated[Path | None, Opt("The run folder that this run belongs to.", "Run folder", "hidden")] = None
+    save_last_n_steps_state: Annotated[
+        int | None,
+        Field(ge=0),
+        Opt("Keep states of the last steps only. Empty: as the LoRAs.", "Keep last states", "expert", "steps"),
+    ] = None
+    resume: Annotated[
+        Path | None, Opt("A state folder to go on from, ours or sd-scripts'.", "Resume from state", "expert")
+    ] = None
+    config_file: Annotated[
+        Path | None, Opt("A TOML file with options; the command line wins over it.", "Options file", "expert")
+    ] = None
+    run_dir: Annotated[Path | None, Opt("The run folder that this run belongs to.", "Run folder", "expert")] = None
 
 
 class SampleOptions(OptionGroup):

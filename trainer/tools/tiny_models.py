@@ -1,8 +1,8 @@
-"""Small models and pictures made from nothing, in the published file formats, and the demo's bundle of them.
+"""The demo's bundle: small trained models in the published file formats, and pictures made on the spot to train on.
 
-The demo and the tests train on these, so that both go through exactly the production path: the key names of the
-original FLUX.1 release for the transformer and the autoencoder, those of transformers for CLIP-L and T5, and
-tokenizer.json files. Only numpy and Pillow are needed, and everything together takes less than a second.
+The makers of models with random weights stand here too, for the tests: both go through exactly the production path, with
+the key names of the original FLUX.1 release for the transformer and the autoencoder, those of transformers for CLIP-L
+and T5, and tokenizer.json files. Only numpy and Pillow are needed, and everything together takes less than a second.
 """
 
 from __future__ import annotations
@@ -13,15 +13,22 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+from trainer.schema.base import UserError
+from trainer.tools.emblem import make_emblem_pictures
 from trainer.tools.tiny_autoencoder import make_autoencoder
 from trainer.tools.tiny_chroma import make_chroma
 from trainer.tools.tiny_networks import make_clip_l, make_flux, make_t5xxl
 from trainer.tools.tiny_pictures import make_images
 from trainer.tools.tiny_tokenizers import make_tokenizers
+from trainer.tools.world import SIDE, TRIGGER
 
 __all__ = [
+    "DEMO_PROMPTS",
     "DEMO_VERSION",
+    "NUM_PICTURES",
+    "TRAINED_FILES",
     "DemoBundle",
     "dataset_toml",
     "make_autoencoder",
@@ -34,7 +41,17 @@ __all__ = [
     "make_tokenizers",
 ]
 
-DEMO_VERSION = 1
+DEMO_VERSION = 2
+TRAINED_FILES: Final = Path(__file__).parents[1] / "demo_bundle"
+"""The models which `trainer.tools.train_demo_models` has trained; they come with the program."""
+
+NUM_PICTURES: Final = 16
+DEMO_PROMPTS: Final = (
+    f"a large {TRIGGER} in the center, green background",
+    f"a small {TRIGGER} on the left, white striped background",
+    "a large blue star in the center, yellow background",
+    "a small red heart on the right, purple dotted background",
+)
 _MARKER = "bundle.json"
 
 
@@ -107,34 +124,38 @@ def _read_marker(folder: Path) -> str | None:
 
 
 def _fill_bundle(bundle: DemoBundle, *, images_at: Path) -> None:
-    make_flux(bundle.flux, hidden=128, heads=4, context_in_dim=128, vec_in_dim=64, seed=11)
-    make_autoencoder(bundle.ae, ch=64, seed=12)
-    make_clip_l(bundle.clip_l, hidden=64, heads=4, seed=13)
-    make_t5xxl(bundle.t5xxl, d_model=128, d_kv=32, seed=14)
-    make_tokenizers(bundle.flux.parent)
-    make_images(bundle.images, 12)
+    models = bundle.flux.parent
+    try:
+        shutil.copytree(TRAINED_FILES, models)
+    except OSError as error:
+        raise UserError(
+            f"the demo's models cannot be copied ({error.strerror or error})",
+            str(TRAINED_FILES),
+            "Get the program's files again, and make room on the disk.",
+        ) from error
+    make_emblem_pictures(bundle.images, NUM_PICTURES, seed=5)
     bundle.dataset_config.write_text(
-        dataset_toml(images_at, resolution=256, num_repeats=5, batch_size=2), encoding="utf-8"
+        dataset_toml(images_at, resolution=SIDE, num_repeats=10, batch_size=8, has_buckets=False), encoding="utf-8"
     )
-    # Captions of two training pictures with different colours, so that the samples show what was learned.
-    captions = [path.read_text(encoding="utf-8").strip() for path in sorted(bundle.images.glob("*.txt"))]
-    prompts = [f"{captions[index]} --w 256 --h 256 --s 12 --d {index + 1}" for index in (0, 3)]
+    # With and without the trigger word: the concept appears, and the rest stays.
+    prompts = [f"{prompt} --w {SIDE} --h {SIDE} --s 16 --d {index + 1}" for index, prompt in enumerate(DEMO_PROMPTS)]
     bundle.sample_prompts.write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
 
-def dataset_toml(images: Path, *, resolution: int, num_repeats: int = 1, batch_size: int = 1) -> str:
-    """A dataset file for one folder of captioned pictures, with aspect buckets."""
+def dataset_toml(
+    images: Path, *, resolution: int, num_repeats: int = 1, batch_size: int = 1, has_buckets: bool = True
+) -> str:
+    """A dataset file for one folder of captioned pictures, with aspect buckets unless told otherwise."""
     # A JSON string is also a TOML basic string as long as only ASCII control characters are escaped.
     lines = (
         "[general]",
-        "enable_bucket = true",
+        f"enable_bucket = {json.dumps(has_buckets)}",
         'caption_extension = ".txt"',
         "",
         "[[datasets]]",
         f"resolution = {resolution}",
         f"batch_size = {batch_size}",
-        "min_bucket_reso = 64",
-        f"max_bucket_reso = {2 * resolution}",
+        *(("min_bucket_reso = 64", f"max_bucket_reso = {2 * resolution}") if has_buckets else ()),
         "",
         "  [[datasets.subsets]]",
         f"  image_dir = {json.dumps(os.fspath(images), ensure_ascii=False)}",

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from trainer.tools.tiny_tokenizers import clip_vocab_size, t5_vocab_size
 from trainer.tools.tiny_weights import StorageType, Weights, linear, norm, normal, ones, write_safetensors, zeros
 
+_SURE = 12.0
+"""A score that leaves almost no attention for others."""
+
 
 def make_flux(
     path: Path,
@@ -131,27 +134,33 @@ def make_clip_l(
     intermediate: int | None = None,
     vocab_size: int | None = None,
     max_positions: int = 77,
+    position_std: float = 0.2,
+    query_gain: float = 1.0,
+    attention_gain: float = 1.0,
+    mlp_gain: float = 1.0,
     dtype: StorageType = "bf16",
     seed: int = 3,
 ) -> Path:
     """Write a CLIP-L text encoder (transformers key names with the ``text_model.`` prefix). Returns `path`.
 
-    `vocab_size` defaults to that of the tokenizer which `make_tokenizers` writes.
+    `vocab_size` defaults to that of the tokenizer which `make_tokenizers` writes. The gains say how unevenly a token
+    attends (small: the end token gathers all words alike), and how much attention and MLP add to it.
     """
     rng = np.random.default_rng(seed)
     wide = intermediate or 2 * hidden
     num_tokens = vocab_size or clip_vocab_size()
     w: Weights = {
         "text_model.embeddings.token_embedding.weight": normal(rng, num_tokens, hidden, std=1.0),
-        "text_model.embeddings.position_embedding.weight": normal(rng, max_positions, hidden, std=0.2),
+        "text_model.embeddings.position_embedding.weight": normal(rng, max_positions, hidden, std=position_std),
     }
     for index in range(layers):
         layer = f"text_model.encoder.layers.{index}"
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            linear(w, rng, f"{layer}.self_attn.{name}", hidden, hidden)
+        gains = {"q_proj": query_gain, "k_proj": query_gain, "v_proj": 1.0, "out_proj": attention_gain}
+        for name, gain in gains.items():
+            linear(w, rng, f"{layer}.self_attn.{name}", hidden, hidden, gain=gain)
         norm(w, f"{layer}.layer_norm1", hidden)
         linear(w, rng, f"{layer}.mlp.fc1", hidden, wide)
-        linear(w, rng, f"{layer}.mlp.fc2", wide, hidden)
+        linear(w, rng, f"{layer}.mlp.fc2", wide, hidden, gain=mlp_gain)
         norm(w, f"{layer}.layer_norm2", hidden)
     norm(w, "text_model.final_layer_norm", hidden)
     config = {
@@ -178,13 +187,18 @@ def make_t5xxl(
     heads: int = 4,
     layers: int = 2,
     vocab_size: int | None = None,
+    neighbours: Sequence[int] | None = None,
+    attention_gain: float = 1.0,
+    mlp_gain: float = 1.0,
     dtype: StorageType = "bf16",
     seed: int = 4,
 ) -> Path:
     """Write a T5 v1.1 encoder (transformers key names, gated GELU). Returns `path`.
 
     `vocab_size` defaults to that of the tokenizer which `make_tokenizers` writes. Like the published single-file
-    encoders it holds the embedding twice, as ``shared`` and as ``encoder.embed_tokens``.
+    encoders it holds the embedding twice, as ``shared`` and as ``encoder.embed_tokens``. `neighbours` names for each head
+    the one word it looks at by its distance, from -7 to 7: without training the encoding of a word then tells which words
+    stand beside it. The gains say how much attention and MLP add to a word.
     """
     rng = np.random.default_rng(seed)
     wide = d_ff or 2 * d_model
@@ -198,15 +212,18 @@ def make_t5xxl(
         w[f"{attention}.SelfAttention.q.weight"] = normal(rng, inner, d_model, std=(d_model * d_kv) ** -0.5)
         w[f"{attention}.SelfAttention.k.weight"] = normal(rng, inner, d_model, std=d_model**-0.5)
         w[f"{attention}.SelfAttention.v.weight"] = normal(rng, inner, d_model, std=d_model**-0.5)
-        w[f"{attention}.SelfAttention.o.weight"] = normal(rng, d_model, inner, std=inner**-0.5)
+        w[f"{attention}.SelfAttention.o.weight"] = normal(rng, d_model, inner, std=attention_gain * inner**-0.5)
         if index == 0:
             bias = normal(rng, 32, heads, std=0.5)
+            for head, distance in enumerate(neighbours or ()):
+                # Near distances have buckets of their own: 0 to 7 those before, 16 and more those after.
+                bias[distance + 16 if distance > 0 else -distance, head] = _SURE
             w[f"{attention}.SelfAttention.relative_attention_bias.weight"] = bias
         w[f"{attention}.layer_norm.weight"] = ones(d_model)
         feed_forward = f"encoder.block.{index}.layer.1"
         w[f"{feed_forward}.DenseReluDense.wi_0.weight"] = normal(rng, wide, d_model, std=d_model**-0.5)
         w[f"{feed_forward}.DenseReluDense.wi_1.weight"] = normal(rng, wide, d_model, std=d_model**-0.5)
-        w[f"{feed_forward}.DenseReluDense.wo.weight"] = normal(rng, d_model, wide, std=wide**-0.5)
+        w[f"{feed_forward}.DenseReluDense.wo.weight"] = normal(rng, d_model, wide, std=mlp_gain * wide**-0.5)
         w[f"{feed_forward}.layer_norm.weight"] = ones(d_model)
     w["encoder.final_layer_norm.weight"] = ones(d_model)
     config = {

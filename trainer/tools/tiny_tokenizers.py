@@ -20,14 +20,16 @@ _CLIP_END = "<|endoftext|>"
 _WORD_END = "</w>"
 
 
-def make_tokenizers(folder: Path) -> tuple[Path, Path]:
+def make_tokenizers(folder: Path, words: str = _WORDS) -> tuple[Path, Path]:
     """Write tokenizers for CLIP-L and T5 below `folder`; returns their two folders, each with a tokenizer.json.
+
+    Each of `words`, which are parted by spaces, is one token; other text is cut into characters or bytes.
 
     CLIP: byte-level BPE in lower case, wrapped in start and end tokens, the end token with the highest id.
     T5: unigram, with the end token appended, ``<pad>`` = 0, ``</s>`` = 1, ``<unk>`` = 2 and the 100 sentinel tokens.
     """
     clip, t5 = folder / "clip_l_tokenizer", folder / "t5xxl_tokenizer"
-    _write_json(clip / "tokenizer.json", _clip_tokenizer())
+    _write_json(clip / "tokenizer.json", _clip_tokenizer(words))
     _write_json(
         clip / "tokenizer_config.json",
         {
@@ -39,7 +41,7 @@ def make_tokenizers(folder: Path) -> tuple[Path, Path]:
             "model_max_length": 77,
         },
     )
-    _write_json(t5 / "tokenizer.json", _t5_tokenizer())
+    _write_json(t5 / "tokenizer.json", _t5_tokenizer(words))
     _write_json(
         t5 / "tokenizer_config.json",
         {
@@ -54,14 +56,14 @@ def make_tokenizers(folder: Path) -> tuple[Path, Path]:
     return clip, t5
 
 
-def clip_vocab_size() -> int:
+def clip_vocab_size(words: str = _WORDS) -> int:
     """Number of tokens of the CLIP tokenizer which `make_tokenizers` writes."""
-    return len(_clip_vocabulary()[0])
+    return len(_clip_vocabulary(words)[0])
 
 
-def t5_vocab_size() -> int:
+def t5_vocab_size(words: str = _WORDS) -> int:
     """Number of tokens of the T5 tokenizer which `make_tokenizers` writes."""
-    return len(_t5_pieces())
+    return len(_t5_pieces(words))
 
 
 def _byte_alphabet() -> list[str]:
@@ -71,11 +73,11 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
 
 
-def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _clip_vocabulary(words: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
     alphabet = _byte_alphabet()
     tokens = [*alphabet, *(character + _WORD_END for character in alphabet)]
     merges: dict[tuple[str, str], None] = {}
-    for word in _WORDS.split():
+    for word in words.split():
         # Joined from the left, as far as the joins of earlier words already do not decide otherwise.
         pieces = [*word[:-1], word[-1] + _WORD_END]
         for pair in merges:
@@ -102,8 +104,8 @@ def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def _clip_tokenizer() -> dict[str, Any]:
-    vocabulary, merges = _clip_vocabulary()
+def _clip_tokenizer(words: str) -> dict[str, Any]:
+    vocabulary, merges = _clip_vocabulary(words)
     return {
         "version": "1.0",
         "truncation": None,
@@ -152,17 +154,17 @@ def _clip_tokenizer() -> dict[str, Any]:
     }
 
 
-def _t5_pieces() -> list[tuple[str, float]]:
+def _t5_pieces(words: str) -> list[tuple[str, float]]:
     """(piece, log probability) in the order of their ids."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    words = [(f"▁{word}", -5.0 - 0.01 * index) for index, word in enumerate(_WORDS.split())]
+    whole = [(f"▁{word}", -5.0 - 0.01 * index) for index, word in enumerate(words.split())]
     # Single characters are so unlikely that a known word always wins.
     characters = [("▁", -9.0)] + [(chr(code), -10.0) for code in range(ord("!"), ord("~") + 1)]
-    return special + words + characters + [(f"<extra_id_{index}>", 0.0) for index in reversed(range(100))]
+    return special + whole + characters + [(f"<extra_id_{index}>", 0.0) for index in reversed(range(100))]
 
 
-def _t5_tokenizer() -> dict[str, Any]:
-    pieces = _t5_pieces()
+def _t5_tokenizer(words: str) -> dict[str, Any]:
+    pieces = _t5_pieces(words)
     special = [(index, piece) for index, (piece, _) in enumerate(pieces) if piece[0] == "<" and piece[-1] == ">"]
     space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     end: dict[str, Any] = {"SpecialToken": {"id": "</s>", "type_id": 0}}

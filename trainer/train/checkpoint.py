@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-from collections.abc import Callable, Generator, Mapping
+import re
+from collections.abc import Callable, Collection, Generator, Mapping
 from pathlib import Path
 from typing import Final, Literal, cast
 
@@ -70,13 +71,14 @@ def write_file(path: Path, data: bytes) -> None:
 
     Raises `UserError` (exit code 3) for whatever the disk refuses.
     """
-    with _explained(path, len(data)):
+    with explain_disk(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, data)
 
 
 @contextlib.contextmanager
-def _explained(path: Path, num_bytes: int) -> Generator[None]:
+def explain_disk(path: Path, num_bytes: int) -> Generator[None]:
+    """Turns what the disk refuses into a `UserError` (exit code 3) about `path`, which needs `num_bytes`."""
     try:
         yield
     except OSError as error:
@@ -120,20 +122,41 @@ def remove_superseded(
     every: int | None,
     keep_last: int | None,
     warn: Callable[[str], None],
-) -> Path | None:
-    """Removes the file that the one of `number` supersedes. Returns its path, or None when there was nothing to do.
+    spare: Collection[int] = (),
+) -> list[Path]:
+    """Removes the files of this kind that the one of `number` supersedes, and gives their paths.
 
-    A file that cannot be removed, for example because another program has it open, is a warning: the run goes on.
+    The reference removes one computed name, so that files stay behind when the settings changed or a run was stopped in
+    between; here everything that is as old goes too. `spare` are the numbers of files that somebody asked for. A file
+    that cannot be removed, for example because another program has it open, is a warning: the run goes on.
     """
     old = superseded_number(kind, number, every=every, keep_last=keep_last)
     if old is None:
-        return None
-    path = folder / checkpoint_name(output_name, kind, old)
+        return []
+    removed: list[Path] = []
+    for found, path in numbered_entries(folder, numbered_pattern(output_name, kind, ".safetensors")):
+        if found > old or found in spare:
+            continue
+        try:
+            path.unlink()
+            removed.append(path)
+        except OSError as error:
+            warn(f"the old checkpoint {path} could not be removed: {error.strerror or error}")
+    return removed
+
+
+def numbered_pattern(output_name: str | None, kind: CheckpointKind, ending: str) -> re.Pattern[str]:
+    """Matches the names of the step or epoch files (or states) of a run; the number is its one group."""
+    stem = re.escape(output_name or _FALLBACK_NAMES[kind])
+    number = {"step": r"-step(\d{8,})", "epoch": r"-(\d{6,})", "final": "()"}[kind]
+    return re.compile(f"{stem}{number}{re.escape(ending)}")
+
+
+def numbered_entries(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
+    """What lies in `folder` under names that match, by the number in the name; nothing where there is no folder."""
     try:
-        path.unlink()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        warn(f"the old checkpoint {path} could not be removed: {error.strerror or error}")
-        return None
-    return path
+        entries = list(folder.iterdir())
+    except OSError:
+        return []
+    found = ((pattern.fullmatch(entry.name), entry) for entry in entries)
+    return sorted((int(match[1]), entry) for match, entry in found if match is not None)

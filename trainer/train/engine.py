@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final, TypeAlias, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 from trainer.schema.base import UserError
@@ -103,6 +103,12 @@ class Engine:
         values = [value]
         broadcast_object_list(values)
         return values[0]
+
+    def gather(self, value: object) -> Sequence[object]:
+        """The values of all ranks, by rank, on every rank."""
+        if self.num_processes == 1:
+            return [value]
+        return cast("list[object]", gather_object([value]))
 
     def peak_bytes(self) -> int:
         """The most device memory in use so far; 0 on a CPU, where it is the host's."""

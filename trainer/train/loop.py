@@ -10,8 +10,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import astuple, dataclass
+from typing import Final, Literal
 
 import psutil
 import torch
@@ -23,6 +23,13 @@ from trainer.train.reporting import Reporter, StopRequested
 
 MicroBatch = Callable[[torch.Generator], Tensor]
 """Gives the loss of one micro-batch; everything random comes from the generator and torch's own."""
+
+Duty = Literal["step save", "step sample", "epoch save", "epoch sample"]
+DUTIES: Final[tuple[Duty, ...]] = ("step save", "step sample", "epoch save", "epoch sample")
+"""What may fall due after a step, in this order; the last two after the last step of an epoch only."""
+
+SaveKind = Literal["step", "epoch", "moment"]
+"""When a state is saved: with a step's or an epoch's LoRA, or because one is due by the clock."""
 
 MAX_SKIPPED_STEPS = 24
 """Steps in a row that may fall out because gradients leave fp16's range; each halves the loss scale."""
@@ -51,6 +58,10 @@ class LoopSettings:
     def steps_per_epoch(self) -> int:
         return math.ceil(self.micro_steps_per_epoch / self.num_micro_steps)
 
+    def position_after(self, step: int) -> StepPosition:
+        """Where a run is when `step` optimizer steps are done: still in the epoch that the last one belongs to."""
+        return StepPosition(step, max(1, math.ceil(step / self.steps_per_epoch)))
+
 
 @dataclass(frozen=True)
 class StepPosition:
@@ -58,6 +69,20 @@ class StepPosition:
 
     step: int
     epoch: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the loop has come, and what it must remember to go on exactly as if it had never been interrupted.
+
+    `num_duties_done` of `DUTIES` are done after the step; `losses` and `loss_sum` are those of the mean loss.
+    """
+
+    step: int = 0
+    num_duties_done: int = len(DUTIES)
+    losses: tuple[float, ...] = ()
+    loss_sum: float = 0.0
+    num_skipped_in_a_row: int = 0
 
 
 def step_generator(seed: int, step: int, micro_step: int, rank: int) -> torch.Generator:
@@ -89,9 +114,18 @@ class NumbersLost(UserError):
 class MeanLoss:
     """The reference's `loss/average`: the mean over the last epoch's worth of steps, kept in constant time."""
 
-    def __init__(self, window: int) -> None:
-        self._values: deque[float] = deque(maxlen=max(window, 1))
-        self._sum = 0.0
+    def __init__(self, window: int, values: Sequence[float] = (), total: float | None = None) -> None:
+        """`values` are earlier losses, `total` their sum as it was kept: its last digits depend on those before them."""
+        self._values: deque[float] = deque(values, maxlen=max(window, 1))
+        self._sum = total if total is not None and len(self._values) == len(values) else math.fsum(self._values)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        return tuple(self._values)
+
+    @property
+    def total(self) -> float:
+        return self._sum
 
     def add(self, value: float) -> float:
         if len(self._values) == self._values.maxlen:
@@ -101,33 +135,44 @@ class MeanLoss:
         return self._sum / len(self._values)
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """What is asked for after the step in progress, by commands, signals and clocks, which only some ranks have."""
+
+    stop: bool = False
+    save: bool = False
+    sample: bool = False
+    state: bool = False
+
+
 class GradientSync:
     """Averages gradients over processes in one flat reduction; does nothing in a single process.
 
-    `reduce` is accelerate's mean reduction of one tensor. The stop flag travels along, so that every rank leaves the
-    loop at the same step.
+    `reduce` is accelerate's mean reduction of one tensor. The wishes travel along, so that every rank does the same
+    after the same step: what one wishes, all do.
     """
 
     def __init__(self, reduce: Callable[[Tensor], Tensor], num_processes: int) -> None:
         self._reduce = reduce
         self.num_processes = num_processes
 
-    def __call__(self, parameters: Sequence[nn.Parameter], *, stop: bool) -> bool:
+    def __call__(self, parameters: Sequence[nn.Parameter], wishes: Wishes) -> Wishes:
         if self.num_processes == 1:
-            return stop
+            return wishes
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flag = torch.full((1,), float(stop), device=gradients[0].device)
-        flat = self._reduce(torch.cat([flag, *(g.detach().float().reshape(-1) for g in gradients)]))
-        offset = 1
+        flags = torch.tensor([float(flag) for flag in astuple(wishes)], device=gradients[0].device)
+        flat = self._reduce(torch.cat([flags, *(g.detach().float().reshape(-1) for g in gradients)]))
+        offset = len(flags)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             count = gradient.numel()
             parameter.grad = flat[offset : offset + count].view_as(gradient).to(gradient.dtype)
             offset += count
-        return bool(flat[0].item() > 0)
+        return Wishes(*(share > 0 for share in flat[: len(flags)].tolist()))
 
 
 class TrainingLoop:
-    """Runs the steps. `micro_batches(epoch)` yields callables that give the loss of one micro-batch.
+    """Runs the steps. `micro_batches(epoch, skipped)` yields callables that give the loss of one micro-batch, those of
+    an epoch without its first `skipped` ones.
 
     `before_step` is called when the gradients of an optimizer step are complete and clipped, `after_step` when the
     weights are changed; what it gives is logged.
@@ -144,15 +189,22 @@ class TrainingLoop:
         sync: GradientSync,
         reporter: Reporter,
         rank: int,
-        micro_batches: Callable[[int], Iterator[MicroBatch]],
+        micro_batches: Callable[[int, int], Iterator[MicroBatch]],
         save: Callable[[StepPosition, Literal["step", "epoch"]], None],
         sample: Callable[[StepPosition, bool], None],
         peak_bytes: Callable[[], int],
         inspect_gradients: Callable[[int], None] | None = None,
         before_step: Callable[[], None] = lambda: None,
         after_step: Callable[[], Mapping[str, float]] = dict,
+        start: Progress | None = None,
+        save_state: Callable[[Progress, SaveKind], None] = lambda _progress, _kind: None,
+        state_is_due: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`inspect_gradients(step)` is called with each step's gradients in place, averaged and not yet clipped."""
+        """`inspect_gradients(step)` is called with each step's gradients in place, averaged and not yet clipped.
+
+        `start` is where an earlier run left off. `save_state` is called after each LoRA that is saved, and after a step
+        at whose end `state_is_due()`; on every rank at the same steps.
+        """
         self._settings = settings
         self._before_step = before_step
         self._after_weights = after_step
@@ -169,11 +221,27 @@ class TrainingLoop:
         self._sample = sample
         self._peak_bytes = peak_bytes
         self._inspect_gradients = inspect_gradients
-        self._num_skipped_in_a_row = 0
-        self._average = MeanLoss(settings.steps_per_epoch)
-        self._position = StepPosition(0, 1)
+        start = start or Progress()
+        self._save_state = save_state
+        self._state_is_due = state_is_due
+        self._wishes = Wishes()
+        self._num_duties_done = start.num_duties_done
+        self._num_skipped_in_a_row = start.num_skipped_in_a_row
+        self._average = MeanLoss(settings.steps_per_epoch, start.losses, start.loss_sum)
+        self._position = settings.position_after(start.step)
         self._host_bytes = 0
         self._process = psutil.Process()
+
+    @property
+    def progress(self) -> Progress:
+        """How far the loop has come by now."""
+        return Progress(
+            step=self._position.step,
+            num_duties_done=self._num_duties_done,
+            losses=self._average.values,
+            loss_sum=self._average.total,
+            num_skipped_in_a_row=self._num_skipped_in_a_row,
+        )
 
     def run(self) -> tuple[StepPosition, bool]:
         """Trains to the end or to a requested stop. Returns the last position and whether the run was stopped."""
@@ -184,25 +252,32 @@ class TrainingLoop:
 
     def _run(self) -> tuple[StepPosition, bool]:
         settings = self._settings
-        self._reporter.start_training(settings.num_steps, 0)
-        if settings.sample_at_first:
+        first = self._position.step
+        self._reporter.start_training(settings.num_steps, first)
+        if settings.sample_at_first and first == 0:
             self._sample_now(is_epoch_end=False)
-        for epoch in range(1, settings.num_epochs + 1):
+        if first > 0:
+            # What an interrupted run had still to do after its last step.
+            self._do_duties(is_epoch_end=first % settings.steps_per_epoch == 0 or first >= settings.num_steps)
+        while self._position.step < settings.num_steps:
+            before = self._position.step
+            epoch = before // settings.steps_per_epoch + 1
             for position, stopped in self._epoch(epoch, self._position.step):
                 self._position = position
                 if stopped:
                     return self._position, True
-                self._after_step()
-                if self._position.step >= settings.num_steps:
+                is_last = position.step >= settings.num_steps
+                self._do_duties(is_epoch_end=is_last or position.step % settings.steps_per_epoch == 0)
+                if is_last:
                     break
-            self._after_epoch()
-            if self._position.step >= settings.num_steps:
-                break
+            if self._position.step == before:
+                raise ValueError(f"epoch {epoch} has no micro-batches left")
         return self._position, False
 
     def _epoch(self, epoch: int, step: int) -> Iterator[tuple[StepPosition, bool]]:
         settings = self._settings
-        remaining = settings.micro_steps_per_epoch
+        skipped = (step - (epoch - 1) * settings.steps_per_epoch) * settings.num_micro_steps
+        remaining = settings.micro_steps_per_epoch - skipped
         losses: list[Tensor] = []
         micro_batches: list[MicroBatch] = []
         started = time.monotonic()
@@ -211,7 +286,7 @@ class TrainingLoop:
         # The last group of an epoch may hold fewer micro-steps; its mean is over those that it has.
         group = min(settings.num_micro_steps, remaining)
         self._network.train()
-        for micro_batch in self._micro_batches(epoch):
+        for micro_batch in self._micro_batches(epoch, skipped):
             stop = self._reporter.should_stop() or stop
             if stop and self._sync.num_processes == 1:
                 yield StepPosition(step, epoch), True
@@ -248,7 +323,9 @@ class TrainingLoop:
     ) -> bool:
         position = StepPosition(before.step + 1, before.epoch)
         self._scaler.unscale_(self._optimizer)
-        stop = self._sync(self._parameters, stop=stop)
+        reporter = self._reporter
+        wishes = Wishes(stop, reporter.take_save_request(), reporter.take_sample_request(), self._state_is_due())
+        self._wishes = self._sync(self._parameters, wishes)
         if self._inspect_gradients is not None:
             self._inspect_gradients(position.step)
         limit = self._settings.max_grad_norm
@@ -269,8 +346,9 @@ class TrainingLoop:
             self._skip(position)
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._num_duties_done = 0
         self._report(position, loss, norm, rates, started, paused, more)
-        return stop
+        return self._wishes.stop
 
     def _may_skip(self) -> bool:
         """Whether gradients that are no numbers may only mean that the loss scale is too large for fp16."""
@@ -336,28 +414,48 @@ class TrainingLoop:
             scalars=scalars,
         )
 
-    def _after_step(self) -> None:
-        settings, step = self._settings, self._position.step
-        is_asked = self._reporter.take_save_request()
-        if is_asked or (settings.save_every_n_steps and step % settings.save_every_n_steps == 0):
-            self._save_now("step")
-        due = (
-            settings.sample_every_n_epochs is None
-            and settings.sample_every_n_steps is not None
-            and step % settings.sample_every_n_steps == 0
-        )
-        is_asked = self._reporter.take_sample_request()
-        if due or is_asked:
-            self._sample_now(is_epoch_end=False)
+    def _do_duties(self, *, is_epoch_end: bool) -> None:
+        """Does what falls due after the step and is not done yet, in the order of `DUTIES`."""
+        for number, duty in enumerate(DUTIES):
+            if number < self._num_duties_done:
+                continue
+            if duty.startswith("step") or is_epoch_end:
+                self._do_duty(duty, number + 1)
+            self._num_duties_done = number + 1
+        self._wishes = Wishes()
 
-    def _after_epoch(self) -> None:
-        settings, epoch = self._settings, self._position.epoch
-        every = settings.save_every_n_epochs
-        if every and epoch % every == 0 and epoch < settings.num_epochs:
-            self._save_now("epoch")
-        every = settings.sample_every_n_epochs
-        if every and epoch % every == 0:
-            self._sample_now(is_epoch_end=True)
+    def _do_duty(self, duty: Duty, num_done: int) -> None:
+        settings, position = self._settings, self._position
+        match duty:
+            case "step save":
+                every = settings.save_every_n_steps
+                is_due = self._wishes.save or bool(every and position.step % every == 0)
+                if is_due:
+                    self._save_now("step")
+                # A state says that what is saved along with it is done: who resumes from it goes on behind it.
+                self._num_duties_done = num_done
+                if is_due or self._wishes.state:
+                    self._save_state_now("step" if is_due else "moment")
+            case "step sample":
+                every = settings.sample_every_n_steps if settings.sample_every_n_epochs is None else None
+                if self._wishes.sample or (every is not None and position.step % every == 0):
+                    self._sample_now(is_epoch_end=False)
+            case "epoch save":
+                every = settings.save_every_n_epochs
+                if every and position.epoch % every == 0 and position.epoch < settings.num_epochs:
+                    self._save_now("epoch")
+                    self._num_duties_done = num_done
+                    self._save_state_now("epoch")
+            case "epoch sample":
+                every = settings.sample_every_n_epochs
+                if every and position.epoch % every == 0:
+                    self._sample_now(is_epoch_end=True)
+
+    def _save_state_now(self, kind: SaveKind) -> None:
+        try:
+            self._save_state(self.progress, kind)
+        except UserError as error:
+            self._reporter.warning(f"no state was saved: {error}")
 
     def _save_now(self, kind: Literal["step", "epoch"]) -> None:
         try:

@@ -84,7 +84,10 @@ class SubsetFacts:
     random_crop: bool = False
     shuffle_caption: bool = False
     keep_tokens: int = 0
+    keep_tokens_separator: str = ""
     caption_separator: str = ","
+    secondary_separator: str | None = None
+    enable_wildcard: bool = False
     caption_prefix: str | None = None
     caption_suffix: str | None = None
     resize_interpolation: str | None = None
@@ -402,9 +405,9 @@ def _subset_values(subset: SubsetFacts) -> dict[str, object]:
         "random_crop": subset.random_crop,
         "shuffle_caption": subset.shuffle_caption,
         "keep_tokens": subset.keep_tokens,
-        "keep_tokens_separator": "",
-        "secondary_separator": None,
-        "enable_wildcard": False,
+        "keep_tokens_separator": subset.keep_tokens_separator,
+        "secondary_separator": subset.secondary_separator,
+        "enable_wildcard": subset.enable_wildcard,
         "caption_prefix": subset.caption_prefix,
         "caption_suffix": subset.caption_suffix,
         "resize_interpolation": subset.resize_interpolation,

@@ -44,6 +44,7 @@ from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import FileHashes
+from trainer.train.foreign_state import resume_foreign
 from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
 from trainer.train.lora_form import base_layers
@@ -52,10 +53,13 @@ from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
 from trainer.train.optim import LearningRateSchedule, create_optimizer, optimizer_description
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.rescue import save_or_rescue
+from trainer.train.resume import Start
 from trainer.train.sample_maker import SampleMaker
 from trainer.train.saver import LoraSaver, model_files, training_facts
 from trainer.train.session import DeviceLock
+from trainer.train.state_saver import StateSaver, Trainables, resume_state
 from trainer.train.text_phase import prepare_text, trains_clip
+from trainer.train.text_plan import TextPlan, caption_course, plan_texts
 
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
@@ -97,12 +101,13 @@ def _turn_on_device(options: Options, engine: Engine, reporter: Reporter) -> Abs
 
 
 def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> None:
-    options = checked.options
-    started_at = time.time()
-    seed = options.seed if options.seed is not None else engine.share(secrets.randbits(SEED_BITS))
-    _announce_plan(checked, engine, reporter)
+    options, start = checked.options, checked.start
+    session = _session(checked, engine)
+    seed = session.seed
+    texts = plan_texts(checked, seed, num_processes=engine.num_processes)
+    _announce_plan(checked, texts, engine, reporter)
     _start_trackers(options, engine, reporter)
-    text = prepare_text(checked, engine, reporter)
+    text = prepare_text(checked, texts, engine, reporter)
     latents, autoencoder = prepare_latents(checked, engine, reporter)
 
     reporter.phase("model")
@@ -132,8 +137,8 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         training_facts(
             checked,
             seed=seed,
-            session_id=secrets.randbits(32),
-            started_at=started_at,
+            session_id=session.id,
+            started_at=session.started_at,
             optimizer=optimizer_description(optimizer, optimizer_arguments),
             num_processes=engine.num_processes,
             weight_dtype=str(engine.dtype).removeprefix("torch."),
@@ -143,22 +148,38 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         origin,
         base,
         hashes,
+        requested=start.requested,
     )
     if options.lora_form != "sd-scripts" and engine.is_main:
         # What the form cannot hold is better said now than after the training.
         save.tensors()
     sample = _sample_maker(checked, model, network, autoencoder, text.source, engine, reporter)
+    settings = _loop_settings(checked, seed)
+    schedule = LearningRateSchedule(
+        optimizer,
+        options.lr_scheduler,
+        num_steps=checked.schedule.num_steps,
+        lr_warmup_steps=options.lr_warmup_steps,
+    )
+    scaler = engine.scaler()
+    trained = Trainables(
+        network, optimizer, schedule, scaler, engine.device, engine.rank, engine.num_processes, engine.gather
+    )
+    begin(start, trained, reporter)
+    states = StateSaver(
+        trained,
+        options,
+        {**checked.identity, "seed": seed, "session_id": session.id, "started_at": session.started_at},
+        reporter,
+        position_after=settings.position_after,
+        requested=save.requested,
+    )
     loop = TrainingLoop(
-        _loop_settings(checked, seed),
+        settings,
         network=network,
         optimizer=optimizer,
-        schedule=LearningRateSchedule(
-            optimizer,
-            options.lr_scheduler,
-            num_steps=checked.schedule.num_steps,
-            lr_warmup_steps=options.lr_warmup_steps,
-        ),
-        scaler=engine.scaler(),
+        schedule=schedule,
+        scaler=scaler,
         sync=GradientSync(engine.reduce_mean, engine.num_processes),
         reporter=reporter,
         rank=engine.rank,
@@ -170,6 +191,9 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         peak_bytes=engine.peak_bytes,
         before_step=network.before_step,
         after_step=partial(hold_norms, network, options.scale_weight_norms),
+        start=start.progress,
+        save_state=states,
+        state_is_due=states.is_due,
     )
     reporter.phase("training")
     with contextlib.closing(hashes):
@@ -183,8 +207,43 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         if was_stopped:
             if position.step > 0:
                 _save_for_good(save, position, "step")
+                # It was not asked for: when the run is resumed it is as old as any other.
+                save.requested.discard(position.step)
+                states.save_stopped(loop.progress)
             raise StopRequested
         _save_for_good(save, position, "final")
+        # Behind the LoRA: a disk that is full by now costs the state. (The reference has them the other way round.)
+        states.save_final(loop.progress)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What tells this run from others in its files; a resumed run is still the same one."""
+
+    id: int
+    seed: int
+    started_at: float
+
+
+def _session(checked: CheckedRun, engine: Engine) -> Session:
+    own = checked.start.own
+    seed = checked.options.seed
+    if seed is None:
+        seed = engine.share(secrets.randbits(SEED_BITS)) if own is None else checked.start.seed
+    if own is None:
+        return Session(secrets.randbits(32), seed or 0, time.time())
+    return Session(int(own.content["session_id"]), seed or 0, float(own.content["started_at"]))
+
+
+def begin(start: Start, trained: Trainables, reporter: Reporter) -> None:
+    """Puts everything that trains where the run begins."""
+    step = start.progress.step
+    if start.own is not None:
+        resume_state(start.own, trained, step=step)
+    elif start.foreign is not None:
+        resume_foreign(start.foreign, trained, reporter, step=step)
+    elif step:
+        trained.schedule.load_state_dict({**trained.schedule.state_dict(), "step": step})
 
 
 def _save_for_good(save: LoraSaver, position: StepPosition, kind: CheckpointKind) -> None:
@@ -198,7 +257,7 @@ def _save_for_good(save: LoraSaver, position: StepPosition, kind: CheckpointKind
     )
 
 
-def _announce_plan(checked: CheckedRun, engine: Engine, reporter: Reporter) -> None:
+def _announce_plan(checked: CheckedRun, texts: TextPlan | None, engine: Engine, reporter: Reporter) -> None:
     schedule, index = checked.schedule, checked.index
     reporter.plan(
         num_images=index.num_images,
@@ -210,13 +269,17 @@ def _announce_plan(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
             for dataset in index.datasets
             for (width, height), count in dataset.bucket_counts.items()
         ],
-        first_step=0,
+        first_step=checked.start.progress.step,
         device=engine.name(),
+        num_texts=None if texts is None else len(texts.texts),
+        text_bytes=None if texts is None else texts.num_bytes,
     )
     reporter.note(
         f"{index.num_images} pictures, {schedule.num_epochs} epochs of {schedule.steps_per_epoch} steps, "
         f"{schedule.num_steps} steps in total"
     )
+    if texts is not None:
+        reporter.note(str(texts))
 
 
 def _start_trackers(options: Options, engine: Engine, reporter: Reporter) -> None:
@@ -460,12 +523,16 @@ class PlannedBatch:
 
 def _micro_batches(
     checked: CheckedRun, latents: LatentSource, objective: FlowObjective, engine: Engine, seed: int
-) -> Callable[[int], Iterator[MicroBatch]]:
-    """For an epoch, one callable for each batch of this process, which gives the batch's loss."""
+) -> Callable[[int, int], Iterator[MicroBatch]]:
+    """For an epoch, one callable for each batch of this process behind the skipped ones, which gives the batch's loss."""
 
-    def micro_batches(epoch: int) -> Iterator[MicroBatch]:
-        plans = epoch_batches(checked.index, seed, epoch, prior_loss_weight=checked.options.prior_loss_weight)
-        share = share_of_rank(plans, engine.rank, engine.num_processes)
+    options = checked.options
+    course = caption_course(options, checked.schedule, engine.num_processes)
+
+    def micro_batches(epoch: int, skipped: int) -> Iterator[MicroBatch]:
+        plans = epoch_batches(checked.index, seed, epoch, prior_loss_weight=options.prior_loss_weight, course=course)
+        # What comes before the place where the run goes on is not even loaded.
+        share = share_of_rank(plans, engine.rank, engine.num_processes)[skipped:]
         with contextlib.closing(loaded_batches(latents, share)) as batches:
             for plan, loaded in batches:
                 yield PlannedBatch(plan, loaded, latents, objective, engine.device)

@@ -131,7 +131,7 @@ class _Witness:
         self._first: Comparison | None = None
         self._gradients: dict[str, Tensor] = {}
 
-    def micro_batches(self, _epoch: int) -> Iterator[MicroBatch]:
+    def micro_batches(self, _epoch: int, _skipped: int) -> Iterator[MicroBatch]:
         yield self._loss
 
     def _loss(self, _generator: torch.Generator) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -51,6 +51,8 @@ class LoraSaver:
     origin: Origin | None = None
     base: BaseLayers | None = None
     hashes: FileHashes | None = None
+    requested: set[int] = field(default_factory=set[int])
+    """Steps that were saved out of turn, because somebody asked for it: they are not removed as old ones."""
 
     def __call__(self, position: StepPosition, kind: CheckpointKind) -> None:
         if not self.is_main:
@@ -77,6 +79,9 @@ class LoraSaver:
             self.reporter.note(f"{path} is saved; hashing the model files for its metadata (a stop leaves them out)")
             write(self.hashes.finish(self.reporter.should_stop))
         self.reporter.checkpoint(path, step=position.step, epoch=position.epoch, is_final=kind == "final")
+        every = self.options.save_every_n_steps
+        if kind == "step" and (every is None or number % every):
+            self.requested.add(number)
         self._remove_superseded(kind, number)
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -100,6 +105,7 @@ class LoraSaver:
             every=options.save_every_n_epochs if is_epoch else options.save_every_n_steps,
             keep_last=options.save_last_n_epochs if is_epoch else options.save_last_n_steps,
             warn=self.reporter.warning,
+            spare=() if is_epoch else self.requested,
         )
 
 
@@ -253,7 +259,10 @@ def _subset_facts(summary: SubsetSummary, checked: CheckedRun) -> SubsetFacts:
         random_crop=spec.random_crop,
         shuffle_caption=spec.shuffle_caption,
         keep_tokens=spec.keep_tokens,
+        keep_tokens_separator=spec.keep_tokens_separator,
         caption_separator=spec.caption_separator,
+        secondary_separator=spec.secondary_separator,
+        enable_wildcard=spec.enable_wildcard,
         caption_prefix=spec.caption_prefix,
         caption_suffix=spec.caption_suffix,
         resize_interpolation=spec.resize_interpolation,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,9 +28,7 @@ from trainer.train.conditioning import (
 )
 from trainer.train.engine import Engine
 from trainer.train.reporting import Reporter
-
-VISIBLE_PADDING = 1
-"""Padding tokens that Chroma's transformer sees after each caption; it was trained so."""
+from trainer.train.text_plan import VISIBLE_PADDING, TextPlan, text_dtype
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,11 @@ def trains_t5(checked: CheckedRun) -> bool:
     return checked.spec.train_t5xxl and not checked.options.network_train_unet_only
 
 
-def prepare_text(checked: CheckedRun, engine: Engine, reporter: Reporter) -> PreparedText:
-    """Loads the encoders and, with `cache_text_encoder_outputs`, encodes every caption and prompt and frees them."""
+def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, reporter: Reporter) -> PreparedText:
+    """Loads the encoders; with a `plan` they encode all its texts and are freed."""
     options = checked.options
     reporter.phase("text")
-    if not options.cache_text_encoder_outputs:
+    if plan is None:
         clip = _load_clip(checked, engine, engine.device)
         t5 = _load_t5(checked, engine, engine.device)
         if trains_t5(checked) and options.gradient_checkpointing:
@@ -81,17 +79,14 @@ def prepare_text(checked: CheckedRun, engine: Engine, reporter: Reporter) -> Pre
     on_disk = options.cache_text_encoder_outputs_to_disk
     identity = _identity(checked, engine)
     cache = TensorCache("text", on_disk=on_disk, warn=reporter.warning)
+    # Prompts go beside the pictures, too: else the encoders would be loaded again for them alone.
+    spare = checked.index.items[0].path.parent
     requests = text_requests(
-        checked.index,
+        {text: folder or spare for text, folder in plan.texts.items()},
         encoder=identity,
         max_length=max_length,
         apply_mask=options.apply_t5_attn_mask,
-        more=prompt_texts(checked),
     )
-    if on_disk:
-        # Prompts go beside the pictures, too: else the encoders would be loaded again for them alone.
-        folder = checked.index.items[0].path.parent
-        requests = [request if request.folder else replace(request, folder=folder) for request in requests]
     live_clip = _load_clip(checked, engine, engine.device) if trains_clip(checked) else None
     if missing := cache.missing(requests):
         _encode(missing, cache, checked, engine, reporter)
@@ -114,16 +109,6 @@ def prepare_text(checked: CheckedRun, engine: Engine, reporter: Reporter) -> Pre
     return PreparedText(source, _clip_model(live_clip))
 
 
-def prompt_texts(checked: CheckedRun) -> list[str]:
-    """Everything that sampling has encoded."""
-    texts: list[str] = []
-    for prompt in checked.prompts:
-        texts.append(prompt.prompt)
-        if prompt.uses_negative_prompt:
-            texts.append(prompt.negative_prompt)
-    return texts
-
-
 def _encode(
     missing: Sequence[CacheRequest[str]],
     cache: TensorCache,
@@ -132,7 +117,7 @@ def _encode(
     reporter: Reporter,
 ) -> None:
     """Fills the cache. The encoders live no longer than this call."""
-    options = checked.options
+    options, dtype = checked.options, text_dtype(checked.options)
     device = _encoding_device(checked, engine, reporter)
     encode_clip = _load_clip(checked, engine, device)
     encode_t5 = _load_t5(checked, engine, device)
@@ -141,6 +126,8 @@ def _encode(
         with torch.no_grad(), engine.text_autocast(device):
             vec = encode_clip(captions)
             txt, mask = encode_t5(captions)
+        # What mixed precision makes of them as soon as the transformer reads them.
+        vec, txt = vec.to(dtype), txt.to(dtype)
         if not options.apply_t5_attn_mask:
             return [{"vec": vec[row], "txt": txt[row]} for row in range(len(captions))]
         lengths = mask.sum(dim=1).tolist()

@@ -12,17 +12,10 @@ import tomlkit
 
 from trainer.schema.base import Problem, UserError
 from trainer.schema.cli import parse_command_line, validate_options
+from trainer.schema.dataset_file import dataset_config, dataset_to_toml, read_dataset_config
+from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec, SubsetSpec
+from trainer.schema.option_files import options_to_toml, read_config_file
 from trainer.schema.options import Options
-from trainer.schema.toml_io import (
-    DatasetConfig,
-    DatasetSpec,
-    SubsetSpec,
-    dataset_config,
-    dataset_to_toml,
-    options_to_toml,
-    read_config_file,
-    read_dataset_config,
-)
 
 REFERENCE_DEFAULTS = SubsetSpec(
     image_dir=Path("cats"),
@@ -32,10 +25,17 @@ REFERENCE_DEFAULTS = SubsetSpec(
     is_reg=False,
     shuffle_caption=False,
     keep_tokens=0,
+    keep_tokens_separator="",
     caption_separator=",",
+    secondary_separator=None,
+    enable_wildcard=False,
     caption_prefix=None,
     caption_suffix=None,
     caption_dropout_rate=0.0,
+    caption_dropout_every_n_epochs=0,
+    caption_tag_dropout_rate=0.0,
+    token_warmup_min=1,
+    token_warmup_step=0.0,
     flip_aug=False,
     random_crop=False,
     resize_interpolation=None,
@@ -222,8 +222,14 @@ def test_a_json_file_is_read_the_same(tmp_path: Path) -> None:
             "Leave it out.",
         ),
         (one_subset("color_aug = true"), "color_aug cannot be used", "Leave it out."),
-        (one_subset("enable_wildcard = true"), "enable_wildcard is not supported yet", "Write the captions out"),
-        (one_subset("token_warmup_step = 0.5"), "token_warmup_step cannot be used", None),
+        (one_subset("enable_wildcard = 1"), "enable_wildcard is 1; it must be true or false", None),
+        (one_subset("token_warmup_step = -1"), "token_warmup_step is -1; it must be a number, 0 or more", None),
+        (one_subset("token_warmup_step = inf"), "token_warmup_step is inf; it must be a number, 0 or more", None),
+        (
+            one_subset("caption_tag_dropout_rate = 2"),
+            "caption_tag_dropout_rate is 2; it must be a number, 0 to 1",
+            None,
+        ),
         (one_subset("custom_attributes = {a = 1}"), "custom_attributes is not supported yet", None),
         (one_subset(general="validation_split = 0.1"), "validation_split cannot be used", None),
     ],
@@ -254,8 +260,7 @@ def test_all_mistakes_are_found_at_once_each_with_its_place(tmp_path: Path) -> N
 
 def test_unsupported_keys_that_change_nothing_are_accepted(tmp_path: Path) -> None:
     text = one_subset(
-        'alpha_mask = false\ncolor_aug = false\nsecondary_separator = ""\ntoken_warmup_min = 1\ntoken_warmup_step = 0\n'
-        "caption_tag_dropout_rate = 0\ncustom_attributes = {}\n".replace('secondary_separator = ""\n', ""),
+        "alpha_mask = false\ncolor_aug = false\ncustom_attributes = {}\n",
         general="network_multiplier = 1\nvalidation_split = 0",
     )
     assert read(tmp_path, text).datasets[0].subsets == (REFERENCE_DEFAULTS,)
@@ -264,7 +269,7 @@ def test_unsupported_keys_that_change_nothing_are_accepted(tmp_path: Path) -> No
 def test_what_the_caches_rule_out_is_named_at_the_subset(tmp_path: Path) -> None:
     text = one_subset("shuffle_caption = true\ncaption_dropout_rate = 0.1\nrandom_crop = true")
     found = problems(tmp_path, text, "--cache_text_encoder_outputs --cache_latents")
-    assert [problem.what.split()[0] for problem in found] == ["shuffle_caption", "random_crop"]
+    assert [problem.what.split()[0] for problem in found] == ["random_crop"]
     assert read(tmp_path, text).datasets[0].subsets[0].shuffle_caption
 
 

@@ -1,0 +1,216 @@
+"""The dataset language: what a dataset is made of, and every key with where it may stand and how it is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, Literal, cast
+
+from trainer.schema.option_table import NOT_SUPPORTED
+from trainer.schema.options_data import SIZE_STEP, parse_resolution
+
+
+@dataclass(frozen=True)
+class SubsetSpec:
+    """One folder of pictures. `class_tokens` is the caption of pictures without one; `resize_interpolation` None means
+    area to shrink and lanczos to enlarge."""
+
+    image_dir: Path
+    num_repeats: int
+    caption_extension: str
+    class_tokens: str | None
+    is_reg: bool
+    shuffle_caption: bool
+    keep_tokens: int
+    keep_tokens_separator: str
+    caption_separator: str
+    secondary_separator: str | None
+    enable_wildcard: bool
+    caption_prefix: str | None
+    caption_suffix: str | None
+    caption_dropout_rate: float
+    caption_dropout_every_n_epochs: int
+    caption_tag_dropout_rate: float
+    token_warmup_min: int
+    token_warmup_step: float
+    flip_aug: bool
+    random_crop: bool
+    resize_interpolation: str | None
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Subsets that are trained at one resolution (width, height), in pixels, and one batch size."""
+
+    resolution: tuple[int, int]
+    batch_size: int
+    enable_bucket: bool
+    min_bucket_reso: int
+    max_bucket_reso: int
+    bucket_reso_steps: int
+    bucket_no_upscale: bool
+    subsets: tuple[SubsetSpec, ...]
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Everything that training draws pictures from."""
+
+    datasets: tuple[DatasetSpec, ...]
+
+
+Level = Literal["general", "dataset", "subset"]
+TITLES: Final[Mapping[Level, str]] = MappingProxyType(
+    {"general": "[general]", "dataset": "[[datasets]]", "subset": "[[datasets.subsets]]"}
+)
+RESIZE_CHOICES: Final = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
+
+
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError('must be text in "quotes"')
+    return value
+
+
+def _filled_text(value: object) -> str:
+    text = _text(value)
+    if not text:
+        raise ValueError("must be at least one character")
+    return text
+
+
+def _text_or_none(value: object) -> str | None:
+    return _text(value) or None
+
+
+def _ending(value: object) -> str:
+    text = _filled_text(value)
+    return text if text.startswith(".") else f".{text}"
+
+
+def _whole(lowest: int) -> Callable[[object], int]:
+    def read(value: object) -> int:
+        if type(value) is not int or value < lowest:
+            raise ValueError(f"must be a whole number, {lowest} or more")
+        return value
+
+    return read
+
+
+def _part(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError("must be a number, 0 to 1")
+    return float(value)
+
+
+def _steps(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError("must be a number, 0 or more")
+    return float(value)
+
+
+def _side_steps(value: object) -> int:
+    if type(value) is not int or value < SIZE_STEP or value % SIZE_STEP:
+        raise ValueError(f"must be a multiple of {SIZE_STEP}")
+    return value
+
+
+def _resizing(value: object) -> str:
+    if value not in RESIZE_CHOICES:
+        raise ValueError(f"must be one of {', '.join(RESIZE_CHOICES)}")
+    return cast("str", value)
+
+
+def _folder(value: object) -> Path:
+    return Path(_filled_text(value))
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a dataset file: the tables that it may stand in, how it is read, and the option below the file."""
+
+    levels: tuple[Level, ...]
+    read: Callable[[object], object]
+    option: str | None = None
+    default: object = None
+
+
+_UPPER: Final[tuple[Level, ...]] = ("general", "dataset")
+_ALL: Final[tuple[Level, ...]] = (*_UPPER, "subset")
+DATASET_KEYS: Final[Mapping[str, Key]] = MappingProxyType(
+    {
+        "resolution": Key(_UPPER, parse_resolution, "resolution"),
+        "batch_size": Key(_UPPER, _whole(1), "train_batch_size"),
+        "enable_bucket": Key(_UPPER, _switch, "enable_bucket"),
+        "min_bucket_reso": Key(_UPPER, _whole(SIZE_STEP), "min_bucket_reso"),
+        "max_bucket_reso": Key(_UPPER, _whole(SIZE_STEP), "max_bucket_reso"),
+        "bucket_reso_steps": Key(_UPPER, _side_steps, "bucket_reso_steps"),
+        "bucket_no_upscale": Key(_UPPER, _switch, "bucket_no_upscale"),
+    }
+)
+SUBSET_KEYS: Final[Mapping[str, Key]] = MappingProxyType(
+    {
+        "image_dir": Key(("subset",), _folder),
+        "num_repeats": Key(_ALL, _whole(0), "dataset_repeats"),
+        "caption_extension": Key(_ALL, _ending, "caption_extension"),
+        "class_tokens": Key(_ALL, _text),
+        "is_reg": Key(("subset",), _switch, default=False),
+        "shuffle_caption": Key(_ALL, _switch, "shuffle_caption"),
+        "keep_tokens": Key(_ALL, _whole(0), "keep_tokens"),
+        "keep_tokens_separator": Key(_ALL, _text, "keep_tokens_separator"),
+        "caption_separator": Key(_ALL, _filled_text, "caption_separator"),
+        "secondary_separator": Key(_ALL, _text_or_none, "secondary_separator"),
+        "enable_wildcard": Key(_ALL, _switch, "enable_wildcard"),
+        "caption_prefix": Key(_ALL, _text, "caption_prefix"),
+        "caption_suffix": Key(_ALL, _text, "caption_suffix"),
+        "caption_dropout_rate": Key(_ALL, _part, "caption_dropout_rate"),
+        "caption_dropout_every_n_epochs": Key(_ALL, _whole(0), "caption_dropout_every_n_epochs"),
+        "caption_tag_dropout_rate": Key(_ALL, _part, "caption_tag_dropout_rate"),
+        "token_warmup_min": Key(_ALL, _whole(0), "token_warmup_min"),
+        "token_warmup_step": Key(_ALL, _steps, "token_warmup_step"),
+        "flip_aug": Key(_ALL, _switch, "flip_aug"),
+        "random_crop": Key(_ALL, _switch, "random_crop"),
+        "resize_interpolation": Key(_ALL, _resizing, "resize_interpolation"),
+    }
+)
+KEYS: Final[Mapping[str, Key]] = MappingProxyType({**DATASET_KEYS, **SUBSET_KEYS})
+
+REFUSED_KEYS: Final[Mapping[str, tuple[object, str]]] = MappingProxyType(
+    {
+        **{
+            name: (NOT_SUPPORTED[name].default, NOT_SUPPORTED[name].reason)
+            for name in (
+                "color_aug",
+                "face_crop_aug_range",
+                "cache_info",
+                "alpha_mask",
+                "validation_split",
+                "validation_seed",
+            )
+        },
+        "network_multiplier": (1.0, "it has no effect, in sd-scripts either; leave it out"),
+        "custom_attributes": ({}, "it is not supported yet; leave it out"),
+        "metadata_file": (None, NOT_SUPPORTED["in_json"].reason),
+        "conditioning_data_dir": (None, NOT_SUPPORTED["masked_loss"].reason),
+    }
+)
+"""Keys of the reference's dataset files that are not carried out: the value that changes nothing, and the reason."""
+
+RENAMED: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "train_batch_size": "batch_size",
+        "dataset_repeats": "num_repeats",
+        "caption_extention": "caption_extension",
+        "train_data_dir": "image_dir",
+    }
+)
+"""Names that are options, and what they are called in a dataset file."""

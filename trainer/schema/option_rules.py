@@ -1,0 +1,108 @@
+"""The rules between options: which of them cannot stand together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from trainer.schema.base import Problem, UserError
+from trainer.schema.lora_spec import spec_from_network_args
+from trainer.schema.memory import max_blocks_to_swap
+from trainer.schema.network_rules import network_contradictions
+from trainer.schema.optimizer_args import parse_optimizer_args
+from trainer.schema.options import Options
+from trainer.schema.options_data import SIZE_STEP
+
+# The published transformer's depth; a pruned one has less.
+_FLUX_DEPTH: Final = (19, 38)
+_MAX_NAME_BYTES: Final = 150
+"""File systems take 255; step, time and the mark of an unfinished file come on top."""
+
+
+def broken_rules(options: Options, explicit: frozenset[str]) -> Iterator[tuple[tuple[str, ...], Problem]]:
+    """Each broken rule between options: the options that it is about, and the problem."""
+    for names, what, hint in _contradictions(options, explicit):
+        yield names, Problem(what, f"--{names[0]}", hint, names[0])
+    for names, what, hint in network_contradictions(options):
+        yield names, Problem(what, f"--{names[0]}", hint, names[0])
+    if options.network_args or options.network_module == "networks.oft_flux":
+        try:
+            spec_from_network_args(
+                options.network_args or (), network_alpha=options.network_alpha, network_module=options.network_module
+            )
+        except UserError as error:
+            yield from ((("network_args", "network_module"), problem) for problem in error.problems)
+    if options.optimizer_args:
+        kind = "AdamW8bit" if options.use_8bit_adam else options.optimizer_type
+        try:
+            parse_optimizer_args(options.optimizer_args, kind)
+        except UserError as error:
+            yield from ((("optimizer_args", "optimizer_type"), problem) for problem in error.problems)
+
+
+def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """(names, what, hint) of each contradiction. The first name is the option to change."""
+    if (options.cache_latents or options.cache_latents_to_disk) and options.random_crop:
+        yield (
+            ("random_crop", "cache_latents"),
+            "random_crop cuts pictures anew in every step, which cache_latents rules out",
+            "Turn one of the two off.",
+        )
+    if options.lr_scheduler == "constant" and options.lr_warmup_steps:
+        yield (
+            ("lr_warmup_steps", "lr_scheduler"),
+            "lr_scheduler constant has no warm-up",
+            "Use constant_with_warmup, or leave lr_warmup_steps at 0.",
+        )
+    if needs_huber_schedule(options) and options.huber_schedule == "snr" and "huber_schedule" in explicit:
+        yield (
+            ("huber_schedule", "loss_type"),
+            f"huber_schedule snr does not exist for FLUX, and loss_type {options.loss_type} needs a schedule",
+            "Use --huber_schedule=constant or exponential.",
+        )
+    lowest, highest = options.min_timestep or 0, options.max_timestep or 1000
+    if lowest >= highest:
+        yield (
+            ("min_timestep", "max_timestep"),
+            f"min_timestep is {lowest}, which is not below max_timestep {highest}",
+            "They are the ends of the range that is trained, of 1000.",
+        )
+    if options.use_8bit_adam and "optimizer_type" in explicit and options.optimizer_type != "AdamW8bit":
+        yield (
+            ("use_8bit_adam", "optimizer_type"),
+            f"use_8bit_adam contradicts optimizer_type {options.optimizer_type}",
+            "Leave use_8bit_adam out.",
+        )
+    if options.log_with is not None and options.logging_dir is None:
+        yield ("logging_dir", "log_with"), f"log_with {options.log_with} needs logging_dir", "Give the log folder."
+    if options.min_bucket_reso > options.max_bucket_reso:
+        yield (
+            ("min_bucket_reso", "max_bucket_reso"),
+            f"min_bucket_reso {options.min_bucket_reso} is above max_bucket_reso {options.max_bucket_reso}",
+            "Lower the one or raise the other.",
+        )
+    if options.bucket_reso_steps % SIZE_STEP:
+        yield (
+            ("bucket_reso_steps",),
+            f"bucket_reso_steps is {options.bucket_reso_steps}; it must be a multiple of {SIZE_STEP}",
+            "64 is usual.",
+        )
+    largest = max_blocks_to_swap(*_FLUX_DEPTH)
+    if (options.blocks_to_swap or 0) > largest:
+        yield (
+            ("blocks_to_swap",),
+            f"blocks_to_swap is {options.blocks_to_swap}; it must be 0 to {largest}",
+            f"FLUX.1 has {_FLUX_DEPTH[0]} double and {_FLUX_DEPTH[1]} single blocks.",
+        )
+    if options.output_name is not None and {"/", "\\"} & set(options.output_name):
+        yield (
+            ("output_name",),
+            f"output_name is {options.output_name}; it must be a file's name without a folder",
+            "The folder is given as output_dir.",
+        )
+    if options.output_name is not None and len(options.output_name.encode()) > _MAX_NAME_BYTES:
+        yield ("output_name",), f"output_name must be at most {_MAX_NAME_BYTES} bytes long", "Give a shorter name."
+
+
+def needs_huber_schedule(options: Options) -> bool:
+    return options.loss_type in ("huber", "smooth_l1")

@@ -1,0 +1,92 @@
+"""What a run will encode of captions and prompts before it trains, and how much room that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from trainer.data.captions import CaptionCourse
+from trainer.data.texts import run_texts
+from trainer.schema.model_kinds import format_bytes
+from trainer.schema.options import Options
+from trainer.train.check import CheckedRun
+from trainer.train.schedule import Schedule
+
+VISIBLE_PADDING: Final = 1
+"""Padding tokens that Chroma's transformer sees after each caption; it was trained so."""
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """`texts` are all that are encoded, each with the folder of a picture that it belongs to, or None for prompts.
+
+    `num_captions` counts the different captions that pictures have, `num_bytes` is what all encodings take.
+    """
+
+    texts: Mapping[str, Path | None]
+    num_captions: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.texts)} texts of {self.num_captions} captions and the prompts are encoded beforehand, "
+            f"{format_bytes(self.num_bytes)}"
+        )
+
+
+def caption_course(options: Options, schedule: Schedule, num_processes: int) -> CaptionCourse:
+    """When batches are trained on, and how many texts a caption may become in this run."""
+    return CaptionCourse(
+        num_steps=schedule.num_steps,
+        steps_per_epoch=schedule.steps_per_epoch,
+        batches_per_step=num_processes * options.gradient_accumulation_steps,
+        num_variants=options.caption_variants if options.cache_text_encoder_outputs else None,
+    )
+
+
+def text_dtype(options: Options) -> torch.dtype:
+    """The format of kept encodings: bf16, which the transformer makes of them anyway, or that of a 32-bit run."""
+    return torch.float32 if options.mixed_precision == "no" else torch.bfloat16
+
+
+def plan_texts(checked: CheckedRun, seed: int, *, num_processes: int = 1) -> TextPlan | None:
+    """The texts of a run whose text is encoded beforehand; None where it is not."""
+    options = checked.options
+    if not options.cache_text_encoder_outputs:
+        return None
+    course = caption_course(options, checked.schedule, num_processes)
+    texts: dict[str, Path | None] = dict(run_texts(checked.index, course, seed))
+    for prompt in prompt_texts(checked):
+        texts.setdefault(prompt, None)
+    return TextPlan(
+        texts,
+        num_captions=len({item.caption for item in checked.index.items}),
+        num_bytes=_num_bytes(checked, list(texts)),
+    )
+
+
+def prompt_texts(checked: CheckedRun) -> list[str]:
+    """Everything that sampling has encoded."""
+    texts: list[str] = []
+    for prompt in checked.prompts:
+        texts.append(prompt.prompt)
+        if prompt.uses_negative_prompt:
+            texts.append(prompt.negative_prompt)
+    return texts
+
+
+def _num_bytes(checked: CheckedRun, texts: list[str]) -> int:
+    """What is kept of each text: the tokens that the transformer sees, which without the text mask are all of them."""
+    options, models = checked.options, checked.models
+    max_length = checked.tokenizers.t5xxl_tokens
+    num_tokens = max_length * len(texts)
+    if options.apply_t5_attn_mask:
+        _, mask = checked.tokenizers.t5xxl.encode(texts, max_length)
+        lengths = mask.sum(dim=1) + (VISIBLE_PADDING if options.model_type == "chroma" else 0)
+        num_tokens = int(lengths.clamp(max=max_length).sum())
+    vec_width = 0 if models.clip is None else models.clip.hidden_size
+    return (num_tokens * models.t5.d_model + len(texts) * vec_width) * text_dtype(options).itemsize
