@@ -36,7 +36,8 @@ class DoraLinear(LoraLinear):
         self.axis: DoraAxis = axis
         squares = base.weight.detach().float().square().sum(dim=0 if axis == "in" else 1)
         self.base_squares = nn.Parameter(squares, requires_grad=False)
-        self.magnitude = nn.Parameter(self.norms())
+        # At the beginning V is W, whatever the LoRA begins with.
+        self.magnitude = nn.Parameter(squares.clamp_min(_TINY).sqrt())
 
     def trained(self) -> tuple[Trained, ...]:
         return (*super().trained(), Trained("magnitude", "magnitude", self.magnitude))

@@ -22,13 +22,15 @@ from trainer.schema.cli import check_files
 from trainer.schema.dataset_file import dataset_config
 from trainer.schema.dataset_keys import DatasetConfig
 from trainer.schema.lora_spec import LoraSpec
-from trainer.schema.memory import OtherModels, estimate, usable_bytes
+from trainer.schema.memory import estimate, usable_bytes
+from trainer.schema.network_rules import spec_of
 from trainer.schema.options import Options
+from trainer.schema.parameter_counts import OtherModels
 from trainer.train.device_checks import check_device
 from trainer.train.findings import EXIT_OPTIONS, Findings
 from trainer.train.lora_form import form_problems
 from trainer.train.model_checks import Tokenizers, check_models, check_tokenizers, fetch_models, read_flux
-from trainer.train.network_checks import check_against_model, network_spec, spec_from_weights
+from trainer.train.network_checks import check_against_model, spec_from_weights
 from trainer.train.reporting import Reporter
 from trainer.train.resume import Start, find_state, plan_start, run_identity
 from trainer.train.sampling import SamplePrompt, read_sample_prompts
@@ -63,7 +65,7 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
     flux = None if findings.has("pretrained_model_name_or_path") else read_flux(options, findings)
     models = None if flux is None else check_models(options, flux, findings)
     check_device(options, findings)
-    spec = findings.attempt(lambda: network_spec(options))
+    spec = findings.attempt(lambda: spec_of(options))
     if spec is not None and options.dim_from_weights and not findings.has("network_weights"):
         spec = spec_from_weights(options, spec, findings)
     if flux is not None:
@@ -147,7 +149,7 @@ def check_replay(options: Options) -> CheckedReplay:
         findings.add(Problem(what, f"--{field}", hint, field), EXIT_OPTIONS)
     flux = read_flux(options, findings)
     check_device(options, findings)
-    spec = findings.attempt(lambda: network_spec(options))
+    spec = findings.attempt(lambda: spec_of(options))
     if flux is not None:
         check_against_model(options, spec, flux, findings)
     findings.raise_if_any()

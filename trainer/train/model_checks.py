@@ -14,8 +14,8 @@ from trainer.schema.base import Problem, UserError
 from trainer.schema.checkpoint_header import Header, autoencoder_params, clip_params, t5_params
 from trainer.schema.chroma_header import ChromaParams, TransformerParams, read_transformer
 from trainer.schema.file_checks import MODEL_KINDS, needed_models
-from trainer.schema.memory import OtherModels
 from trainer.schema.options import Options
+from trainer.schema.parameter_counts import OtherModels
 from trainer.schema.weight_files import read_weights
 from trainer.train.findings import Findings
 from trainer.train.reporting import Reporter
