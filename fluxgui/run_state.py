@@ -175,7 +175,11 @@ def _fold_one(state: RunState, event: Mapping[str, object]) -> RunState:
                 index=_int(event, "index"),
                 seed=_int(event, "seed") if event.get("seed") is not None else None,
             )
-            return replace(state, samples=(*(s for s in state.samples if s.path != sample.path), sample))
+            # A resumed run may draw the samples of its first step once more.
+            others = (
+                s for s in state.samples if s.path != sample.path and (s.step, s.index) != (sample.step, sample.index)
+            )
+            return replace(state, samples=(*others, sample))
         case "checkpoint":
             checkpoint = Checkpoint(
                 step=_int(event, "step"),

@@ -69,6 +69,15 @@ def test_a_second_attempt_draws_each_step_once() -> None:
     assert [(p.step, p.loss) for p in state.points] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
+def test_a_sample_that_a_resumed_run_draws_once_more_is_shown_once() -> None:
+    def sample(step: int, index: int, path: str) -> Event:
+        return {"kind": "sample", "step": step, "path": path, "prompt": "a cat", "index": index, "seed": 3}
+
+    first = [sample(2, 0, "samples/a.png"), sample(2, 1, "samples/b.png")]
+    state = fold(RunState(), [*first, sample(4, 0, "samples/c.png"), sample(2, 1, "samples/d.png")])
+    assert [entry.path for entry in state.samples] == ["samples/a.png", "samples/c.png", "samples/d.png"]
+
+
 def test_the_time_left_follows_the_pace_of_the_steps() -> None:
     state = fold(RunState(), [plan(10), step(1, 1.0, time=100.0), step(2, 1.0, time=102.0), step(3, 1.0, time=104.0)])
     assert state.seconds_left == pytest.approx(14.0)

@@ -8,6 +8,7 @@ import re
 from fluxgui import run_view
 from fluxgui.loss_plot import MAX_POINTS, loss_plot
 from fluxgui.run_state import Checkpoint, RunError, RunState, Sample, StepPoint
+from fluxgui.runs import Contents
 from trainer.schema.run_folder import RunStatus
 
 
@@ -64,6 +65,15 @@ def test_progress_counts_steps_once_training_has_begun() -> None:
     assert 'aria-valuenow="25"' in run_view.header("x", RunStatus("running"), loading)
     training = RunState(phase="training", num_steps=100, step=40)
     assert 'aria-valuenow="40"' in run_view.header("x", RunStatus("running"), training)
+
+
+def test_what_resume_does_and_what_a_deletion_takes_is_said_beforehand() -> None:
+    assert "goes on in this run after step 40" in run_view.waiting([], is_live=False, can_resume=True, state_step=40)
+    assert "begins anew in this run" in run_view.waiting([], is_live=False, can_resume=True)
+    assert "Resume" not in run_view.waiting([], is_live=False)
+    words = run_view.deletion("cat", Contents(1, 12, True, 3_400_000), "/home/me/bin")
+    assert "1 saved LoRA, 12 samples, its log and its settings and the state to resume from (3.4 MB)" in words
+    assert "/home/me/bin" in words
 
 
 def test_samples_stand_newest_first_in_the_order_of_prompts() -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,12 @@ from torch import Tensor
 
 from tests.lora.dense import dense_weights
 from trainer.lora.network import LoraNetwork
+from trainer.lora.targets import settings_without_layers
+from trainer.model.chroma import Chroma
 from trainer.model.flux import Flux
 from trainer.model.weights import load_flux
+from trainer.schema.checkpoint_header import FluxParams
+from trainer.schema.chroma_header import ChromaParams
 from trainer.schema.lora_spec import spec_from_network_args
 
 LIMIT = 2e-5
@@ -211,3 +217,30 @@ def _by_formula(adapter: torch.nn.Module, x: Tensor) -> Tensor:
         magnitude = adapter.magnitude.unsqueeze(dim)  # type: ignore[operator,union-attr]
         weight = weight * magnitude / weight.norm(dim=dim, keepdim=True).detach()  # type: ignore[operator]
     return torch.nn.functional.linear(x, weight, adapter.base.bias)  # type: ignore[union-attr]
+
+
+def test_settings_for_layers_that_the_model_has_not_are_told() -> None:
+    words = ("in_dims=[2,2,0,2,2]", "img_mod_dim=4", "txt_mod_dim=0", "single_dim=8")
+    spec = spec_from_network_args(words, network_dim=4)
+    sizes: dict[str, Any] = {
+        "in_channels": 64,
+        "out_channels": 64,
+        "context_in_dim": 16,
+        "hidden_size": 32,
+        "mlp_ratio": 4.0,
+    }
+    sizes |= {"num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": (4, 6, 6), "theta": 10_000}
+    dev = FluxParams(**sizes, qkv_bias=True, vec_in_dim=8, guidance_embed=True)
+    chroma = ChromaParams(
+        **sizes, qkv_bias=True, approximator_in_dim=16, approximator_hidden_size=16, approximator_depth=1
+    )
+    with torch.device("meta"):
+        models = Flux(dev), Flux(replace(dev, guidance_embed=False)), Chroma(chroma)
+    assert [settings_without_layers(model, spec) for model in models] == [
+        [],
+        ["in_dims has no effect on guidance_in: this model has no such layer"],
+        [
+            "in_dims has no effect on time_in, guidance_in: this model has no such layer",
+            "img_mod_dim has no effect: this model has no such layers",
+        ],
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,18 @@ def test_the_form_accepts_a_hub_id_that_is_not_fetched_yet(monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     options = validate_options({"pretrained_model_name_or_path": "owner/name"}, where="the test").options
     assert "pretrained_model_name_or_path" not in [problem.field for problem in check_files(options)]
+
+
+def test_a_cached_model_of_another_kind_does_not_pass_for_the_one_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, golden: Path
+) -> None:
+    repo = tmp_path / "models--owner--chroma"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0123abcd", encoding="utf-8")
+    (repo / "snapshots" / "0123abcd").mkdir(parents=True)
+    shutil.copy(golden / "model_dev.safetensors", repo / "snapshots" / "0123abcd" / "flux1.safetensors")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    hub.fetch_model(Path("owner/chroma"), "flux", "pretrained_model_name_or_path", print)
+    with pytest.raises(UserError, match="owner/chroma is not whole in the local Hugging Face cache"):
+        hub.fetch_model(Path("owner/chroma"), "t5xxl", "t5xxl", print)

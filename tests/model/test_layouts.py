@@ -178,6 +178,26 @@ def test_only_the_needed_files_of_a_repository_are_chosen() -> None:
     assert folder_files(["pytorch_model.bin"], "flux") == []
 
 
+def test_of_a_chroma_repository_t5_is_the_one_text_encoder() -> None:
+    chroma = [
+        "Chroma1-HD.safetensors",
+        "model_index.json",
+        "text_encoder/config.json",
+        "text_encoder/model-00001-of-00002.safetensors",
+        "text_encoder/model-00002-of-00002.safetensors",
+        "text_encoder/model.safetensors.index.json",
+        "tokenizer/spiece.model",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    assert folder_files(chroma, "t5xxl") == chroma[2:6]
+    assert folder_files(chroma, "chroma") == chroma[7:9]
+    assert folder_files(chroma[:2], "chroma") == chroma[:1]
+    assert folder_files(chroma[:2], "t5xxl") == [], "17 GB of another model are not fetched"
+
+
 # ------------------------------------------------------------------------------------------------------ autoencoder
 
 
@@ -325,3 +345,13 @@ def test_a_repository_folder_holds_all_four_models(tmp_path: Path, golden: Path)
     assert load_autoencoder(tmp_path, torch.bfloat16, "cpu").params.z_channels == 16
     assert load_clip_l(tmp_path, torch.bfloat16, "cpu").config.num_attention_heads == 4
     assert load_t5xxl(tmp_path, torch.bfloat16, "cpu").config.num_layers == 2
+
+
+def test_a_chroma_repository_has_its_t5_where_others_have_clip(tmp_path: Path, golden: Path) -> None:
+    (tmp_path / "text_encoder").mkdir()
+    shutil.copy(golden / "model_t5xxl.safetensors", tmp_path / "text_encoder" / "model.safetensors")
+    assert load_t5xxl(tmp_path, torch.bfloat16, "cpu").config.num_layers == 2
+    # A repository of FLUX.1 that is not whole has CLIP-L there, which must not pass for what is missing.
+    shutil.copy(golden / "model_clip_l.safetensors", tmp_path / "text_encoder" / "model.safetensors")
+    with pytest.raises(UserError, match="no T5 text encoder: text_encoder_2 is missing, and text_encoder holds a CLIP"):
+        read_weights(tmp_path, "t5xxl")

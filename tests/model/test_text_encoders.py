@@ -101,6 +101,14 @@ def test_a_diffusers_folder_brings_its_tokenizers(golden: Path, tmp_path: Path) 
     assert load_t5_tokenizer(None, None, encoder_file=t5_file).vocab_size == 242
 
 
+def test_a_chroma_folder_brings_the_tokenizer_of_t5(golden: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    shutil.copy(golden / "tokenizer_t5.json", tmp_path / "tokenizer" / "tokenizer.json")
+    (tmp_path / "text_encoder").mkdir()
+    found = load_t5_tokenizer(None, encoder_file=tmp_path / "text_encoder" / "model.safetensors")
+    assert found.identity == load_t5_tokenizer(golden / "tokenizer_t5.json").identity
+
+
 def test_a_tokenizer_of_the_other_encoder_beside_the_file_is_passed_over(golden: Path, tmp_path: Path) -> None:
     shutil.copy(golden / "tokenizer_t5.json", tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match="clip_l_tokenizer"):

@@ -18,14 +18,15 @@ from torch.func import functional_call  # pyright: ignore[reportUnknownVariableT
 from trainer.lora.network import LoraNetwork
 from trainer.model.flux import Flux
 from trainer.model.packing import image_ids, pack_latents, text_ids, unpack_latents
-from trainer.model.weights import load_flux
+from trainer.model.weights import load_chroma, load_flux
 from trainer.schema.base import UserError
 from trainer.schema.cli import parse_command_line
 from trainer.schema.lora_spec import spec_from_network_args
-from trainer.tools.tiny_models import make_flux
+from trainer.tools.tiny_models import make_chroma, make_flux
 from trainer.train.replay import replay
 from trainer.train.reporting import Reporter
 
+RAW = ("--model_prediction_type=raw",)
 GOLDEN_OPTIONS = ("--network_dim=4", "--network_alpha=1", "--learning_rate=1e-3", "--max_grad_norm=0")
 
 
@@ -115,7 +116,8 @@ TIMESTEPS, LOSS_WEIGHTS, TOKENS, LENGTHS = (712.5, 431.25), (1.0, 0.3), 7, (4, 6
 def make_recording(path: Path, model: Path, keys: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(5)
     with safe_open(str(model), framework="pt") as file:
-        widths = json.loads(file.metadata()["config"])
+        pooled = json.loads(file.metadata()["config"]).get("vec_in_dim", 8)  # Chroma reads none
+        context = file.get_slice("txt_in.weight").get_shape()[1]
     mask = torch.zeros(2, TOKENS, dtype=torch.int64)
     for row, length in enumerate(LENGTHS):
         mask[row, :length] = 1
@@ -123,8 +125,8 @@ def make_recording(path: Path, model: Path, keys: dict[str, tuple[int, ...]]) ->
         "in.latents": torch.randn(2, 16, 6, 4, generator=draw),
         "in.noise": torch.randn(2, 16, 6, 4, generator=draw),
         "in.timesteps": torch.tensor(TIMESTEPS),
-        "in.clip_pooled": torch.randn(2, widths["vec_in_dim"], generator=draw),
-        "in.t5_out": torch.randn(2, TOKENS, widths["context_in_dim"], generator=draw),
+        "in.clip_pooled": torch.randn(2, pooled, generator=draw),
+        "in.t5_out": torch.randn(2, TOKENS, context, generator=draw),
         "in.t5_attn_mask": mask,
         "in.loss_weights": torch.tensor(LOSS_WEIGHTS),
         **{f"init.{key}": 0.1 * torch.randn(shape, generator=draw) for key, shape in keys.items()},
@@ -238,6 +240,36 @@ def test_a_replay_is_the_closed_form(name: str, small_flux: Path, tmp_path: Path
     differences = torch.cat([(ours[f"after.{key}"] - after[key]).abs().flatten() for key in shapes])
     assert differences.max() <= 2e-5
     assert differences.quantile(0.999) <= 1e-6
+
+
+def test_a_replay_of_chroma_shows_one_padding_token(tmp_path: Path) -> None:
+    path = make_chroma(tmp_path / "chroma.safetensors", hidden=48, heads=2, depth=2)
+    model = load_chroma(path, torch.float64, "cpu")
+    source = tmp_path / "recording.safetensors"
+    given = make_recording(source, path, {})
+    ours = replayed(
+        source, tmp_path, f"--pretrained_model_name_or_path={path}", "--model_type=chroma", "--network_dim=2", *RAW
+    )
+
+    def loss(num_padding: int) -> float:
+        latents, noise = given["in.latents"].double(), given["in.noise"].double()
+        times = given["in.timesteps"].double() / 1000
+        sigma = times[:, None, None, None]
+        velocity = model(
+            img=pack_latents((1 - sigma) * latents + sigma * noise),
+            img_ids=image_ids(3, 2),
+            txt=given["in.t5_out"].double(),
+            txt_ids=text_ids(TOKENS),
+            timesteps=times,
+            guidance=torch.zeros(2),
+            txt_attention_mask=torch.arange(TOKENS)[None] < torch.tensor(LENGTHS)[:, None] + num_padding,
+        )
+        errors = (unpack_latents(velocity, 6, 4) - (noise - latents)).square().mean((1, 2, 3))
+        return float((errors * given["in.loss_weights"].double()).mean())
+
+    assert ours["losses"][0].item() == pytest.approx(loss(1), rel=1e-6)
+    assert ours["losses"][0].item() != pytest.approx(loss(0), rel=1e-4)
+    assert not any("modulation" in key or "_mod_" in key for key in ours)
 
 
 # ------------------------------------------------------------------------------------------------- what may be wrong

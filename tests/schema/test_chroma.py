@@ -80,7 +80,7 @@ def test_a_wrong_model_type_names_the_right_one(tiny_models: TinyModels, tmp_pat
         (tiny_models.flux_schnell, "chroma", "this is a FLUX.1 schnell model", "Leave --model_type=chroma out."),
     ):
         reading = read(pretrained_model_name_or_path=str(path), model_type=model_type)
-        assert reading.options is not None
+        assert not reading.problems
         (problem,) = [p for p in check_files(reading.options) if p.field == "pretrained_model_name_or_path"]
         assert (problem.what, problem.hint) == (what, hint)
         with pytest.raises(UserError, match=what):
@@ -122,7 +122,7 @@ def test_chroma_implies_its_mask_its_guidance_and_no_clip() -> None:
 
 def test_a_guidance_that_is_given_for_chroma_is_kept_and_remarked_on() -> None:
     reading = read(model_type="chroma", guidance_scale=3.5)
-    assert reading.options is not None
+    assert not reading.problems
     assert reading.options.guidance_scale == 3.5
     assert "guidance_scale is 3.5; Chroma was made with 0" in reading.notes
 

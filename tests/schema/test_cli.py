@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.schema.base import Problem, UserError
-from trainer.schema.cli import parse_command_line, to_argv, validate_options
+from trainer.schema.cli import parse_command_line, read_command_line, to_argv, validate_options, write_config
 from trainer.schema.option_status import STATUS
 from trainer.schema.options import Options
 
@@ -302,3 +302,43 @@ def test_the_command_line_is_ready_in_a_moment() -> None:
         for _ in range(3)
     ]
     assert min(seconds) < 0.6
+
+
+# ------------------------------------------------------------------------------------------------- writing a file
+
+
+def test_output_config_writes_what_was_given_and_gives_it_back(tmp_path: Path) -> None:
+    words = ["--network_dim=8", "--learning_rate=1e-4", "--network_args", "verbose=True", "--clip_l=a b/clip", "--sdpa"]
+    words += ["--network_module=networks.lora", "--cache_latents_to_disk"]
+    command = parse_command_line([*words, f"--config_file={tmp_path / 'sub' / 'mine'}", "--output_config"])
+    assert write_config(command.options) == tmp_path / "sub" / "mine.toml"
+    text = (tmp_path / "sub" / "mine.toml").read_text(encoding="utf-8")
+    assert "config_file" not in text
+    assert "output_config" not in text
+    again = parse_command_line([f"--config_file={tmp_path / 'sub' / 'mine'}"])
+    assert again.options == parse_command_line(words).options
+
+
+def test_output_config_leaves_a_file_alone_that_exists(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.toml", "seed = 1\n")
+    with pytest.raises(UserError, match="exists and is left as it is") as caught:
+        write_config(parse_command_line([f"--config_file={path}", "--output_config", "--seed=2"]).options)
+    assert caught.value.exit_code == 2
+    assert path.read_text(encoding="utf-8") == "seed = 1\n"
+
+
+def test_output_config_needs_a_name_and_is_nothing_for_a_file(tmp_path: Path) -> None:
+    (found,) = problems("--output_config")
+    assert (found.field, found.hint) == ("output_config", "Give its name as --config_file.")
+    path = write(tmp_path / "config.toml", "output_config = true\n")
+    command = parse_command_line([f"--config_file={path}"])
+    assert command.options.output_config is False
+    assert f"output_config in {path} has no effect: it belongs on the command line" in command.notes
+
+
+def test_right_values_beside_wrong_ones_are_kept_for_further_checks() -> None:
+    command = read_command_line(["--seed=x", "--network_dim=8", "--nonsense=1"])
+    assert {problem.field for problem in command.problems} == {"seed", "nonsense"}
+    assert (command.options.network_dim, command.options.seed) == (8, None)
+    with pytest.raises(UserError, match="nonsense"):
+        command.without_problems()

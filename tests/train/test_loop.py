@@ -19,6 +19,7 @@ from trainer.train.loop import (
     LoopSettings,
     MeanLoss,
     NumbersLost,
+    Progress,
     StepPosition,
     TrainingLoop,
     Wishes,
@@ -56,6 +57,7 @@ class Course:
         *,
         rate: float = 0.1,
         sync: GradientSync | None = None,
+        start: Progress | None = None,
     ) -> None:
         self.model = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.model.weight)
@@ -77,6 +79,7 @@ class Course:
             save=lambda position, kind: self.saved.append((position, kind)),
             sample=lambda position, is_epoch_end: self.sampled.append((position, is_epoch_end)),
             peak_bytes=lambda: 0,
+            start=start,
         )
 
     def micro_batches(self, epoch: int, skipped: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
@@ -134,6 +137,47 @@ def test_saves_and_samples_fall_due_as_asked() -> None:
     steps = [(position.step, kind) for position, kind in course.saved]
     assert steps == [(2, "step"), (3, "epoch"), (4, "step"), (6, "step")], "no epoch file for the last epoch"
     assert [(position.step, is_end) for position, is_end in course.sampled] == [(0, False), (4, False)]
+
+
+def test_a_resumed_loop_first_does_what_was_left_to_do_after_its_last_step() -> None:
+    due = settings(save_every_n_steps=3, save_every_n_epochs=1, sample_every_n_steps=3)
+    for num_done, saved, sampled in (
+        (0, [(3, "step"), (3, "epoch")], [3]),
+        (1, [(3, "epoch")], [3]),
+        (2, [(3, "epoch")], []),
+        (4, [], []),
+    ):
+        course = Course(due, start=Progress(step=3, num_duties_done=num_done))
+        course.loop.run()
+        assert course.targets == [20, 21, 22], "the second epoch alone"
+        assert [(position.step, kind) for position, kind in course.saved] == [*saved, (6, "step")]
+        assert [position.step for position, _ in course.sampled] == [*sampled, 6]
+
+
+def test_a_loop_resumed_inside_an_epoch_skips_its_first_batches_and_keeps_the_mean() -> None:
+    whole = Course(settings(num_micro_steps=2, num_steps=4))
+    whole.loop.run()
+    part = Course(settings(num_micro_steps=2, num_steps=3))
+    part.loop.run()
+    rest = Course(settings(num_micro_steps=2, num_steps=4), start=part.loop.progress)
+    with torch.no_grad():
+        rest.model.weight.copy_(part.model.weight)
+    rest.loop.run()
+    assert rest.targets == [22]
+    assert rest.weight == whole.weight
+    assert rest.loop.progress == whole.loop.progress
+
+
+def test_states_are_saved_with_each_lora_and_when_one_is_due() -> None:
+    due = iter([False, True, False, False, True, False])
+    states: list[tuple[int, int, str]] = []
+    course = Course(settings(save_every_n_steps=5, save_every_n_epochs=1))
+    course.loop._save_state = lambda progress, kind: states.append(  # pyright: ignore[reportPrivateUsage]
+        (progress.step, progress.num_duties_done, kind)
+    )
+    course.loop._state_is_due = lambda: next(due)  # pyright: ignore[reportPrivateUsage]
+    course.loop.run()
+    assert states == [(2, 1, "moment"), (3, 3, "epoch"), (5, 1, "step")]
 
 
 def test_epochs_win_over_steps_for_samples() -> None:

@@ -12,11 +12,11 @@ from tests.tiny import TinyModels, make_tiny_dataset
 from trainer.__main__ import replay_recording
 from trainer.schema.base import UserError
 from trainer.schema.cli import parse_command_line
-from trainer.train.conditioning import TextInputs
+from trainer.train.conditioning import TextInputs, show_padding, text_inputs
 from trainer.train.lost_numbers import likely_cause
 from trainer.train.objective import FlowBatch
 from trainer.train.recipe import train
-from trainer.train.recording import read_recording
+from trainer.train.recording import read_recording, write_recording
 from trainer.train.replay import replay
 from trainer.train.reporting import Reporter
 
@@ -90,6 +90,48 @@ def test_a_recorded_step_gives_the_loss_of_the_run(
     command = parse_command_line(words(tiny_models, tmp_path, "--learning_rate=1e-30"))
     replay(command, Reporter(is_main=False), source=source, output=output, num_steps=1)
     assert load_file(output)["losses"].item() == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_lora_of_a_text_encoder_does_not_keep_a_step_from_being_replayed(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    given = [word for word in words(tiny_models, tmp_path, "--learning_rate=1e30") if "unet_only" not in word]
+    with pytest.raises(UserError, match="at step 2"):
+        train(parse_command_line(given), Reporter(is_main=False))
+    path = tmp_path / "out" / "replay" / "step00000002.safetensors"
+    recording = read_recording(path)
+    assert any(key.startswith("lora_te1_") for key in recording.initial)
+    output = tmp_path / "replayed.safetensors"
+    with pytest.raises(UserError, match="at step 1"):
+        replay(
+            parse_command_line(list(recording.options)),
+            Reporter(is_main=False),
+            source=path,
+            output=output,
+            num_steps=1,
+        )
+    after = [key for key in load_file(output) if key.startswith("after.")]
+    assert after
+    assert all(key.startswith("after.lora_unet_") for key in after)
+
+
+@pytest.mark.parametrize("lengths", [(4, 7), (7, 7), (3, 9)])
+def test_chromas_text_mask_comes_back_from_a_recording(tmp_path: Path, lengths: tuple[int, int]) -> None:
+    """The batch shows one padding token that the recorded mask, which counts real tokens, does not."""
+    txt = torch.randn(2, 9, 8)
+    real = (torch.arange(9)[None] < torch.tensor(lengths)[:, None]).long()
+    text = text_inputs(txt, torch.zeros(2, 0), show_padding(real, 1), apply_mask=True)
+    latents = torch.zeros(2, 16, 4, 4)
+    made = FlowBatch(latents, latents, torch.ones(2), torch.ones(2), latents, text, torch.ones(2))
+    options = parse_command_line(["--model_type=chroma"]).options
+    write_recording(tmp_path / "step.safetensors", made, {}, options)
+    recording = read_recording(tmp_path / "step.safetensors")
+    shown = text_inputs(
+        recording.t5_out, recording.clip_pooled, show_padding(recording.t5_attn_mask, 1), apply_mask=True
+    )
+    assert torch.equal(shown.txt, text.txt)
+    assert (shown.mask is None) == (text.mask is None)
+    assert text.mask is None or (shown.mask is not None and torch.equal(shown.mask, text.mask))
 
 
 def batch(**changes: torch.Tensor) -> FlowBatch:

@@ -116,8 +116,8 @@ def test_every_key_of_a_recorded_run_is_written_as_recorded_or_differs_for_a_rea
     run: str, tiny_models: TinyModels, dataset: Path, tmp_path: Path
 ) -> None:
     recorded = recorded_runs()[run]
-    options = parse_command_line(words(recorded, tiny_models, dataset, tmp_path)).options
-    checked = check_run(options, Reporter())
+    command = parse_command_line(words(recorded, tiny_models, dataset, tmp_path))
+    options, checked = command.options, check_run(command, Reporter())
     optimizer = create_optimizer(
         options.optimizer_type,
         [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1e-3}],

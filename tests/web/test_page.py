@@ -20,6 +20,7 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from safetensors import safe_open
 
+from fluxgui.run_state import RunState, fold
 from tests.fluxgui.sparse_flux import make_sparse_flux
 from trainer.tools.tiny_pictures import make_images
 
@@ -197,14 +198,17 @@ def test_the_demo_from_the_first_visit_to_the_downloaded_file(app: App, page: Pa
         assert any(file.get_tensor(name).abs().max() > 0 for name in names if "lora_up" in name)
 
 
-def test_a_killed_worker_is_shown_as_crashed_with_its_log(app: App, page: Page) -> None:
+def test_a_killed_worker_is_shown_as_crashed_with_its_log_and_can_be_resumed(app: App, page: Page) -> None:
     use_demo_files(page, app)
     box(page, "max_train_epochs").fill("500")
     page.locator("#start").dblclick()
     expect(page.locator("#run-header .doing")).to_contain_text("Training, step", timeout=60_000)
     assert len(app.runs()) == 1, "a double click starts one run"
+    (run,) = app.runs()
+    wait_until(lambda: any((run / "state").glob("step-*")), RUN_SECONDS)
     (pid,) = app.worker_pids()
     os.kill(pid, signal.SIGKILL)
+    last_step = steps_done(app, run)
     expect(chip(page)).to_have_text("crashed")
     expect(page.locator("#run-messages .log-tail")).to_contain_text("step")
     expect(page.locator("#run-again")).to_be_visible()
@@ -212,8 +216,17 @@ def test_a_killed_worker_is_shown_as_crashed_with_its_log(app: App, page: Page) 
     page.reload()
     expect(chip(page)).to_have_text("crashed")
 
+    # Resume goes on in the same folder, from what was kept before the kill.
+    expect(page.locator("#run-waiting")).to_contain_text("Resume goes on in this run after step")
+    page.locator("#run-resume").click()
+    expect(page.locator("#run-header .doing")).to_contain_text("Training, step", timeout=60_000)
+    first, second = (event for event in app.events(run) if event["kind"] == "plan")
+    assert (first["first_step"], second["attempt"]) == (0, 2)
+    assert 0 < int(str(second["first_step"])) <= last_step
+    assert app.runs() == [run]
 
-def test_stopping_asks_once_and_says_stopped(app: App, page: Page) -> None:
+
+def test_a_run_is_stopped_resumed_completed_and_deleted(app: App, page: Page) -> None:
     use_demo_files(page, app)
     box(page, "max_train_epochs").fill("500")
     page.locator("#start").click()
@@ -226,6 +239,31 @@ def test_stopping_asks_once_and_says_stopped(app: App, page: Page) -> None:
     page.locator("#run-stop").click()
     page.locator("#run-stop-yes").click()
     expect(chip(page)).to_have_text("stopped")
+    expect(page.locator("#run-header .doing")).to_contain_text("it can be resumed")
+
+    # The rest of 500 epochs would take long: the run is to end some steps later.
+    (run,) = app.runs()
+    done = steps_done(app, run)
+    config = (run / "config.toml").read_text("utf-8")
+    assert "max_train_epochs = 500" in config
+    (run / "config.toml").write_text(config.replace("max_train_epochs = 500", f"max_train_steps = {done + 5}"), "utf-8")
+    page.locator("#run-resume").click()
+    expect(chip(page)).to_have_text("completed", timeout=RUN_SECONDS * 1000)
+    points = fold(RunState(), app.events(run)).points
+    assert [point.step for point in points] == list(range(1, done + 6)), "no gap, no double"
+    expect(page.locator("#run-plot polyline.raw")).to_be_attached()
+    expect(page.locator("#run-resume")).to_be_hidden()
+
+    page.locator("#run-delete").click()
+    expect(page.locator("#run-delete-question")).to_contain_text("Delete demo?")
+    page.locator("#run-delete-no").click()
+    assert app.runs() == [run]
+    page.locator("#run-delete").click()
+    expect(page.locator("#run-delete-question")).to_contain_text("saved LoRA")
+    page.locator("#run-delete-yes").click()
+    expect(page.get_by_text("No runs yet")).to_be_visible()
+    assert app.runs() == []
+    assert (app.home / "bin" / run.name / "checkpoints" / "demo.safetensors").is_file()
 
 
 def test_a_preset_is_the_same_after_a_restart(app: App, page: Page) -> None:

@@ -18,7 +18,7 @@ from trainer.lora.naming import Component, published_name
 from trainer.lora.oft import OftLinear
 from trainer.schema.base import UserError
 from trainer.schema.lora_spec import IN_LAYERS, LoraSpec
-from trainer.schema.network_args import fused_parts
+from trainer.schema.network_args import TYPE_DIMS, fused_parts
 
 CLIP_CLASSES = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
 """Classes of CLIP-L whose Linears are adapted."""
@@ -69,6 +69,24 @@ def flux_targets(flux: nn.Module, spec: LoraSpec) -> list[Target]:
                 name = published_name("unet", path)
                 targets.append(Target(path, name, spec.rank_of(name, rank)))
     return [target for target in targets if target.rank > 0]
+
+
+def settings_without_layers(flux: nn.Module, spec: LoraSpec) -> list[str]:
+    """One line for each setting that gives a rank to layers which this model has not: schnell has no guidance_in, Chroma
+    no modulation. They are given for dev by habit, so that they are told and not refused."""
+    if spec.kind != "lora" or spec.file_ranks is not None:
+        return []
+    absent = [
+        layer
+        for layer, rank in zip(IN_LAYERS, spec.in_dims or (), strict=False)
+        if rank > 0 and getattr(flux, layer, None) is None
+    ]
+    lines = [f"in_dims has no effect on {', '.join(absent)}: this model has no such layer"] if absent else []
+    names = [published_name("unet", path) for path in _linears(flux, "")]
+    for key, rank in spec.type_dims.items():
+        if rank > 0 and not any(all(word in name for word in TYPE_DIMS[key]) for name in names):
+            lines.append(f"{key} has no effect: this model has no such layers")
+    return lines
 
 
 def wrap(root: nn.Module, target: Target, spec: LoraSpec, generator: torch.Generator) -> Adapter:

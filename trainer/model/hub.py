@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import urllib.error
 import urllib.request
@@ -15,12 +16,12 @@ from huggingface_hub.errors import GatedRepoError
 
 from trainer.schema.base import UserError
 from trainer.schema.hub_cache import cache_folder, hub_id
-from trainer.schema.model_kinds import ModelKind
+from trainer.schema.model_kinds import ModelKind, identify
 from trainer.schema.weight_files import folder_files, read_weights
 
 _TIMEOUT_SECONDS: Final = 10.0
 # The tokenizers that stand beside the encoders in a repository: small, and needed with them.
-_TOKENIZER_FOLDERS: Final = {"clip_l": "tokenizer/", "t5xxl": "tokenizer_2/"}
+_TOKENIZER_FOLDERS: Final = {"clip_l": ("tokenizer/",), "t5xxl": ("tokenizer_2/", "tokenizer/")}
 
 
 def fetch_model(path: Path, kind: ModelKind, field: str, announce: Callable[[str], None]) -> None:
@@ -32,11 +33,11 @@ def fetch_model(path: Path, kind: ModelKind, field: str, announce: Callable[[str
     repo = hub_id(path)
     if repo is None:
         return
-    try:
-        read_weights(path, kind)
-        return
-    except UserError:
-        reason = unreachable_reason()
+    # What is there may also be another model of the same repository.
+    with contextlib.suppress(UserError):
+        if identify(read_weights(path, kind)) == kind:
+            return
+    reason = unreachable_reason()
     if reason is not None:
         raise UserError(
             f"the model {repo} is not whole in the local Hugging Face cache and cannot be downloaded ({reason})",
@@ -54,8 +55,11 @@ def fetch_model(path: Path, kind: ModelKind, field: str, announce: Callable[[str
                 "Download the file and give its path.",
                 field=field,
             )
-        folder = _TOKENIZER_FOLDERS.get(kind)
-        files += [name for name in names if folder is not None and name.startswith(folder)]
+        for folder in _TOKENIZER_FOLDERS.get(kind, ()):
+            tokenizer = [name for name in names if name.startswith(folder)]
+            files += tokenizer
+            if tokenizer:
+                break
         announce(f"downloading {repo} for --{field} ({len(files)} files) into {cache_folder()}")
         snapshot_download(repo, allow_patterns=files, cache_dir=cache_folder())
     except GatedRepoError as error:

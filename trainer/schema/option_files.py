@@ -53,8 +53,7 @@ def read_config_file(path: Path) -> dict[str, object]:
 
 def read_config_sections(path: Path) -> list[tuple[str, dict[str, object]]]:
     """The same with the section of each value; "" stands for the part before the first section."""
-    if path.suffix != ".toml":
-        path = path.parent / f"{path.name}.toml"
+    path = options_path(path)
     parsed = read_table(path, "options file", "config_file")
     top: dict[str, object] = {}
     sections: list[tuple[str, dict[str, object]]] = []
@@ -64,3 +63,8 @@ def read_config_sections(path: Path) -> list[tuple[str, dict[str, object]]]:
         else:
             top[name] = value
     return [("", top), *sections]
+
+
+def options_path(path: Path) -> Path:
+    """The file that is meant by `path`: `.toml` may be left off."""
+    return path if path.suffix == ".toml" else path.parent / f"{path.name}.toml"

@@ -230,11 +230,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "Pass over the batches before the first step.",
             "training always goes on with the batch at which it left off",
         ),
-        "output_config": _refused(
-            "saving",
-            "Write the options to config_file and stop.",
-            "it is not supported yet; write the options into a TOML file for --config_file",
-        ),
         # Logs.
         "wandb_run_name": _refused("logs", "Name of the run at Weights & Biases.", _WANDB, "text"),
         "wandb_api_key": _refused("logs", "Key for Weights & Biases.", _WANDB, "text"),

@@ -240,6 +240,9 @@ class SavingOptions(OptionGroup):
     config_file: Annotated[
         Path | None, Opt("A TOML file with options; the command line wins over it.", "Options file", "expert")
     ] = None
+    output_config: Annotated[
+        bool, Opt("Write the other options to the file of --config_file, and stop.", "Write options file", "expert")
+    ] = False
     run_dir: Annotated[Path | None, Opt("The run folder that this run belongs to.", "Run folder", "expert")] = None
 
 

@@ -1,7 +1,8 @@
 """From what an option names to the headers of the model's files: one file, shards, a folder, or a hub repository.
 
 A folder is a diffusers or transformers folder with one file or numbered shards and their index, or the whole repository
-with such folders below it (`transformer/`, `vae/`, `text_encoder/`, `text_encoder_2/`).
+with such folders below it (`transformer/`, `vae/`, `text_encoder/`, `text_encoder_2/`). Chroma's repositories have no
+CLIP-L: there T5 is `text_encoder/`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,26 @@ from typing import Final, cast
 
 from trainer.schema.base import UserError
 from trainer.schema.hub_cache import cached_snapshot, hub_id
-from trainer.schema.model_kinds import ModelKind, identify
+from trainer.schema.model_kinds import ModelKind, identify, noun
 from trainer.schema.safetensors_header import Header, TensorInfo, read_header
 
-SUBFOLDERS: Final[Mapping[ModelKind, str]] = {
-    "flux": "transformer",
-    "chroma": "transformer",
-    "autoencoder": "vae",
-    "clip_l": "text_encoder",
-    "t5xxl": "text_encoder_2",
+_SECOND_ENCODER: Final = "text_encoder_2"
+SUBFOLDERS: Final[Mapping[ModelKind, tuple[str, ...]]] = {
+    "flux": ("transformer",),
+    "chroma": ("transformer",),
+    "autoencoder": ("vae",),
+    "clip_l": ("text_encoder",),
+    "t5xxl": (_SECOND_ENCODER, "text_encoder"),
 }
+"""Where a repository keeps a model; the first that is there."""
+_FILE_STARTS: Final[Mapping[ModelKind, str]] = {
+    "flux": "flux",
+    "chroma": "chroma",
+    "autoencoder": "ae",
+    "clip_l": "clip_l",
+    "t5xxl": "t5xxl",
+}
+"""What the names of single files in a repository begin with."""
 _STANDARD_NAMES: Final = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _SHARD: Final = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _INDEX_ENDING: Final = ".safetensors.index.json"
@@ -83,16 +94,16 @@ def _given_as(path: Path, header: Header) -> Header:
 def folder_files(names: Iterable[str], kind: ModelKind) -> list[str]:
     """Those of a repository's files (paths relative to it) that a model of `kind` needs; empty when it has none."""
     all_names = list(names)
-    below = f"{SUBFOLDERS[kind]}/" if kind in SUBFOLDERS else ""
-    inside = [name for name in all_names if below and name.startswith(below) and "/" not in name[len(below) :]]
-    if any(name.endswith(".safetensors") for name in inside):
-        return sorted(_without_variants(inside, below))
+    for folder in SUBFOLDERS.get(kind, ()):
+        below = f"{folder}/"
+        inside = [name for name in all_names if name.startswith(below) and "/" not in name[len(below) :]]
+        if any(name.endswith(".safetensors") for name in inside):
+            return sorted(_without_variants(inside, below))
     root = [name for name in all_names if "/" not in name]
-    starts = {"flux": "flux", "chroma": "chroma", "autoencoder": "ae", "clip_l": "clip_l", "t5xxl": "t5xxl"}.get(
-        kind, ""
-    )
     weights = [name for name in root if name.endswith(".safetensors")]
-    chosen = [name for name in weights if name.lower().startswith(starts)] or (weights if len(weights) == 1 else [])
+    chosen = [name for name in weights if name.lower().startswith(_FILE_STARTS.get(kind, "lora"))]
+    if not chosen and len(weights) == 1 and not weights[0].lower().startswith(tuple(_FILE_STARTS.values())):
+        chosen = weights
     if not chosen and any(name.endswith(_INDEX_ENDING) for name in root):
         chosen = sorted(_without_variants(root, ""))
     return chosen
@@ -107,10 +118,20 @@ def _without_variants(names: Sequence[str], below: str) -> list[str]:
 
 
 def _read_folder(folder: Path, kind: ModelKind) -> Header:
-    below = folder / SUBFOLDERS.get(kind, ".")
-    if kind in SUBFOLDERS and below.is_dir() and any(below.iterdir()):
+    for number, name in enumerate(SUBFOLDERS.get(kind, ())):
+        below = folder / name
+        if not below.is_dir() or not any(below.iterdir()):
+            continue
         _check_pipeline(folder)
-        return _read_own_folder(below, kind)
+        header = _read_own_folder(below, kind)
+        if number > 0 and identify(header) != kind:
+            # A repository of FLUX.1 that is not whole has CLIP-L there.
+            raise UserError(
+                f"this folder holds no T5 text encoder: {_SECOND_ENCODER} is missing, and {name} holds {noun(header)}",
+                str(folder),
+                "Download the whole repository, or give the T5 file itself.",
+            )
+        return header
     return _read_own_folder(folder, kind)
 
 

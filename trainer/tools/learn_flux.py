@@ -5,8 +5,11 @@ B batch, h w latent size, L text tokens.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -48,18 +51,44 @@ PARAMS: Final = FluxParams(
 )
 _Item = TypeVar("_Item")
 
-BATCH: Final = 64
-PEAK_RATE: Final = 1.5e-3
 NUM_PICTURES: Final = 12_000
 CAPTIONS_EACH: Final = 3
 SHIFTS: Final = (1.6, 6.0)
-"""Of the noise levels in the two halves of a batch. The first is about that of `flux_shift` at this picture size."""
+"""Of the lower and the higher noise levels in a batch. The first is about that of `flux_shift` at this picture size."""
 
 DROPOUT: Final = 0.1
 """Part of the captions that are left empty."""
-AVERAGE_DECAY: Final = 0.999
-GUIDANCE: Final = (1.0, 4.0)
-"""The transformer meets all these values and learns that they mean nothing here."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """One way of training. `high_part` of each batch is close to pure noise: `SHIFTS[1]` instead of `SHIFTS[0]`.
+
+    Which shape it will be is decided before it can be seen, so only there does the word for it have to be read. `guidance`
+    is the range of the guidance scales that the transformer meets; what it makes of them is what it is taught.
+    """
+
+    name: str
+    batch: int
+    peak_rate: float
+    num_warmup: int
+    high_part: float
+    average_decay: float
+    guidance: tuple[float, float]
+
+
+FIRST: Final = Course("flux", 64, 1.5e-3, 100, 0.5, 0.999, (1.0, 4.0))
+"""From nothing. Guidance scales mean nothing yet."""
+
+FINE: Final = Course("flux, high noise", 48, 6e-4, 50, 2 / 3, 0.998, (1.0, 4.0))
+"""Two thirds of the levels where shapes are decided, which is what the first course is slowest at."""
+
+GUIDED: Final = Course("flux, guidance", 48, 5e-4, 30, 0.5, 0.995, (1.0, 5.0))
+"""The transformer learns from its own former self what guidance with the empty caption does, at any scale, in one
+evaluation: guidance distillation (Meng et al., 2022, arXiv:2210.03142), as FLUX.1 dev is made."""
+
+_PLAIN_PART: Final = 0.25
+"""Of the pictures in the guided course, which have guidance 1: what a LoRA is trained with."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +118,7 @@ def make_lessons(
     deviations: list[Tensor] = []
     for part in _parts(scenes, 50):
         images = to_images(np.stack([draw_scene(scene, rng) for scene in part]))
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), half_precision():
             mean, log_variance = autoencoder.encode_moments(images).float().chunk(2, dim=1)
         params = autoencoder.params
         means.append((params.scale_factor * (mean - params.shift_factor)).half())
@@ -112,71 +141,114 @@ def learn_flux(
     make: Callable[[], Lessons],
     *,
     seed: int,
-    num_steps: int,
+    num_steps: tuple[int, int, int],
     report: Callable[[str], None],
 ) -> Flux:
-    """Train, or go on training from the state in `folder`; returns the average over the last thousand steps or so."""
+    """The three courses with their numbers of steps, going on from the states in `folder` if there are any.
+
+    Returns the average over the last hundreds of steps. `make` is called once, if anything is left to be learned.
+    """
     torch.manual_seed(seed)
     model = Flux(PARAMS)
     _initialise(model)
-    model.requires_grad_(True)
+    lessons = functools.cache(make)
+    for number, (course, steps) in enumerate(zip((FIRST, FINE, GUIDED), num_steps, strict=True)):
+        teacher = copy.deepcopy(model).requires_grad_(False).eval() if course is GUIDED else None
+        state = folder / f"flux_state_{number + 1}.pt"
+        model = _take(course, model, teacher, lessons, state, seed=seed + 10 * number, num_steps=steps, report=report)
+    return model.eval()
+
+
+def _take(
+    course: Course,
+    model: Flux,
+    teacher: Flux | None,
+    lessons: Callable[[], Lessons],
+    path: Path,
+    *,
+    seed: int,
+    num_steps: int,
+    report: Callable[[str], None],
+) -> Flux:
+    """Take a course, or the rest of it; `model` is trained, its average is returned."""
+    model.requires_grad_(True).train()
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01)
-    state = TrainingState(folder / "flux_state.pt", model, optimizer, average)
-    first = state.resume()
-    if first >= num_steps:
-        return average.eval()
-    lessons = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=course.peak_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    state = TrainingState(path, model, optimizer, average)
     losses: list[float] = []
-    for step in range(first, num_steps):
+    for step in range(state.resume(), num_steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, num_steps, PEAK_RATE)
-        loss = _step_loss(model, lessons, np.random.default_rng((seed, step)), seed * 1_000_003 + step)
+            group["lr"] = learning_rate(step, num_steps, course.peak_rate, course.num_warmup)
+        loss = step_loss(
+            course, model, teacher, lessons(), np.random.default_rng((seed, step)), seed * 1_000_003 + step
+        )
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        decay = min(AVERAGE_DECAY, (step + 1) / (step + 10))
+        decay = min(course.average_decay, (step + 1) / (step + 10))
         with torch.no_grad():
             for kept, new in zip(average.parameters(), model.parameters(), strict=True):
                 kept.lerp_(new, 1 - decay)
         losses.append(loss.item())
         if (step + 1) % 100 == 0 or step + 1 == num_steps:
-            report(f"flux step {step + 1}/{num_steps} loss {np.mean(losses[-100:]):.4f}")
+            report(f"{course.name} step {step + 1}/{num_steps} loss {np.mean(losses[-100:]):.4f}")
             state.save(step + 1)
-    return average.eval()
+    return average
 
 
-def _step_loss(model: Flux, lessons: Lessons, rng: np.random.Generator, seed: int) -> Tensor:
-    """The flow matching loss of one random batch; everything random follows from the two last arguments."""
+def step_loss(
+    course: Course, model: Flux, teacher: Flux | None, lessons: Lessons, rng: np.random.Generator, seed: int
+) -> Tensor:
+    """The loss of one random batch; everything random follows from the two last arguments.
+
+    Without a teacher it is flow matching's. With one, the target is its guided velocity u + g (c - u) of the velocities
+    with the caption, c, and with the empty one, u. Pictures weigh 1 / g, which keeps large scales from ruling.
+    """
     generator = torch.Generator().manual_seed(seed)
-    chosen = rng.integers(len(lessons.rows), size=BATCH)
-    rows = lessons.rows[chosen, rng.integers(CAPTIONS_EACH, size=BATCH)]
-    rows = torch.from_numpy(np.where(rng.random(BATCH) < DROPOUT, 0, rows))
+    chosen = rng.integers(len(lessons.rows), size=course.batch)
+    rows = lessons.rows[chosen, rng.integers(CAPTIONS_EACH, size=course.batch)]
+    rows = torch.from_numpy(np.where(rng.random(course.batch) < DROPOUT, 0, rows))
     picked = torch.from_numpy(chosen)
     mean, deviation = lessons.mean[picked].float(), lessons.deviation[picked].float()
     latents = mean + deviation * torch.randn(mean.shape, generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
-    sigmas = _noise_levels(generator)
+    sigmas = _noise_levels(course, generator)
     noisy = add_noise(
         latents, noise, sigmas, ip_noise_gamma=None, ip_noise_gamma_random_strength=False, generator=generator
     )
     text = TextInputs(lessons.txt[rows], lessons.vec[rows], None)
-    with torch.autocast("cpu", torch.bfloat16):
-        velocity = predict_velocity(model, noisy, sigmas, text, float(rng.uniform(*GUIDANCE)))
-    return F.mse_loss(velocity.float(), velocity_target(latents, noise))
+    scales = rng.uniform(*course.guidance, course.batch)
+    if teacher is None:
+        with half_precision():
+            velocity = predict_velocity(model, noisy, sigmas, text, torch.from_numpy(scales))
+        return F.mse_loss(velocity.float(), velocity_target(latents, noise))
+    guidance = torch.from_numpy(np.where(rng.random(course.batch) < _PLAIN_PART, 1.0, scales)).float()
+    empty = TextInputs(lessons.txt[:1].expand_as(text.txt), lessons.vec[:1].expand_as(text.vec), None)
+    with half_precision():
+        with torch.no_grad():
+            with_caption = predict_velocity(teacher, noisy, sigmas, text, 1.0)
+            without = predict_velocity(teacher, noisy, sigmas, empty, 1.0)
+        velocity = predict_velocity(model, noisy, sigmas, text, guidance)
+    target = without.float() + guidance[:, None, None, None] * (with_caption - without).float()
+    return ((velocity.float() - target).square().mean(dim=(1, 2, 3)) / guidance).mean()
 
 
-def _noise_levels(generator: torch.Generator) -> Tensor:
-    """(B,): half as FLUX is usually trained, half close to pure noise.
+def half_precision() -> AbstractContextManager[object]:
+    """bf16 where the processor multiplies it; elsewhere it is emulated, many times slower than fp32."""
+    if torch.cpu.get_capabilities().get("avx512_bf16", False):
+        return torch.autocast("cpu", torch.bfloat16)
+    return contextlib.nullcontext()
 
-    Which shape it will be is decided before it can be seen, so only there does the word for it have to be read.
-    """
+
+def _noise_levels(course: Course, generator: torch.Generator) -> Tensor:
+    """(B,): the lower ones as FLUX is usually trained, the higher ones close to pure noise."""
+    num_high = int(course.batch * course.high_part)
     return torch.cat(
         [
             sample_sigmas(
                 "shift",
-                BATCH // 2,
+                count,
                 latent_height=0,
                 latent_width=0,
                 sigmoid_scale=1.0,
@@ -187,7 +259,7 @@ def _noise_levels(generator: torch.Generator) -> Tensor:
                 mode_scale=1.29,
                 generator=generator,
             )
-            for shift in SHIFTS
+            for shift, count in zip(SHIFTS, (course.batch - num_high, num_high), strict=True)
         ]
     )
 

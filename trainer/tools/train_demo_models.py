@@ -42,7 +42,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, help="everything random follows from it")
     parser.add_argument("--ae-steps", type=int, default=1500, help="training steps of the autoencoder")
     parser.add_argument("--decoder-steps", type=int, default=1000, help="of its decoder alone, on whole pictures")
-    parser.add_argument("--flux-steps", type=int, default=9000, help="training steps of the transformer")
+    parser.add_argument("--flux-steps", type=int, default=5000, help="training steps of the transformer")
+    parser.add_argument(
+        "--fine-steps", type=int, default=2200, help="of it at high noise levels, where shapes are decided"
+    )
+    parser.add_argument("--guidance-steps", type=int, default=800, help="in which it learns what guidance means")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's choice)")
     parser.add_argument("--samples", type=int, default=200, help="held-out captions to measure with")
     parser.add_argument("--measure", action="store_true", help="only measure the models in --out")
@@ -51,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
         torch.set_num_threads(options.threads)
     if not options.measure:
         train_autoencoder(options.out, options.state, options.seed, options.ae_steps, options.decoder_steps)
-        train_flux(options.out, options.state, options.seed, options.flux_steps)
+        steps = (options.flux_steps, options.fine_steps, options.guidance_steps)
+        train_flux(options.out, options.state, options.seed, steps)
     print_measures(options.out, options.samples)
     return 0
 
@@ -67,7 +72,7 @@ def train_autoencoder(out: Path, state: Path, seed: int, num_steps: int, num_dec
     report(f"autoencoder: PSNR {autoencoder_psnr(autoencoder):.1f} dB on held-out pictures")
 
 
-def train_flux(out: Path, state: Path, seed: int, num_steps: int) -> None:
+def train_flux(out: Path, state: Path, seed: int, num_steps: tuple[int, int, int]) -> None:
     """Write the transformer to `out`, which holds the other models already."""
     autoencoder = load_autoencoder(out / AUTOENCODER_FILE, torch.float32, "cpu")
     flux = learn_flux(

@@ -8,15 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, T5EncoderModel
 
 from trainer.model.text_encoders import PromptTokenizer, encode_clip, encode_t5
 
+if TYPE_CHECKING:
+    # Seconds to import, which the checks before a run do without.
+    from transformers import CLIPTextModel, T5EncoderModel
+
 CLIP_MAX_TOKENS = 77
+VISIBLE_PADDING = 1
+"""Padding tokens that Chroma's transformer sees after each caption; it was trained so."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,10 @@ class T5Encoder:
 
 
 def show_padding(mask: Tensor, num_tokens: int) -> Tensor:
-    """`mask` (B, L) with the first `num_tokens` padding tokens of each row set to 1, too, as far as there are any."""
+    """`mask` (B, L) with the first `num_tokens` padding tokens of each row set to 1, too, as far as there are any.
+
+    With a negative number the last visible tokens are hidden.
+    """
     lengths = mask.sum(dim=1, keepdim=True) + num_tokens
     return (torch.arange(mask.shape[1], device=mask.device)[None] < lengths).to(mask.dtype)
 

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from trainer.data.batches import BatchPlan
-from trainer.data.cache import CacheRequest, TensorCache, files_identity, latent_key, latent_requests
+from trainer.data.cache import Encode, TensorCache, latent_key, latent_requests
 from trainer.data.images import map_ahead, read_pixels
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.weights import load_autoencoder
 from trainer.schema.base import UserError
+from trainer.schema.folders import data_home
 from trainer.schema.options import Options
 from trainer.schema.weight_files import read_weights
 from trainer.train.check import CheckedRun
 from trainer.train.engine import Engine
+from trainer.train.file_hashes import HASHES_FILE, files_identity
 from trainer.train.reporting import Reporter
 
 
@@ -113,31 +115,39 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
     if options.ae is None:
         raise AssertionError("the checks demand the autoencoder")
     files = read_weights(options.ae, "autoencoder").files
-    identity = f"{files_identity(files)}|{engine.autoencoder_dtype(no_half=options.no_half_vae)}"
+    file_hashes = files_identity(files, data_home() / HASHES_FILE, reporter.check_stop)
+    identity = f"{file_hashes}|{engine.autoencoder_dtype(no_half=options.no_half_vae)}"
     cache = TensorCache("latents", on_disk=options.cache_latents_to_disk, warn=reporter.warning)
     requests = latent_requests(checked.index, encoder=identity)
     autoencoder: AutoEncoder | None = None
     if missing := cache.missing(requests):
         autoencoder = load_ae(options, engine, engine.device)
-        _encode(missing, cache, autoencoder, options, engine, reporter)
+        cache.fill(
+            missing,
+            _encoder(autoencoder, engine, engine.device),
+            batch_size=options.vae_batch_size,
+            progress=reporter.progress,
+            check_commands=reporter.check_stop,
+        )
         autoencoder = autoencoder.to("cpu") if checked.prompts else None
         engine.free_cached_memory()
     else:
         reporter.note("all pictures are cached: the autoencoder is not needed for them")
+
+    def load_encoder() -> Encode[Tensor]:
+        # The device is full of the transformer by then.
+        return _encoder(load_ae(options, engine, torch.device("cpu")), engine, torch.device("cpu"))
+
+    cache.recover_with(requests, load_encoder)
     return CachedLatents(cache, identity, engine.device), autoencoder
 
 
-def _encode(
-    missing: Sequence[CacheRequest[Tensor]],
-    cache: TensorCache,
-    autoencoder: AutoEncoder,
-    options: Options,
-    engine: Engine,
-    reporter: Reporter,
-) -> None:
+def _encoder(autoencoder: AutoEncoder, engine: Engine, device: torch.device) -> Encode[Tensor]:
+    """What fills the cache, with an autoencoder on `device`."""
+
     def encode(keys: list[str], pictures: list[Tensor]) -> list[dict[str, Tensor]]:
-        images = torch.stack(pictures).to(engine.device)
-        with torch.no_grad(), engine.autocast(autoencoder_dtype(autoencoder)):
+        images = torch.stack(pictures).to(device)
+        with torch.no_grad(), engine.autocast(autoencoder_dtype(autoencoder), device):
             moments = autoencoder.encode_moments(images)
         # The posterior's draw is a function of the picture, so that a cache in memory and one on disk are the same.
         shape = tuple(moments.chunk(2, dim=1)[0].shape[1:])
@@ -145,13 +155,7 @@ def _encode(
         latents = finite_latents(autoencoder.latents_from_moments(moments, noise.to(moments)).float())
         return [{"latents": row} for row in latents]
 
-    cache.fill(
-        missing,
-        encode,
-        batch_size=options.vae_batch_size,
-        progress=reporter.progress,
-        check_commands=reporter.check_stop,
-    )
+    return encode
 
 
 def _noise(key: str, shape: tuple[int, ...]) -> Tensor:

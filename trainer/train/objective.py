@@ -17,11 +17,14 @@ from trainer.train.conditioning import TextInputs, TextSource
 
 
 def predict_velocity(
-    model: Transformer, noisy: Tensor, timesteps: Tensor, text: TextInputs, guidance_scale: float
+    model: Transformer, noisy: Tensor, timesteps: Tensor, text: TextInputs, guidance_scale: float | Tensor
 ) -> Tensor:
-    """The model's velocity for `noisy` (B, 16, h, w) at `timesteps` (B,) in [0, 1]; same shape as `noisy`."""
+    """The model's velocity for `noisy` (B, 16, h, w) at `timesteps` (B,) in [0, 1]; same shape as `noisy`.
+
+    `guidance_scale` is one number or one for each picture, (B,).
+    """
     batch, _, height, width = noisy.shape
-    guidance = torch.full((batch,), guidance_scale, device=noisy.device, dtype=torch.float32)
+    guidance = torch.as_tensor(guidance_scale, device=noisy.device, dtype=torch.float32).expand(batch)
     inputs = {
         "img": pack_latents(noisy),
         "img_ids": image_ids(height // 2, width // 2, noisy.device).expand(batch, -1, -1),

@@ -25,13 +25,12 @@ from trainer.lora.forms import to_published
 from trainer.lora.lora_file import read_lora_file
 from trainer.lora.lycoris import AnyNetwork, LycorisNetwork
 from trainer.lora.network import LoraNetwork
+from trainer.lora.targets import settings_without_layers
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.transformer import Transformer, load_transformer
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.mover import make_mover
-from trainer.schema.advice import deviations, weak_defaults
 from trainer.schema.base import UserError
-from trainer.schema.checkpoint_header import FluxParams
 from trainer.schema.chroma_header import TransformerParams
 from trainer.schema.cli import ParsedCommand
 from trainer.schema.folders import data_home
@@ -39,11 +38,12 @@ from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
 from trainer.train.base_weights import merge_base_weights
-from trainer.train.check import CheckedRun, check_run, warn_of_memory
+from trainer.train.check import CheckedRun, check_run
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
+from trainer.train.device_checks import product_seconds, slow_format
 from trainer.train.engine import Engine
-from trainer.train.file_hashes import FileHashes
+from trainer.train.file_hashes import HASHES_FILE, FileHashes
 from trainer.train.foreign_state import resume_foreign
 from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
@@ -51,6 +51,7 @@ from trainer.train.lora_form import base_layers
 from trainer.train.lost_numbers import explain_lost_numbers
 from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
 from trainer.train.optim import LearningRateSchedule, create_optimizer, optimizer_description
+from trainer.train.plan import plan_text, tell_settings, warn_of_memory
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.rescue import save_or_rescue
 from trainer.train.resume import Start
@@ -65,35 +66,25 @@ from trainer.train.training_facts import model_files, training_facts
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
 REPLAY_FOLDER = "replay"
-HASHES_FILE = "model_hashes.json"
 TRACKER_NAME = "network_train"
 
 
 def train(command: ParsedCommand, reporter: Reporter) -> None:
     """The whole job. Raises `UserError` for what the user can fix and `StopRequested` after a requested stop."""
     options = command.options
-    for note in command.notes:
-        reporter.note(note)
+    if command.problems:
+        # Everything else that is wrong is reported with them; this always raises.
+        check_run(command, reporter)
     engine = Engine.start(options)
-    checked = check_run(options, reporter, num_processes=engine.num_processes)
-    tell_settings(command, checked.flux, reporter, num_processes=engine.num_processes)
+    checked = check_run(command, reporter, num_processes=engine.num_processes)
+    tell_settings(command, checked, reporter, num_processes=engine.num_processes)
     reporter.note(f"training on {engine.name()}, {engine.dtype}".replace("torch.", ""))
+    slow = slow_format(engine.device, engine.dtype, product_seconds)
+    if slow is not None:
+        reporter.warning(slow)
     warn_of_memory(checked, engine.total_bytes(), reporter)
     with _turn_on_device(options, engine, reporter):
         _train_checked(checked, engine, reporter)
-
-
-def tell_settings(
-    command: ParsedCommand, flux: TransformerParams, reporter: Reporter, *, num_processes: int = 1
-) -> None:
-    """What a run does otherwise than the reference trainer, and the defaults that train badly, loudly."""
-    for line in deviations(command.options, is_schnell=flux.is_schnell, num_processes=num_processes):
-        reporter.note(line)
-    weak = weak_defaults(
-        command.options, command.explicit, has_guidance=isinstance(flux, FluxParams) and flux.guidance_embed
-    )
-    if weak is not None:
-        reporter.warning(weak)
 
 
 def _turn_on_device(options: Options, engine: Engine, reporter: Reporter) -> AbstractContextManager[object]:
@@ -275,12 +266,7 @@ def _announce_plan(checked: CheckedRun, texts: TextPlan | None, engine: Engine, 
         num_texts=None if texts is None else len(texts.texts),
         text_bytes=None if texts is None else texts.num_bytes,
     )
-    reporter.note(
-        f"{index.num_images} pictures, {schedule.num_epochs} epochs of {schedule.steps_per_epoch} steps, "
-        f"{schedule.num_steps} steps in total"
-    )
-    if texts is not None:
-        reporter.note(str(texts))
+    reporter.note(plan_text(checked, texts, engine.total_bytes()))
 
 
 def _start_trackers(options: Options, engine: Engine, reporter: Reporter) -> None:
@@ -321,7 +307,11 @@ def attach_network(
     """The network around the transformer's layers, and those of the text encoders that are given, on the device; and how
     the file was written that it starts from."""
     network: AnyNetwork
+    for line in settings_without_layers(model, spec):
+        reporter.warning(line)
     if spec.kind == "lycoris":
+        if engine.dtype is torch.float16:
+            reporter.warning("lycoris.kohya does not keep fp16's range; if a loss is no number, use bf16")
         network = LycorisNetwork.attach(model, clip, spec, seed)
     else:
         flux = None if options.network_train_text_encoder_only else model

@@ -2,7 +2,7 @@
 
 Training writes one when a loss is no number; `python -m trainer replay` reads it. A safetensors file with
 `in.latents` and `in.noise` (B, 16, h, w), `in.timesteps` (B) in [0, 1000], `in.clip_pooled` (B, V), `in.t5_out` (B, L, D),
-`in.t5_attn_mask` (B, L) with 1 = real token (all, when absent), `in.loss_weights` (B) (1, when absent), `in.noisy` as
+`in.t5_attn_mask` (B, L) with 1 = real token (all, when absent; the padding that Chroma sees is added), `in.loss_weights` (B) (1, when absent), `in.noisy` as
 `in.latents` (made of the others, when absent), and `init.<key>` for each tensor of the LoRA (drawn from the seed, when
 there are none). The metadata's `options` are the words of a command line, as JSON.
 
@@ -26,6 +26,7 @@ from trainer.schema.base import Problem, UserError
 from trainer.schema.cli import to_argv
 from trainer.schema.options import GROUPS, Options
 from trainer.train.checkpoint import write_file
+from trainer.train.conditioning import VISIBLE_PADDING, show_padding
 from trainer.train.objective import FlowBatch
 
 LATENT_CHANNELS: Final = 16
@@ -66,6 +67,10 @@ def write_recording(path: Path, batch: FlowBatch, initial: Mapping[str, Tensor],
     """Writes a replay file for `batch`, whole or not at all. Raises `UserError` when the disk does not take it."""
     text = batch.text
     mask = torch.ones(text.txt.shape[:2], dtype=torch.int64) if text.mask is None else text.mask
+    if options.model_type == "chroma":
+        # The batch's mask shows padding, which a replay adds. A caption that fills the length loses its last token here
+        # and gets it back there.
+        mask = show_padding(mask, -VISIBLE_PADDING)
     tensors = {
         "in.latents": batch.latents,
         "in.noise": batch.noise,

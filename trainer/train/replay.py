@@ -26,7 +26,7 @@ from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.train.base_weights import merge_base_weights
 from trainer.train.check import check_replay
 from trainer.train.checkpoint import write_file
-from trainer.train.conditioning import TextInputs, text_inputs
+from trainer.train.conditioning import VISIBLE_PADDING, TextInputs, show_padding, text_inputs
 from trainer.train.engine import Engine
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, TrainingLoop
 from trainer.train.objective import Comparison, FlowBatch, FlowObjective
@@ -43,6 +43,8 @@ from trainer.train.recipe import (
 )
 from trainer.train.recording import Recording, read_recording
 from trainer.train.reporting import Reporter, StopRequested
+
+_ENCODER_LORAS = ("lora_te1_", "lora_te2_", "lora_te3_")
 
 
 def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: Path, num_steps: int) -> None:
@@ -64,9 +66,20 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
     for line in merge_base_weights({"unet": model}, options):
         reporter.note(line)
     network, _ = attach_network(options, checked.spec, model, engine, reporter, seed)
-    load_initial(network, recording.initial, source)
+    num_left_out = load_initial(network, recording.initial, source)
+    if num_left_out:
+        reporter.note(
+            f"{num_left_out} tensors of the text encoders' LoRA are not trained: the recorded text is encoded already"
+        )
     objective = flow_objective(options, model, _no_text, engine)
-    batch = batch_of(recording, objective, engine.device, apply_mask=options.apply_t5_attn_mask, seed=seed)
+    batch = batch_of(
+        recording,
+        objective,
+        engine.device,
+        apply_mask=options.apply_t5_attn_mask,
+        visible_padding=VISIBLE_PADDING if options.model_type == "chroma" else 0,
+        seed=seed,
+    )
     optimizer = create_optimizer(
         options.optimizer_type,
         network.parameter_groups(unet_rate(options), *text_encoder_rates(options)),
@@ -168,13 +181,19 @@ def _no_text(captions: Sequence[str]) -> TextInputs:
 
 
 def batch_of(
-    recording: Recording, objective: FlowObjective, device: torch.device, *, apply_mask: bool, seed: int
+    recording: Recording,
+    objective: FlowObjective,
+    device: torch.device,
+    *,
+    apply_mask: bool,
+    visible_padding: int = 0,
+    seed: int,
 ) -> FlowBatch:
-    """The recorded batch on the device, as the objective takes it."""
+    """The recorded batch on the device, as the objective takes it; `visible_padding` tokens are not masked."""
     text = text_inputs(
         recording.t5_out.to(device),
         recording.clip_pooled.to(device),
-        recording.t5_attn_mask.to(device),
+        show_padding(recording.t5_attn_mask.to(device), visible_padding),
         apply_mask=apply_mask,
     )
     batch = objective.mix(
@@ -198,13 +217,16 @@ def batch_of(
     )
 
 
-def load_initial(network: AnyNetwork, initial: Mapping[str, Tensor], source: Path) -> None:
+def load_initial(network: AnyNetwork, initial: Mapping[str, Tensor], source: Path) -> int:
     """Sets the LoRA to the recorded tensors: all of it, or nothing when none are recorded.
 
+    Tensors of a text encoder's LoRA are left out, as the recorded text has been through it; gives how many there are.
     Raises `UserError` when the recording is of another LoRA than the options describe.
     """
+    of_encoders = [key for key in initial if key.startswith(_ENCODER_LORAS)]
+    initial = {key: tensor for key, tensor in initial.items() if key not in of_encoders}
     if not initial:
-        return
+        return len(of_encoders)
     state = network.training_state()
     hint = "Give the options that the recording was made with: --network_dim, --network_args and so on."
     tensors = {key: tensor for key, tensor in initial.items() if not key.endswith(".alpha")}
@@ -226,6 +248,7 @@ def load_initial(network: AnyNetwork, initial: Mapping[str, Tensor], source: Pat
             raise UserError(what, str(source), hint, field="input")
         else:
             state[key].copy_(tensor)
+    return len(of_encoders)
 
 
 def _check_sizes(recording: Recording, model: Transformer, source: Path) -> None:

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from trainer.lora.lycoris import AnyNetwork
 from trainer.schema.options import Options
-from trainer.schema.run_folder import RunFolder
+from trainer.schema.run_folder import RUN_STATE, RunFolder
 from trainer.train.checkpoint import CheckpointKind, numbered_pattern, superseded_number
 from trainer.train.loop import Progress, SaveKind, StepPosition
 from trainer.train.random_state import random_state, set_random_state
 from trainer.train.reporting import Reporter
 from trainer.train.state_folder import (
-    RUN_STATE,
     StateHead,
     damaged,
     read_tensors,

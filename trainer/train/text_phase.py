@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
-from trainer.data.cache import CacheRequest, TensorCache, files_identity, text_key, text_requests
+from trainer.data.cache import Encode, TensorCache, text_key, text_requests
 from trainer.model.weights import load_clip_l, load_t5xxl
+from trainer.schema.folders import data_home
 from trainer.schema.memory import text_encoders_fit
+from trainer.schema.model_kinds import ModelKind
 from trainer.schema.options import Options
 from trainer.schema.weight_files import read_weights
 from trainer.train.base_weights import base_weights_identity, merge_base_weights
 from trainer.train.check import CheckedRun
 from trainer.train.conditioning import (
+    VISIBLE_PADDING,
     CachedText,
     ClipEncoder,
     ClipSource,
@@ -27,8 +30,9 @@ from trainer.train.conditioning import (
     TextSource,
 )
 from trainer.train.engine import Engine
+from trainer.train.file_hashes import HASHES_FILE, files_identity
 from trainer.train.reporting import Reporter
-from trainer.train.text_plan import VISIBLE_PADDING, TextPlan, text_dtype
+from trainer.train.text_plan import TextPlan, text_dtype
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
 
     max_length = checked.tokenizers.t5xxl_tokens
     on_disk = options.cache_text_encoder_outputs_to_disk
-    identity = _identity(checked, engine)
+    # What is in memory belongs to this run alone; reading ten gigabytes to name it would be for nothing.
+    identity = _identity(checked, engine, reporter) if on_disk else ""
     cache = TensorCache("text", on_disk=on_disk, warn=reporter.warning)
     # Prompts go beside the pictures, too: else the encoders would be loaded again for them alone.
     spare = checked.index.items[0].path.parent
@@ -89,9 +94,17 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
     )
     live_clip = _load_clip(checked, engine, engine.device) if trains_clip(checked) else None
     if missing := cache.missing(requests):
-        _encode(missing, cache, checked, engine, reporter)
+        cache.fill(
+            missing,
+            _encoder(checked, engine, _encoding_device(checked, engine, reporter)),
+            batch_size=_batch_size(options),
+            progress=reporter.progress,
+            check_commands=reporter.check_stop,
+        )
     else:
         reporter.note("all captions and prompts are cached: the text encoders are not needed")
+    # The device is full of the transformer by the time that one is found to be lost.
+    cache.recover_with(requests, lambda: _encoder(checked, engine, torch.device("cpu")))
     engine.free_cached_memory()
 
     def look_up(caption: str) -> StoredText:
@@ -109,16 +122,9 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
     return PreparedText(source, _clip_model(live_clip))
 
 
-def _encode(
-    missing: Sequence[CacheRequest[str]],
-    cache: TensorCache,
-    checked: CheckedRun,
-    engine: Engine,
-    reporter: Reporter,
-) -> None:
-    """Fills the cache. The encoders live no longer than this call."""
+def _encoder(checked: CheckedRun, engine: Engine, device: torch.device) -> Encode[str]:
+    """What fills the cache. It holds encoders of its own on `device`, which go when it goes."""
     options, dtype = checked.options, text_dtype(checked.options)
-    device = _encoding_device(checked, engine, reporter)
     encode_clip = _load_clip(checked, engine, device)
     encode_t5 = _load_t5(checked, engine, device)
 
@@ -133,13 +139,7 @@ def _encode(
         lengths = mask.sum(dim=1).tolist()
         return [{"vec": vec[row], "txt": txt[row, : int(lengths[row])]} for row in range(len(captions))]
 
-    cache.fill(
-        missing,
-        encode,
-        batch_size=_batch_size(options),
-        progress=reporter.progress,
-        check_commands=reporter.check_stop,
-    )
+    return encode
 
 
 def _encoding_device(checked: CheckedRun, engine: Engine, reporter: Reporter) -> torch.device:
@@ -192,20 +192,24 @@ def _load_t5(checked: CheckedRun, engine: Engine, device: torch.device) -> T5Enc
     )
 
 
-def _identity(checked: CheckedRun, engine: Engine) -> str:
+def _identity(checked: CheckedRun, engine: Engine, reporter: Reporter) -> str:
     """Everything that decides an encoding besides the caption."""
     options, tokenizers = checked.options, checked.tokenizers
+
+    def of_files(path: Path, kind: ModelKind) -> str:
+        return files_identity(read_weights(path, kind).files, data_home() / HASHES_FILE, reporter.check_stop)
+
     if options.t5xxl is None:
         raise AssertionError("the checks demand T5")
     if options.clip_l is None or tokenizers.clip_l is None:
         clip_file, clip_tokenizer = "no CLIP", f"visible padding {VISIBLE_PADDING}"
     else:
-        clip_file = files_identity(read_weights(options.clip_l, "clip_l").files)
+        clip_file = of_files(options.clip_l, "clip_l")
         clip_tokenizer = tokenizers.clip_l.identity
     return "|".join(
         (
             clip_file,
-            files_identity(read_weights(options.t5xxl, "t5xxl").files),
+            of_files(options.t5xxl, "t5xxl"),
             clip_tokenizer,
             tokenizers.t5xxl.identity,
             options.clip_l_activation,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import torch
 
@@ -14,10 +13,8 @@ from trainer.data.texts import run_texts
 from trainer.schema.model_kinds import format_bytes
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun
+from trainer.train.conditioning import VISIBLE_PADDING
 from trainer.train.schedule import Schedule
-
-VISIBLE_PADDING: Final = 1
-"""Padding tokens that Chroma's transformer sees after each caption; it was trained so."""
 
 
 @dataclass(frozen=True)
