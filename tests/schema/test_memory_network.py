@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.schema.test_memory import dev_estimate, part, phase
+from tests.schema.test_memory import DEV, dev_estimate, part, phase, usual_options
 from tests.tiny import TinyModels
 from trainer.lora.network import LoraNetwork
 from trainer.model.flux import Flux
 from trainer.model.weights import load_clip_l, load_t5xxl
 from trainer.schema.checkpoint_header import clip_params, flux_params, read_header, t5_params
 from trainer.schema.lora_spec import spec_from_network_args
+from trainer.schema.memory import estimate
 from trainer.schema.options import Options
 from trainer.schema.parameter_counts import PUBLISHED_AUTOENCODER, OtherModels
 from trainer.schema.trained_counts import trained_by, trained_sizes
@@ -96,8 +97,9 @@ def test_with_ranks_from_a_file_the_file_decides(tiny_models: TinyModels, tmp_pa
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "no"])
 def test_each_addition_costs_memory(precision: str) -> None:
-    def peak(*pairs: str, **changes: object) -> int:
-        return phase(dev_estimate(mixed_precision=precision, network_args=pairs, **changes), "training").peak_bytes
+    def peak(*pairs: str, **changes: bool) -> int:
+        options = usual_options(mixed_precision=precision, network_args=pairs, **changes)
+        return phase(estimate(DEV, options, width=512, height=512, batch_size=1), "training").peak_bytes
 
     plain = peak()
     for pairs in (("dora=1",), ("dora=1", "dora_axis=out"), ("pissa=1",), ("split_qkv=1",), ("in_dims=4,4,4,4,4",)):

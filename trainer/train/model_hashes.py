@@ -42,7 +42,7 @@ def legacy_file_hash(path: Path) -> str:
         return hashlib.sha256(file.read(_LEGACY_BYTES)).hexdigest()[:8]
 
 
-def file_sha256(path: Path, progress: Callable[[int, int], None]) -> str:
+def file_sha256(path: Path, progress: Callable[[int, int], object]) -> str:
     """SHA-256 of a whole file, in hexadecimal. Reads all of it: `progress(done, total)` gets bytes and may raise."""
     total, done = path.stat().st_size, 0
     digest = hashlib.sha256()
