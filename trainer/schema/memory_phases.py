@@ -14,6 +14,7 @@ from trainer.schema.activation_counts import (
     work_per_token,
 )
 from trainer.schema.chroma_header import ChromaParams, TransformerParams
+from trainer.schema.optimizers import moments_of, wanted_optimizer
 from trainer.schema.parameter_counts import OtherModels, autoencoder_count, clip_count, flux_counts, t5_count
 from trainer.schema.swap_counts import split_swap
 from trainer.schema.trained_counts import Trained, optimizer_state_bytes
@@ -212,13 +213,16 @@ class Sums:
 
     def _lora_parts(self, *, with_gradients: bool) -> list[Part]:
         options, sizes, total = self.options, self.trained.sizes, self.trained.total
-        is_8bit = options.use_8bit_adam or options.optimizer_type == "AdamW8bit"
+        num_moments, is_8bit = moments_of(wanted_optimizer(options))
         # fp32 master weights, and under autocast their copies in the type of the products.
         weight_bytes = 4 if self.value_bytes == 4 else 4 + self.value_bytes
         return [
             Part("LoRA weights", total * weight_bytes + 4 * self.trained.frozen),
             Part("LoRA gradients", 4 * total if with_gradients else 0),
-            Part("optimizer state", sum(optimizer_state_bytes(size, is_8bit=is_8bit) for size in sizes)),
+            Part(
+                "optimizer state",
+                sum(optimizer_state_bytes(size, is_8bit=is_8bit, num_moments=num_moments) for size in sizes),
+            ),
         ]
 
     def _t5_weights(self) -> Part:

@@ -183,8 +183,8 @@ def _block_linears(flux: TransformerParams, spec: LoraSpec) -> Iterator[tuple[st
             yield f"{prefix}linear2", c + m, c
 
 
-def optimizer_state_bytes(num_values: int, *, is_8bit: bool) -> int:
-    """Bytes of AdamW's two moments for one matrix; 8-bit state has one fp32 scale for 256 values."""
+def optimizer_state_bytes(num_values: int, *, is_8bit: bool, num_moments: float = 2) -> int:
+    """Bytes of an optimizer's moments (two for AdamW) for one matrix; 8-bit state has one fp32 scale for 256 values."""
     if is_8bit and num_values >= _MIN_8BIT_VALUES:
-        return 2 * (num_values + 4 * math.ceil(num_values / _8BIT_BLOCK))
-    return 8 * num_values
+        return round(num_moments * (num_values + 4 * math.ceil(num_values / _8BIT_BLOCK)))
+    return round(4 * num_moments * num_values)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -24,27 +25,46 @@ from trainer.schema.weight_files import read_weights
 from trainer.train.check import CheckedRun
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, files_identity
+from trainer.train.masks_phase import MaskSource, prepare_masks
 from trainer.train.reporting import Reporter
+
+
+@dataclass(frozen=True)
+class LoadedBatch:
+    """What a batch's latents are made of, and its masks (B, 1, h, w), None for none; on the host."""
+
+    pixels: Tensor
+    mask: Tensor | None
 
 
 class LatentSource(Protocol):
     """Gives each batch's latents. `load` runs ahead in threads; `finish` makes (B, 16, h, w) float32 on the device."""
+
+    @property
+    def masks(self) -> MaskSource: ...
 
     def load(self, plan: BatchPlan) -> Tensor: ...
 
     def finish(self, loaded: Tensor, generator: torch.Generator) -> Tensor: ...
 
 
-def loaded_batches(source: LatentSource, plans: Sequence[BatchPlan]) -> Generator[tuple[BatchPlan, Tensor], None, None]:
+def loaded_batches(
+    source: LatentSource, plans: Sequence[BatchPlan]
+) -> Generator[tuple[BatchPlan, LoadedBatch], None, None]:
     """The plans with what their latents are made of, read ahead of use; closing it ends the reading."""
-    with contextlib.closing(map_ahead(source.load, plans)) as loaded:
+
+    def load(plan: BatchPlan) -> LoadedBatch:
+        return LoadedBatch(source.load(plan), source.masks.load(plan))
+
+    with contextlib.closing(map_ahead(load, plans)) as loaded:
         yield from zip(plans, loaded, strict=True)
 
 
 class CachedLatents:
     """Latents that were encoded beforehand."""
 
-    def __init__(self, cache: TensorCache, identity: str, device: torch.device) -> None:
+    def __init__(self, cache: TensorCache, identity: str, device: torch.device, masks: MaskSource) -> None:
+        self.masks = masks
         self._cache = cache
         self._identity = identity
         self._device = device
@@ -60,7 +80,8 @@ class CachedLatents:
 class LiveLatents:
     """Encodes at every step, with a fresh draw of the posterior, as the reference trainer does without a cache."""
 
-    def __init__(self, autoencoder: AutoEncoder, engine: Engine, *, batch_size: int) -> None:
+    def __init__(self, autoencoder: AutoEncoder, engine: Engine, *, batch_size: int, masks: MaskSource) -> None:
+        self.masks = masks
         self._autoencoder = autoencoder
         self._dtype = autoencoder_dtype(autoencoder)
         self._engine = engine
@@ -108,9 +129,10 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
     """
     options = checked.options
     reporter.phase("latents")
+    masks = prepare_masks(checked, reporter)
     if not options.cache_latents:
         autoencoder = load_ae(options, engine, engine.device)
-        return LiveLatents(autoencoder, engine, batch_size=options.vae_batch_size), autoencoder
+        return LiveLatents(autoencoder, engine, batch_size=options.vae_batch_size, masks=masks), autoencoder
 
     if options.ae is None:
         raise AssertionError("the checks demand the autoencoder")
@@ -139,7 +161,7 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
         return _encoder(load_ae(options, engine, torch.device("cpu")), engine, torch.device("cpu"))
 
     cache.recover_with(requests, load_encoder)
-    return CachedLatents(cache, identity, engine.device), autoencoder
+    return CachedLatents(cache, identity, engine.device, masks), autoencoder
 
 
 def _encoder(autoencoder: AutoEncoder, engine: Engine, device: torch.device) -> Encode[Tensor]:

@@ -11,9 +11,12 @@ from typing import Final, Literal
 
 @dataclass(frozen=True)
 class SubsetFacts:
-    """One folder of pictures. `captions` holds one entry for each picture, before any shuffling or dropout."""
+    """One folder of pictures, or one metadata file that lists them (`is_listed`), named `place`.
 
-    image_dir: Path
+    `captions` holds one entry for each picture, before any shuffling or dropout.
+    """
+
+    place: Path
     captions: tuple[str, ...]
     num_repeats: int
     flip_aug: bool = False
@@ -29,6 +32,8 @@ class SubsetFacts:
     resize_interpolation: str | None = None
     class_tokens: str | None = None
     is_reg: bool = False
+    is_listed: bool = False
+    color_aug: bool = False
 
     @property
     def num_images(self) -> int:

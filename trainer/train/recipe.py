@@ -10,7 +10,7 @@ import dataclasses
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.batches import BatchPlan, epoch_batches, share_of_rank
+from trainer.data.validation import validation_batches
 from trainer.lora.form_reader import Origin
 from trainer.lora.forms import to_published
 from trainer.lora.lora_file import read_lora_file
@@ -45,12 +46,13 @@ from trainer.train.device_checks import product_seconds, slow_format
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, FileHashes
 from trainer.train.foreign_state import resume_foreign
-from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
+from trainer.train.latents_phase import LatentSource, LoadedBatch, load_ae, loaded_batches, prepare_latents
+from trainer.train.learning_rate import learning_rate_schedule
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
 from trainer.train.lora_form import base_layers
 from trainer.train.lost_numbers import explain_lost_numbers
 from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
-from trainer.train.optim import LearningRateSchedule, create_optimizer, optimizer_description
+from trainer.train.optim import create_optimizer, final_weights, optimizer_description
 from trainer.train.plan import plan_text, tell_settings, warn_of_memory
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.rescue import save_or_rescue
@@ -62,6 +64,7 @@ from trainer.train.state_saver import StateSaver, Trainables, resume_state
 from trainer.train.text_phase import prepare_text, trains_clip
 from trainer.train.text_plan import TextPlan, caption_course, plan_texts
 from trainer.train.training_facts import model_files, training_facts
+from trainer.train.validator import Validator
 
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
@@ -147,12 +150,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         save.tensors()
     sample = _sample_maker(checked, model, network, autoencoder, text.source, engine, reporter)
     settings = _loop_settings(checked, seed)
-    schedule = LearningRateSchedule(
-        optimizer,
-        options.lr_scheduler,
-        num_steps=checked.schedule.num_steps,
-        lr_warmup_steps=options.lr_warmup_steps,
-    )
+    schedule = learning_rate_schedule(options, optimizer, num_steps=checked.schedule.num_steps)
     scaler = engine.scaler()
     trained = Trainables(
         network, optimizer, schedule, scaler, engine.device, engine.rank, engine.num_processes, engine.gather
@@ -176,10 +174,11 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         reporter=reporter,
         rank=engine.rank,
         micro_batches=_micro_batches(
-            checked, latents, flow_objective(options, model, text.source, engine), engine, seed
+            checked, latents, flow_objective(options, model, network, text.source, engine), engine, seed
         ),
         save=save,
         sample=sample,
+        validate=_validator(checked, model, network, latents, text.source, engine, reporter),
         peak_bytes=engine.peak_bytes,
         before_step=network.before_step,
         after_step=partial(hold_norms, network, options.scale_weight_norms),
@@ -198,12 +197,14 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
                 raise _after_lost_numbers(lost, network, options, save, engine) from lost
         if was_stopped:
             if position.step > 0:
-                _save_for_good(save, position, "step")
+                with final_weights(optimizer):
+                    _save_for_good(save, position, "step")
                 # It was not asked for: when the run is resumed it is as old as any other.
                 save.requested.discard(position.step)
                 states.save_stopped(loop.progress)
             raise StopRequested
-        _save_for_good(save, position, "final")
+        with final_weights(optimizer):
+            _save_for_good(save, position, "final")
         # Behind the LoRA: a disk that is full by now costs the state. (The reference has them the other way round.)
         states.save_final(loop.progress)
 
@@ -253,6 +254,7 @@ def _announce_plan(checked: CheckedRun, texts: TextPlan | None, engine: Engine, 
     schedule, index = checked.schedule, checked.index
     reporter.plan(
         num_images=index.num_images,
+        num_validation_images=len(index.validation),
         num_batches_per_epoch=schedule.micro_steps_per_epoch,
         num_epochs=schedule.num_epochs,
         num_steps=schedule.num_steps,
@@ -443,6 +445,42 @@ def _sample_maker(
     return sample
 
 
+def _validator(
+    checked: CheckedRun,
+    model: Transformer,
+    network: AnyNetwork,
+    latents: LatentSource,
+    text: TextSource,
+    engine: Engine,
+    reporter: Reporter,
+) -> Validator | None:
+    """What gives the validation loss; None when no picture is held back."""
+    options = checked.options
+    if not checked.index.validation:
+        return None
+    plans = validation_batches(
+        checked.index.validation,
+        [dataset.spec.batch_size for dataset in checked.index.datasets],
+        options.max_validation_steps,
+    )
+    return Validator(
+        plans,
+        seed=options.validation_seed or 0,
+        latents=latents,
+        text=text,
+        model=model,
+        network=network,
+        guidance_scale=options.guidance_scale,
+        autocast=engine.autocast,
+        compute_dtype=engine.dtype,
+        device=engine.device,
+        reporter=reporter,
+        rank=engine.rank,
+        num_processes=engine.num_processes,
+        reduce_mean=engine.reduce_mean,
+    )
+
+
 def _loop_settings(checked: CheckedRun, seed: int) -> LoopSettings:
     options, schedule = checked.options, checked.schedule
     return LoopSettings(
@@ -457,10 +495,24 @@ def _loop_settings(checked: CheckedRun, seed: int) -> LoopSettings:
         sample_every_n_steps=options.sample_every_n_steps,
         sample_every_n_epochs=options.sample_every_n_epochs,
         sample_at_first=options.sample_at_first,
+        validate_every_n_steps=options.validate_every_n_steps,
+        validate_every_n_epochs=options.validate_every_n_epochs,
     )
 
 
-def flow_objective(options: Options, model: Transformer, text: TextSource, engine: Engine) -> FlowObjective:
+@contextlib.contextmanager
+def network_off(network: AnyNetwork) -> Generator[None, None, None]:
+    """The base model alone, while entered."""
+    network.set_multiplier(0.0)
+    try:
+        yield
+    finally:
+        network.set_multiplier(1.0)
+
+
+def flow_objective(
+    options: Options, model: Transformer, network: AnyNetwork, text: TextSource, engine: Engine
+) -> FlowObjective:
     return FlowObjective(
         model,
         text,
@@ -483,10 +535,12 @@ def flow_objective(options: Options, model: Transformer, text: TextSource, engin
             min_timestep=options.min_timestep,
             max_timestep=options.max_timestep,
             rounds_timesteps=options.round_timesteps,
+            divides_by_mask=options.masked_loss_normalize,
         ),
         autocast=engine.autocast,
         compute_dtype=engine.dtype,
         device=engine.device,
+        without_network=partial(network_off, network),
     )
 
 
@@ -495,7 +549,7 @@ class PlannedBatch:
     """One batch of the data: gives its loss, and can be drawn again with the same generator."""
 
     plan: BatchPlan
-    loaded: Tensor
+    loaded: LoadedBatch
     latents: LatentSource
     objective: FlowObjective
     device: torch.device
@@ -504,11 +558,15 @@ class PlannedBatch:
         return self.objective.loss(self.draw(generator))
 
     def draw(self, generator: torch.Generator) -> FlowBatch:
+        items, mask = self.plan.items, self.loaded.mask
+        preserved = torch.tensor([planned.is_preserved for planned in items], device=self.device)
         return self.objective.draw(
-            self.latents.finish(self.loaded, generator),
-            [planned.caption for planned in self.plan.items],
-            torch.tensor([planned.loss_weight for planned in self.plan.items], device=self.device),
+            self.latents.finish(self.loaded.pixels, generator),
+            [planned.caption for planned in items],
+            torch.tensor([planned.loss_weight for planned in items], device=self.device),
             generator,
+            mask=None if mask is None else mask.to(self.device),
+            preserved=preserved if any(planned.is_preserved for planned in items) else None,
         )
 
 

@@ -113,7 +113,7 @@ def training_facts(
         model_type=options.model_type,
         base_model_name=flux.name,
         base_model_legacy_hash=flux.legacy_hash,
-        settings=used_settings(options),
+        settings={**used_settings(options), "ss_num_validation_images": len(checked.index.validation)},
         other_models=models,
         own=_own_settings(options, weight_dtype),
         min_timestep=options.min_timestep,
@@ -160,7 +160,9 @@ def _dataset_facts(summary: DatasetSummary, checked: CheckedRun) -> DatasetFacts
 def _subset_facts(summary: SubsetSummary, checked: CheckedRun) -> SubsetFacts:
     spec = summary.spec
     return SubsetFacts(
-        image_dir=spec.image_dir,
+        place=spec.place if spec.metadata_file is None else spec.metadata_file,
+        is_listed=spec.metadata_file is not None,
+        color_aug=spec.color_aug,
         captions=tuple(item.caption for item in checked.index.items if item.subset is spec),
         num_repeats=spec.num_repeats,
         flip_aug=spec.flip_aug,
