@@ -35,9 +35,19 @@ class LatentSource(Protocol):
     def finish(self, loaded: Tensor, generator: torch.Generator) -> Tensor: ...
 
 
-def loaded_batches(source: LatentSource, plans: Sequence[BatchPlan]) -> Generator[tuple[BatchPlan, Tensor], None, None]:
-    """The plans with what their latents are made of, read ahead of use; closing it ends the reading."""
-    with contextlib.closing(map_ahead(source.load, plans)) as loaded:
+def loaded_batches(
+    source: LatentSource, plans: Sequence[BatchPlan], *, num_threads: int
+) -> Generator[tuple[BatchPlan, Tensor], None, None]:
+    """The plans with what their latents are made of, read ahead of use by `num_threads`; closing it ends the reading.
+
+    Threads, not processes: decoding, resizing and reading release the interpreter, a batch needs no copy to another
+    process, and what is cached in memory is there only once. Everything random has been decided in the plans.
+    """
+    if num_threads == 0:
+        yield from ((plan, source.load(plan)) for plan in plans)
+        return
+    ahead = max(2, num_threads)
+    with contextlib.closing(map_ahead(source.load, plans, num_threads=num_threads, num_ahead=ahead)) as loaded:
         yield from zip(plans, loaded, strict=True)
 
 
@@ -117,7 +127,9 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
     files = read_weights(options.ae, "autoencoder").files
     file_hashes = files_identity(files, data_home() / HASHES_FILE, reporter.check_stop)
     identity = f"{file_hashes}|{engine.autoencoder_dtype(no_half=options.no_half_vae)}"
-    cache = TensorCache("latents", on_disk=options.cache_latents_to_disk, warn=reporter.warning)
+    cache = TensorCache(
+        "latents", on_disk=options.cache_latents_to_disk, warn=reporter.warning, skip_check=options.skip_cache_check
+    )
     requests = latent_requests(checked.index, encoder=identity)
     autoencoder: AutoEncoder | None = None
     if missing := cache.missing(requests):
