@@ -38,7 +38,7 @@ CAPTIONS = (
     "colourful gradient, smooth shading",
     "dotted texture with soft noise and blur",
 )
-SUBSET = SubsetFacts(image_dir=Path("data/images"), captions=CAPTIONS, num_repeats=2)
+SUBSET = SubsetFacts(place=Path("data/images"), captions=CAPTIONS, num_repeats=2)
 DATASET = DatasetFacts(
     subsets=(SUBSET,),
     resolution=(256, 256),
@@ -125,7 +125,7 @@ def test_the_same_run_writes_what_the_reference_wrote(golden: Path) -> None:
 
 
 def test_without_a_dataset_file_the_folder_keys_are_written() -> None:
-    reg = replace(SUBSET, image_dir=Path("reg/1_thing"), captions=("a thing",), num_repeats=3, is_reg=True)
+    reg = replace(SUBSET, place=Path("reg/1_thing"), captions=("a thing",), num_repeats=3, is_reg=True)
     dataset = replace(DATASET, subsets=(replace(SUBSET, flip_aug=True), reg), batch_size=2, resolution=(512, 768))
     ours = metadata_of(
         replace(FACTS, uses_dataset_config=False, datasets=(dataset,), num_processes=2, gradient_accumulation_steps=4)

@@ -13,7 +13,7 @@ from trainer.schema.events import EventReader, EventWriter
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun, check_run
 from trainer.train.engine import Engine
-from trainer.train.latents_phase import loaded_batches, prepare_latents
+from trainer.train.latents_phase import LoadedBatch, loaded_batches, prepare_latents
 from trainer.train.recipe import train
 from trainer.train.reporting import Reporter
 from trainer.train.text_plan import caption_course
@@ -40,7 +40,7 @@ def words(models: TinyModels, folder: Path, *more: str) -> list[str]:
     ]
 
 
-def loaded(checked: CheckedRun, epoch: int, num_threads: int) -> list[tuple[BatchPlan, torch.Tensor]]:
+def loaded(checked: CheckedRun, epoch: int, num_threads: int) -> list[tuple[BatchPlan, LoadedBatch]]:
     options: Options = checked.options
     source, _ = prepare_latents(checked, Engine.start(options), Reporter(is_main=False))
     course = caption_course(options, checked.schedule, 1)
@@ -53,7 +53,7 @@ def test_an_epoch_is_the_same_with_0_and_4_data_workers(tiny_models: TinyModels,
         alone, ahead = (loaded(checked, epoch, num_threads) for num_threads in (0, 4))
         assert len(alone) == 6
         assert [plan for plan, _ in alone] == [plan for plan, _ in ahead]
-        assert all(torch.equal(ours, theirs) for (_, ours), (_, theirs) in zip(alone, ahead, strict=True))
+        assert all(torch.equal(ours.pixels, theirs.pixels) for (_, ours), (_, theirs) in zip(alone, ahead, strict=True))
     captions = [item.caption for plan, _ in alone for item in plan.items]
     assert len(set(captions)) > 3, "captions vary"
 

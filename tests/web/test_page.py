@@ -22,12 +22,14 @@ from safetensors import safe_open
 
 from fluxgui.run_state import RunState, fold
 from tests.fluxgui.sparse_flux import make_sparse_flux
+from trainer.tools.demo_page import samples_by_moment
+from trainer.tools.emblem import RECOGNISED, emblem_likeness
 from trainer.tools.tiny_pictures import make_images
 
-pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(480)]
 
 ROOT = Path(__file__).parents[2]
-RUN_SECONDS = 240
+RUN_SECONDS = 360
 
 
 @dataclass
@@ -184,6 +186,13 @@ def test_the_demo_from_the_first_visit_to_the_downloaded_file(app: App, page: Pa
     pictures = page.locator("#run-samples section img")
     pictures.last.scroll_into_view_if_needed()
     wait_until(lambda: bool(pictures.evaluate_all("all => all.length > 1 && all.every(i => i.naturalWidth == 96)")))
+
+    # The concept appears: the first two sample prompts have its trigger word, the others have not.
+    moments = samples_by_moment(run / "samples")
+    before, *_, after = [[emblem_likeness(picture) for picture in row] for row in moments.values()]
+    assert max(before[:4]) < RECOGNISED
+    assert min(after[:2]) > RECOGNISED
+    assert max(after[2:]) < RECOGNISED
 
     final = page.locator("#run-checkpoints li", has_text="final").locator("a.download")
     with page.expect_download() as waiting:

@@ -80,9 +80,11 @@ def _chroma_settings(options: Options, explicit: frozenset[str]) -> Iterator[tup
 def option_advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
     """One line for each setting that has no effect beside others."""
     if options.dataset_config is not None:
-        for name in ("train_data_dir", "reg_data_dir"):
+        for name in ("train_data_dir", "reg_data_dir", "in_json"):
             if name in explicit and getattr(options, name) is not None:
                 yield f"{name} has no effect beside dataset_config"
+    elif options.in_json is not None and options.reg_data_dir is not None:
+        yield "reg_data_dir has no effect beside in_json"
     if {"max_train_epochs", "max_train_steps"} <= explicit and options.max_train_epochs is not None:
         yield f"max_train_steps has no effect: max_train_epochs {options.max_train_epochs} wins"
     every_epochs, every_steps = options.sample_every_n_epochs, options.sample_every_n_steps

@@ -11,7 +11,7 @@ from trainer.schema.memory import max_blocks_to_swap
 from trainer.schema.network_rules import network_contradictions
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
-from trainer.schema.options_data import SIZE_STEP
+from trainer.schema.options_data import CHANGES_PIXELS, SIZE_STEP
 
 # The published transformer's depth; a pruned one has less.
 _FLUX_DEPTH: Final = (19, 38)
@@ -42,12 +42,11 @@ def broken_rules(options: Options, explicit: frozenset[str]) -> Iterator[tuple[t
 
 def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tuple[tuple[str, ...], str, str]]:
     """(names, what, hint) of each contradiction. The first name is the option to change."""
-    if (options.cache_latents or options.cache_latents_to_disk) and options.random_crop:
-        yield (
-            ("random_crop", "cache_latents"),
-            "random_crop cuts pictures anew in every step, which cache_latents rules out",
-            "Turn one of the two off.",
-        )
+    if options.cache_latents or options.cache_latents_to_disk:
+        for name, effect in CHANGES_PIXELS.items():
+            if getattr(options, name):
+                what = f"{name} {effect} in every step, which cache_latents rules out"
+                yield (name, "cache_latents"), what, "Turn one of the two off."
     if options.lr_scheduler == "constant" and options.lr_warmup_steps:
         yield (
             ("lr_warmup_steps", "lr_scheduler"),

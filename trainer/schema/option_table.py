@@ -116,7 +116,9 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "controlnet_model_name_or_path": _inert(
             "model", "A ControlNet.", "a LoRA is trained without a ControlNet", "path"
         ),
-        "conditioning_data_dir": _inert("dataset", "Folder of mask pictures.", "masks are not supported", "path"),
+        "conditioning_data_dir": _inert(
+            "dataset", "Folder of mask pictures.", "it is a key of the dataset file's subsets", "path"
+        ),
         "sample_sampler": _inert(
             "samples",
             "How samples are drawn.",
@@ -171,42 +173,21 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             choices=(*DYNAMO_BACKENDS, "no"),
         ),
         # Data.
-        "cache_info": _refused(
-            "cache",
-            "Keep captions and sizes of a folder in a file.",
-            "it is not supported yet; captions and sizes are read from the files",
-        ),
-        "color_aug": _refused(
-            "dataset", "Vary colours a little at random.", "colour augmentation is not supported yet; leave it out"
-        ),
-        "face_crop_aug_range": _refused(
+        "cache_info": _inert(
             "dataset",
-            "Crop around faces, by factors from the first to the second number.",
-            "face crops are not supported yet; crop the pictures beforehand",
-            "text",
+            "Keep captions and sizes in a file.",
+            "captions and sizes are read from the files at every start, so that they are never out of date",
         ),
         "debug_dataset": _refused(
             "dataset",
             "Print what would be trained on and stop.",
             "it is not supported; python -m trainer check reports on options and files",
         ),
-        "alpha_mask": _refused(
-            "dataset", "Train more where pictures are opaque.", "masks are not supported yet; leave it out"
-        ),
-        "masked_loss": _refused(
-            "flow", "Train only where mask pictures are white.", "masks are not supported yet; leave it out"
-        ),
         "dataset_class": _refused(
             "dataset",
             "A Python class that makes the dataset.",
             "it runs code of another program and is not supported; use --dataset_config",
             "text",
-        ),
-        "in_json": _refused(
-            "dataset",
-            "Metadata file with captions.",
-            "metadata files are not supported yet; use caption files beside the pictures",
-            "path",
         ),
         "weighted_captions": _refused(
             "dataset", "Weigh words that are in (brackets).", "FLUX's text encoders have no weighted form; leave it out"

@@ -65,6 +65,7 @@ OUR_OPTIONS: Final = frozenset(
         "clip_l_activation",
         "device",
         "lora_form",
+        "masked_loss_normalize",
         "round_timesteps",
         "run_dir",
     }

@@ -176,6 +176,14 @@ class FlowOptions(OptionGroup):
     prior_loss_weight: Annotated[
         float, Field(ge=0), Opt("Weight of regularisation pictures.", "Regularisation weight", "expert")
     ] = 1.0
+    masked_loss: Annotated[
+        bool,
+        Opt("Masks from conditioning_data_dir in the dataset file: black counts nothing.", "Masked loss", "advanced"),
+    ] = False
+    masked_loss_normalize: Annotated[
+        bool,
+        Opt("Divide by the mask's area, so that small areas are learnt as strongly.", "Mask by area", "expert"),
+    ] = False
     ip_noise_gamma: Annotated[
         float | None, Field(ge=0), Opt("Extra noise on the model's input, about 0.1.", "Input perturbation", "expert")
     ] = None

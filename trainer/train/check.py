@@ -66,7 +66,8 @@ def check_run(command: ParsedCommand, reporter: Reporter, *, num_processes: int 
     if options.sample_prompts is not None and not findings.has("sample_prompts"):
         path: Path = options.sample_prompts
         prompts = findings.attempt(lambda: tuple(read_sample_prompts(path)))
-    dataset = None if findings.has("dataset_config") else findings.attempt(lambda: dataset_config(options))
+    has_file = not findings.has("dataset_config") and not findings.has("in_json")
+    dataset = None if not has_file else findings.attempt(lambda: dataset_config(options))
     index: DatasetIndex | None = None
     if dataset is not None:
         found: DatasetConfig = dataset

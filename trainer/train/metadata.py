@@ -75,9 +75,12 @@ _MINIMUM_KEYS: Final = (
 
 @dataclass(frozen=True)
 class SubsetFacts:
-    """One folder of pictures. `captions` holds one entry for each picture, before any shuffling or dropout."""
+    """One folder of pictures, or one metadata file that lists them (`is_listed`), named `place`.
 
-    image_dir: Path
+    `captions` holds one entry for each picture, before any shuffling or dropout.
+    """
+
+    place: Path
     captions: tuple[str, ...]
     num_repeats: int
     flip_aug: bool = False
@@ -93,6 +96,8 @@ class SubsetFacts:
     resize_interpolation: str | None = None
     class_tokens: str | None = None
     is_reg: bool = False
+    is_listed: bool = False
+    color_aug: bool = False
 
     @property
     def num_images(self) -> int:
@@ -341,13 +346,13 @@ def _dataset_file_values(datasets: Sequence[DatasetFacts]) -> dict[str, object]:
         for folder, tags in dataset_frequency.items():
             frequency.setdefault(folder, tags)
         for subset in dataset.subsets:
-            folders[_free_name(subset.image_dir.name, folders)] = {
+            folders[_free_name(subset.place.name, folders)] = {
                 "n_repeats": subset.num_repeats,
                 "img_count": subset.num_images,
             }
         described.append(
             {
-                "is_dreambooth": True,
+                "is_dreambooth": not any(subset.is_listed for subset in dataset.subsets),
                 "batch_size_per_device": dataset.batch_size,
                 "num_train_images": dataset.count_images(is_reg=False),
                 "num_reg_images": dataset.count_images(is_reg=True),
@@ -376,7 +381,7 @@ def _folder_values(facts: TrainingFacts) -> dict[str, object]:
         "ss_batch_size_per_device": dataset.batch_size,
         "ss_total_batch_size": dataset.batch_size * facts.num_processes * facts.gradient_accumulation_steps,
         "ss_resolution": dataset.resolution,
-        "ss_color_aug": False,
+        "ss_color_aug": any(subset.color_aug for subset in dataset.subsets),
         "ss_flip_aug": any(subset.flip_aug for subset in dataset.subsets),
         "ss_random_crop": any(subset.random_crop for subset in dataset.subsets),
         "ss_shuffle_caption": any(subset.shuffle_caption for subset in dataset.subsets),
@@ -393,14 +398,14 @@ def _folder_values(facts: TrainingFacts) -> dict[str, object]:
 
 
 def _folder_counts(subsets: Iterable[SubsetFacts]) -> dict[str, dict[str, int]]:
-    return {s.image_dir.name: {"n_repeats": s.num_repeats, "img_count": s.num_images} for s in subsets}
+    return {s.place.name: {"n_repeats": s.num_repeats, "img_count": s.num_images} for s in subsets}
 
 
 def _subset_values(subset: SubsetFacts) -> dict[str, object]:
     return {
         "img_count": subset.num_images,
         "num_repeats": subset.num_repeats,
-        "color_aug": False,
+        "color_aug": subset.color_aug,
         "flip_aug": subset.flip_aug,
         "random_crop": subset.random_crop,
         "shuffle_caption": subset.shuffle_caption,
@@ -411,9 +416,11 @@ def _subset_values(subset: SubsetFacts) -> dict[str, object]:
         "caption_prefix": subset.caption_prefix,
         "caption_suffix": subset.caption_suffix,
         "resize_interpolation": subset.resize_interpolation,
-        "image_dir": subset.image_dir.name,
-        "class_tokens": subset.class_tokens,
-        "is_reg": subset.is_reg,
+        **(
+            {"metadata_file": subset.place.name}
+            if subset.is_listed
+            else {"image_dir": subset.place.name, "class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
+        ),
     }
 
 
@@ -443,7 +450,7 @@ def tag_frequency(subsets: Iterable[SubsetFacts]) -> dict[str, dict[str, int]]:
     """
     frequency: dict[str, dict[str, int]] = {}
     for subset in subsets:
-        tags = frequency.setdefault(subset.image_dir.name, {})
+        tags = frequency.setdefault(subset.place.name, {})
         for caption in subset.captions:
             for tag in (part.strip().lower() for part in caption.split(",")):
                 if tag:

@@ -8,6 +8,7 @@ from trainer.data.captions import caption_notes
 from trainer.schema.advice import deviations, weak_defaults
 from trainer.schema.checkpoint_header import FluxParams, format_bytes
 from trainer.schema.cli import ParsedCommand
+from trainer.schema.dataset_advice import dataset_advice
 from trainer.schema.memory import Estimate, estimate, usable_bytes
 from trainer.train.check import CheckedRun
 from trainer.train.reporting import Reporter
@@ -21,6 +22,7 @@ def tell_settings(command: ParsedCommand, checked: CheckedRun, reporter: Reporte
     lines = [
         *command.notes,
         *_prompt_notes(checked),
+        *dataset_advice(checked.dataset, checked.options),
         *_caption_lines(checked),
         *deviations(command.options, is_schnell=is_schnell, num_processes=num_processes),
     ]
@@ -43,7 +45,7 @@ def _prompt_notes(checked: CheckedRun) -> Iterator[str]:
 def _caption_lines(checked: CheckedRun) -> Iterator[str]:
     for subset in dict.fromkeys(item.subset for item in checked.index.items):
         for note in caption_notes(subset):
-            yield f"{subset.image_dir}: {note}"
+            yield f"{subset.place}: {note}"
 
 
 def estimate_run(checked: CheckedRun, total_bytes: int | None = None) -> Estimate:

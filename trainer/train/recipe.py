@@ -10,7 +10,7 @@ import dataclasses
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -45,7 +45,7 @@ from trainer.train.device_checks import product_seconds, slow_format
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, FileHashes
 from trainer.train.foreign_state import resume_foreign
-from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
+from trainer.train.latents_phase import LatentSource, LoadedBatch, load_ae, loaded_batches, prepare_latents
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
 from trainer.train.lora_form import base_layers
 from trainer.train.lost_numbers import explain_lost_numbers
@@ -175,7 +175,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         reporter=reporter,
         rank=engine.rank,
         micro_batches=_micro_batches(
-            checked, latents, flow_objective(options, model, text.source, engine), engine, seed
+            checked, latents, flow_objective(options, model, network, text.source, engine), engine, seed
         ),
         save=save,
         sample=sample,
@@ -459,7 +459,19 @@ def _loop_settings(checked: CheckedRun, seed: int) -> LoopSettings:
     )
 
 
-def flow_objective(options: Options, model: Transformer, text: TextSource, engine: Engine) -> FlowObjective:
+@contextlib.contextmanager
+def network_off(network: AnyNetwork) -> Generator[None, None, None]:
+    """The base model alone, while entered."""
+    network.set_multiplier(0.0)
+    try:
+        yield
+    finally:
+        network.set_multiplier(1.0)
+
+
+def flow_objective(
+    options: Options, model: Transformer, network: AnyNetwork, text: TextSource, engine: Engine
+) -> FlowObjective:
     return FlowObjective(
         model,
         text,
@@ -482,10 +494,12 @@ def flow_objective(options: Options, model: Transformer, text: TextSource, engin
             min_timestep=options.min_timestep,
             max_timestep=options.max_timestep,
             rounds_timesteps=options.round_timesteps,
+            divides_by_mask=options.masked_loss_normalize,
         ),
         autocast=engine.autocast,
         compute_dtype=engine.dtype,
         device=engine.device,
+        without_network=partial(network_off, network),
     )
 
 
@@ -494,7 +508,7 @@ class PlannedBatch:
     """One batch of the data: gives its loss, and can be drawn again with the same generator."""
 
     plan: BatchPlan
-    loaded: Tensor
+    loaded: LoadedBatch
     latents: LatentSource
     objective: FlowObjective
     device: torch.device
@@ -503,11 +517,15 @@ class PlannedBatch:
         return self.objective.loss(self.draw(generator))
 
     def draw(self, generator: torch.Generator) -> FlowBatch:
+        items, mask = self.plan.items, self.loaded.mask
+        preserved = torch.tensor([planned.is_preserved for planned in items], device=self.device)
         return self.objective.draw(
-            self.latents.finish(self.loaded, generator),
-            [planned.caption for planned in self.plan.items],
-            torch.tensor([planned.loss_weight for planned in self.plan.items], device=self.device),
+            self.latents.finish(self.loaded.pixels, generator),
+            [planned.caption for planned in items],
+            torch.tensor([planned.loss_weight for planned in items], device=self.device),
             generator,
+            mask=None if mask is None else mask.to(self.device),
+            preserved=preserved if any(planned.is_preserved for planned in items) else None,
         )
 
 

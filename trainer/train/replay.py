@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
         reporter.note(
             f"{num_left_out} tensors of the text encoders' LoRA are not trained: the recorded text is encoded already"
         )
-    objective = flow_objective(options, model, _no_text, engine)
+    objective = flow_objective(options, model, network, _no_text, engine)
     batch = batch_of(
         recording,
         objective,
@@ -204,16 +205,11 @@ def batch_of(
         recording.loss_weights.to(device),
         torch.Generator().manual_seed(seed),
     )
-    if recording.noisy is None:
-        return batch
-    return FlowBatch(
-        batch.latents,
-        batch.noise,
-        batch.sigmas,
-        batch.timesteps,
-        recording.noisy.to(device),
-        batch.text,
-        batch.loss_weights,
+    return replace(
+        batch,
+        noisy=batch.noisy if recording.noisy is None else recording.noisy.to(device),
+        mask=None if recording.mask is None else recording.mask.to(device),
+        preserved=None if recording.preserved is None else recording.preserved.to(device),
     )
 
 

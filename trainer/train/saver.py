@@ -252,7 +252,9 @@ def _dataset_facts(summary: DatasetSummary, checked: CheckedRun) -> DatasetFacts
 def _subset_facts(summary: SubsetSummary, checked: CheckedRun) -> SubsetFacts:
     spec = summary.spec
     return SubsetFacts(
-        image_dir=spec.image_dir,
+        place=spec.place if spec.metadata_file is None else spec.metadata_file,
+        is_listed=spec.metadata_file is not None,
+        color_aug=spec.color_aug,
         captions=tuple(item.caption for item in checked.index.items if item.subset is spec),
         num_repeats=spec.num_repeats,
         flip_aug=spec.flip_aug,
