@@ -148,7 +148,7 @@ def test_a_mistake_in_the_words_is_explained(words: list[str], what: str, hint: 
 
 
 def test_all_problems_come_at_once() -> None:
-    words = ["--network_dim=0", "--learning_rat3", "5", "--optimizer_type=Lion", "--seed=x", "--loss_type=huber"]
+    words = ["--network_dim=0", "--learning_rat3", "5", "--optimizer_type=Lyon", "--seed=x", "--loss_type=huber"]
     words += ["--huber_schedule=snr"]
     assert {problem.field for problem in problems(*words)} == {
         "learning_rat3",

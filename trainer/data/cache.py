@@ -18,6 +18,7 @@ from typing import Generic, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from trainer.data.buckets import centre_crop
 from trainer.data.cache_files import KEY_DIGITS, Entry, entry_path, mark_used, read_entry, write_entry
 from trainer.data.images import Picture, map_ahead, read_pixels
 from trainer.data.index import DatasetIndex, Progress
@@ -80,8 +81,10 @@ def latent_requests(index: DatasetIndex, *, encoder: str) -> list[CacheRequest[T
             picture.bucket,
             partial(_read_unchanged, picture, read_pixels),
         )
-        for item in index.items
-        for picture in item.centre_pictures()
+        for picture in (
+            *(picture for item in index.items for picture in item.centre_pictures()),
+            *(item.picture(centre_crop(item.fit), is_flipped=False) for item in index.validation),
+        )
     ]
 
 
@@ -94,7 +97,7 @@ def mask_requests(index: DatasetIndex) -> list[CacheRequest[Tensor]]:
     """The masks of all pictures in `latent_requests`; `load` gives (h, w)."""
     return [
         CacheRequest(mask_key(mask), mask.path.parent, mask.bucket, partial(_read_unchanged, mask, read_mask))
-        for item in index.items
+        for item in (*index.items, *index.validation)
         for mask in item.centre_masks()
     ]
 

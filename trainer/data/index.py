@@ -20,6 +20,7 @@ from trainer.data.images import Picture, map_ahead
 from trainer.data.listing import Found, all_masks, find_pictures, names, system_reason
 from trainer.data.masks import Mask, has_shape_of
 from trainer.data.picture_notes import picture_notes
+from trainer.data.validation_split import split_validation
 from trainer.schema.base import Problem, UserError
 from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec, SubsetSpec
 
@@ -154,6 +155,8 @@ class DatasetIndex:
     datasets: tuple[DatasetSummary, ...]
     missing_captions: tuple[Path, ...]
     warnings: tuple[str, ...]
+    validation: tuple[Item, ...] = ()
+    """What is held back; no picture of it is among the items."""
 
     @property
     def num_images(self) -> int:
@@ -191,6 +194,9 @@ def index_dataset(config: DatasetConfig, *, progress: Progress | None = None) ->
     items = _make_items(config, found, facts, masks, captions, problems)
     if problems:
         raise UserError.many(problems, exit_code=3)
+    split = split_validation(items, config)
+    warnings.extend(split.warnings)
+    items = list(split.training)
     drawn = [_balance(position, items, warnings) for position in range(len(config.datasets))]
     missing = tuple(dict.fromkeys(path for subset in found for path in _missing(subset, captions[subset])))
     warnings.extend(_caption_warnings(found, captions, missing))
@@ -203,6 +209,7 @@ def index_dataset(config: DatasetConfig, *, progress: Progress | None = None) ->
         ),
         missing_captions=missing,
         warnings=tuple(warnings),
+        validation=split.validation,
     )
 
 
@@ -479,10 +486,10 @@ def _summarise(
     return DatasetSummary(
         spec=spec,
         subsets=tuple(
-            SubsetSummary(subset.spec, len(subset.paths), tag_frequency(captions(subset))) for subset in found
+            SubsetSummary(subset.spec, len(captions(subset)), tag_frequency(captions(subset))) for subset in found
         ),
-        num_train_images=sum(len(s.paths) * s.spec.num_repeats for s in found if not s.spec.is_reg),
-        num_reg_images=sum(len(s.paths) * s.spec.num_repeats for s in found if s.spec.is_reg),
+        num_train_images=sum(len(captions(s)) * s.spec.num_repeats for s in found if not s.spec.is_reg),
+        num_reg_images=sum(len(captions(s)) * s.spec.num_repeats for s in found if s.spec.is_reg),
         bucket_counts={size: counts[size] for size in sorted(counts)},
         mean_aspect_error=sum(errors) / len(errors) if errors else 0.0,
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal, cast
 
-from trainer.schema.option_table import NOT_SUPPORTED
 from trainer.schema.options_data import SIZE_STEP, parse_face_crop_range, parse_resolution
 
 
@@ -93,6 +92,8 @@ class DatasetSpec:
     bucket_no_upscale: bool
     network_multiplier: float
     subsets: tuple[SubsetSpec, ...]
+    validation_split: float = 0.0
+    validation_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,13 @@ def _part(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError("must be a number, 0 to 1")
     return float(value)
+
+
+def _part_below_one(value: object) -> float:
+    part = _part(value)
+    if part == 1:
+        raise ValueError("must be a number, at least 0 and below 1")
+    return part
 
 
 def _steps(value: object) -> float:
@@ -216,6 +224,8 @@ DATASET_KEYS: Final[Mapping[str, Key]] = MappingProxyType(
         "max_bucket_reso": Key(_UPPER, _whole(SIZE_STEP), "max_bucket_reso"),
         "bucket_reso_steps": Key(_UPPER, _side_steps, "bucket_reso_steps"),
         "bucket_no_upscale": Key(_UPPER, _switch, "bucket_no_upscale"),
+        "validation_split": Key(_UPPER, _part_below_one, "validation_split"),
+        "validation_seed": Key(_UPPER, _whole(0), "validation_seed"),
         "network_multiplier": Key(_UPPER, _number, default=1.0),
     }
 )
@@ -253,17 +263,7 @@ SUBSET_KEYS: Final[Mapping[str, Key]] = MappingProxyType(
 )
 KEYS: Final[Mapping[str, Key]] = MappingProxyType({**DATASET_KEYS, **SUBSET_KEYS})
 
-REFUSED_KEYS: Final[Mapping[str, tuple[object, str]]] = MappingProxyType(
-    {
-        **{
-            name: (NOT_SUPPORTED[name].default, NOT_SUPPORTED[name].reason)
-            for name in (
-                "validation_split",
-                "validation_seed",
-            )
-        },
-    }
-)
+REFUSED_KEYS: Final[Mapping[str, tuple[object, str]]] = MappingProxyType({})
 """Keys of the reference's dataset files that are not carried out: the value that changes nothing, and the reason."""
 
 RENAMED: Final[Mapping[str, str]] = MappingProxyType(

@@ -26,6 +26,7 @@ from trainer.schema.checkpoint_header import AutoencoderParams, ClipParams, Flux
 from trainer.schema.chroma_header import ChromaParams, TransformerParams
 from trainer.schema.lora_spec import IN_LAYERS, LoraSpec, spec_from_network_args
 from trainer.schema.network_args import fused_parts
+from trainer.schema.optimizers import moments_of, wanted_optimizer
 
 if TYPE_CHECKING:
     from trainer.schema.options import Options
@@ -306,11 +307,11 @@ def _target_linears(flux: TransformerParams, spec: LoraSpec) -> Iterator[tuple[s
             yield f"{prefix}linear2", c + m, c
 
 
-def optimizer_state_bytes(num_values: int, *, is_8bit: bool) -> int:
-    """Bytes of AdamW's two moments for one matrix; 8-bit state has one fp32 scale for 256 values."""
+def optimizer_state_bytes(num_values: int, *, is_8bit: bool, num_moments: float = 2) -> int:
+    """Bytes of an optimizer's moments (two for AdamW) for one matrix; 8-bit state has one fp32 scale for 256 values."""
     if is_8bit and num_values >= _MIN_8BIT_VALUES:
-        return 2 * (num_values + 4 * math.ceil(num_values / _8BIT_BLOCK))
-    return 8 * num_values
+        return round(num_moments * (num_values + 4 * math.ceil(num_values / _8BIT_BLOCK)))
+    return round(4 * num_moments * num_values)
 
 
 # ------------------------------------------------------------------------------------------------------ activations
@@ -614,13 +615,16 @@ class _Sums:
         )
         sizes = list(lora_tensor_sizes(self.flux, spec, self.models.clip if self.trains_clip else None))
         total = sum(sizes)
-        is_8bit = options.use_8bit_adam or options.optimizer_type == "AdamW8bit"
+        num_moments, is_8bit = moments_of(wanted_optimizer(options))
         # fp32 master weights, and under autocast their copies in the type of the products.
         weight_bytes = 4 if self.value_bytes == 4 else 4 + self.value_bytes
         return [
             Part("LoRA weights", total * weight_bytes),
             Part("LoRA gradients", 4 * total if with_gradients else 0),
-            Part("optimizer state", sum(optimizer_state_bytes(size, is_8bit=is_8bit) for size in sizes)),
+            Part(
+                "optimizer state",
+                sum(optimizer_state_bytes(size, is_8bit=is_8bit, num_moments=num_moments) for size in sizes),
+            ),
         ]
 
     def _t5_weights(self) -> Part:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from trainer.schema.network_rules import network_advice
+from trainer.schema.optimizer_rules import optimizer_advice, optimizer_corrections
 from trainer.schema.option_rules import needs_huber_schedule
 from trainer.schema.options import Options
 
@@ -25,12 +26,8 @@ def corrected(options: Options, explicit: frozenset[str]) -> tuple[Options, list
             "networks.lora is taken for FLUX's LoRA; its name is networks.lora_flux",
             network_module="networks.lora_flux",
         )
-    if options.use_8bit_adam:
-        change(
-            "use_8bit_adam is an old name of --optimizer_type=AdamW8bit",
-            use_8bit_adam=False,
-            optimizer_type="AdamW8bit",
-        )
+    for note, values in optimizer_corrections(options, explicit):
+        change(note, **values)
     if needs_huber_schedule(options) and options.huber_schedule == "snr":
         # Of the two that exist for FLUX it is the one with snr's form: from 1 without noise down to huber_c.
         change(
@@ -98,3 +95,4 @@ def option_advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
     if options.model_type == "chroma" and options.guidance_scale != 0:
         yield f"guidance_scale is {options.guidance_scale:g}; Chroma was made with 0"
     yield from network_advice(options, explicit)
+    yield from optimizer_advice(options, explicit)

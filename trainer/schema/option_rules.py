@@ -9,7 +9,7 @@ from trainer.schema.base import Problem, UserError
 from trainer.schema.lora_spec import spec_from_network_args
 from trainer.schema.memory import max_blocks_to_swap
 from trainer.schema.network_rules import network_contradictions
-from trainer.schema.optimizer_args import parse_optimizer_args
+from trainer.schema.optimizer_rules import optimizer_problems
 from trainer.schema.options import Options
 from trainer.schema.options_data import CHANGES_PIXELS, SIZE_STEP
 
@@ -32,12 +32,7 @@ def broken_rules(options: Options, explicit: frozenset[str]) -> Iterator[tuple[t
             )
         except UserError as error:
             yield from ((("network_args", "network_module"), problem) for problem in error.problems)
-    if options.optimizer_args:
-        kind = "AdamW8bit" if options.use_8bit_adam else options.optimizer_type
-        try:
-            parse_optimizer_args(options.optimizer_args, kind)
-        except UserError as error:
-            yield from ((("optimizer_args", "optimizer_type"), problem) for problem in error.problems)
+    yield from optimizer_problems(options, explicit)
 
 
 def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tuple[tuple[str, ...], str, str]]:
@@ -47,12 +42,6 @@ def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tupl
             if getattr(options, name):
                 what = f"{name} {effect} in every step, which cache_latents rules out"
                 yield (name, "cache_latents"), what, "Turn one of the two off."
-    if options.lr_scheduler == "constant" and options.lr_warmup_steps:
-        yield (
-            ("lr_warmup_steps", "lr_scheduler"),
-            "lr_scheduler constant has no warm-up",
-            "Use constant_with_warmup, or leave lr_warmup_steps at 0.",
-        )
     if needs_huber_schedule(options) and options.huber_schedule == "snr" and "huber_schedule" in explicit:
         yield (
             ("huber_schedule", "loss_type"),
@@ -65,12 +54,6 @@ def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tupl
             ("min_timestep", "max_timestep"),
             f"min_timestep is {lowest}, which is not below max_timestep {highest}",
             "They are the ends of the range that is trained, of 1000.",
-        )
-    if options.use_8bit_adam and "optimizer_type" in explicit and options.optimizer_type != "AdamW8bit":
-        yield (
-            ("use_8bit_adam", "optimizer_type"),
-            f"use_8bit_adam contradicts optimizer_type {options.optimizer_type}",
-            "Leave use_8bit_adam out.",
         )
     if options.log_with is not None and options.logging_dir is None:
         yield ("logging_dir", "log_with"), f"log_with {options.log_with} needs logging_dir", "Give the log folder."

@@ -49,13 +49,9 @@ _ATTENTION: Final = "attention always runs through torch's scaled dot product at
 _NOISE: Final = "it does not apply to FLUX's noise"
 _OTHER_LOSS: Final = "it does not apply to FLUX's loss"
 _HUB: Final = "uploading is not supported yet; upload the finished file yourself"
-_VALIDATION: Final = "validation is not supported yet; leave it out"
 _DEEPSPEED: Final = "DeepSpeed is not supported yet; --blocks_to_swap saves memory on one device"
 _DDP: Final = "training on several devices is not supported yet; leave it out"
 _WANDB: Final = "Weights & Biases is not supported yet; use --log_with=tensorboard"
-_SCHEDULE: Final = (
-    "its schedule is not supported yet; use --lr_scheduler constant, constant_with_warmup, cosine or linear"
-)
 
 SAMPLERS: Final = (
     "ddim",
@@ -267,76 +263,14 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "devices", "Keep DeepSpeed's weights and gradients in fp16.", _DEEPSPEED
         ),
         # Optimizer and schedule.
-        "use_lion_optimizer": _refused(
-            "optimizer",
-            "Old name of --optimizer_type=Lion.",
-            "Lion is not supported yet; use --optimizer_type AdamW or AdamW8bit",
-        ),
-        "lr_scheduler_type": _refused(
-            "optimizer",
-            "Any schedule of torch or another package, by its class.",
-            "schedules of other packages are not supported yet; use --lr_scheduler",
-            "text",
-            default="",
-        ),
-        "lr_scheduler_args": _refused(
-            "optimizer", "Settings of that schedule, each as key=value.", _SCHEDULE, "text", is_list=True
-        ),
-        "lr_decay_steps": _refused(
-            "optimizer",
-            "Steps over which the rate falls at the end; below 1 a part of the run.",
-            _SCHEDULE,
-            "steps",
-            default=0,
-            unit="steps",
-        ),
-        "lr_scheduler_timescale": _refused("optimizer", "Time scale of inverse_sqrt.", _SCHEDULE, "integer"),
-        "lr_scheduler_min_lr_ratio": _refused(
-            "optimizer", "Lowest rate, as a part of the learning rate.", _SCHEDULE, "number"
-        ),
-        "lr_scheduler_num_cycles": _inert(
-            "optimizer",
-            "How often a schedule with restarts starts again.",
-            "only schedules that are not supported yet have cycles",
-            "integer",
-            default=1,
-        ),
-        "lr_scheduler_power": _inert(
-            "optimizer",
-            "Power of the polynomial schedule.",
-            "only the polynomial schedule, which is not supported yet, has one",
-            "number",
-            default=1,
-        ),
-        "fused_backward_pass": _refused(
+        "fused_backward_pass": _inert(
             "optimizer",
             "Change weights during the backward pass, to save memory for gradients.",
-            "it works for Adafactor only, which is not supported yet; leave it out",
+            "a LoRA's gradients are too small to be worth freeing one by one",
         ),
-        # Network and model.
-        # Validation.
-        "validation_seed": _refused(
-            "validation", "Seed that decides which pictures are held back.", _VALIDATION, "integer"
-        ),
-        "validation_split": _refused(
-            "validation",
-            "Part of the pictures that is held back for validation, 0 to 1.",
-            _VALIDATION,
-            "number",
-            default=0.0,
-        ),
-        "validate_every_n_steps": _refused(
-            "validation", "Validate after every so many steps.", _VALIDATION, "integer", unit="steps"
-        ),
-        "validate_every_n_epochs": _refused(
-            "validation", "Validate after every so many epochs.", _VALIDATION, "integer", unit="epochs"
-        ),
-        "max_validation_steps": _refused("validation", "Batches of one validation at most.", _VALIDATION, "integer"),
     }
 )
 
-_OPTIMIZER: Final = "is not supported yet; use AdamW or AdamW8bit"
-_LR_SCHEDULER: Final = "is not supported yet; use constant, constant_with_warmup, cosine or linear"
 _PICKLE: Final = "is not written: such files can hold code; use safetensors"
 _TRACKER: Final = "is not supported yet; use tensorboard"
 _NETWORK_SD: Final = "does not fit FLUX; use networks.lora_flux"
@@ -345,46 +279,6 @@ REFUSED_VALUES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     {
         "save_model_as": dict.fromkeys(("ckpt", "pt"), _PICKLE),
         "log_with": dict.fromkeys(("wandb", "all"), _TRACKER),
-        "optimizer_type": dict.fromkeys(
-            (
-                "SGDNesterov",
-                "SGDNesterov8bit",
-                "Lion",
-                "Lion8bit",
-                "PagedAdamW",
-                "PagedAdamW8bit",
-                "PagedAdamW32bit",
-                "PagedLion8bit",
-                "DAdaptation",
-                "DAdaptAdamPreprint",
-                "DAdaptAdaGrad",
-                "DAdaptAdam",
-                "DAdaptAdan",
-                "DAdaptAdanIP",
-                "DAdaptLion",
-                "DAdaptSGD",
-                "Prodigy",
-                "Adafactor",
-                "RAdamScheduleFree",
-                "AdamWScheduleFree",
-                "SGDScheduleFree",
-            ),
-            _OPTIMIZER,
-        ),
-        "lr_scheduler": dict.fromkeys(
-            (
-                "cosine_with_restarts",
-                "polynomial",
-                "inverse_sqrt",
-                "cosine_with_min_lr",
-                "cosine_warmup_with_min_lr",
-                "warmup_stable_decay",
-                "piecewise_constant",
-                "reduce_lr_on_plateau",
-                "adafactor",
-            ),
-            _LR_SCHEDULER,
-        ),
         "network_module": {
             **dict.fromkeys(
                 ("networks.lora_fa", "networks.dylora", "networks.oft", "networks.lora_sd3", "networks.loha"),

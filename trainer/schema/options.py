@@ -17,6 +17,7 @@ from trainer.schema.options_training import (
     SampleOptions,
     SavingOptions,
 )
+from trainer.schema.options_validation import ValidationOptions
 
 
 class Options(
@@ -25,6 +26,7 @@ class Options(
     NetworkOptions,
     DatasetOptions,
     CacheOptions,
+    ValidationOptions,
     CourseOptions,
     OptimizerOptions,
     FlowOptions,
@@ -49,6 +51,7 @@ GROUPS: Final[Mapping[str, type[OptionGroup]]] = MappingProxyType(
         "flow": FlowOptions,
         "memory": MemoryOptions,
         "cache": CacheOptions,
+        "validation": ValidationOptions,
         "saving": SavingOptions,
         "samples": SampleOptions,
         "logs": LogOptions,

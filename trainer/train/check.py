@@ -25,6 +25,7 @@ from trainer.train.findings import EXIT_OPTIONS, Findings
 from trainer.train.lora_form import form_problems
 from trainer.train.model_checks import Tokenizers, check_models, check_tokenizers, fetch_models, read_flux
 from trainer.train.network_checks import check_against_model, network_spec, spec_from_weights
+from trainer.train.optimizer_checks import check_optimization
 from trainer.train.reporting import Reporter
 from trainer.train.resume import Start, find_state, plan_start, run_identity
 from trainer.train.sampling import SamplePrompt, read_sample_prompts
@@ -72,6 +73,10 @@ def check_run(command: ParsedCommand, reporter: Reporter, *, num_processes: int 
     if dataset is not None:
         found: DatasetConfig = dataset
         index = findings.attempt(lambda: index_dataset(found, progress=reporter.progress))
+    # Without pictures the number of steps is not known; the schedule is checked all the same.
+    num_batches = index.num_batches_per_epoch if index is not None else 1
+    schedule = make_schedule(options, num_batches, num_processes)
+    check_optimization(options, findings, num_steps=schedule.num_steps, reporter=reporter)
     if not findings.problems:
         fetch_models(options, findings, reporter)
     flux = None if findings.has("pretrained_model_name_or_path") else read_flux(options, findings)
@@ -101,7 +106,6 @@ def check_run(command: ParsedCommand, reporter: Reporter, *, num_processes: int 
         raise AssertionError("a check failed without saying why")
     for warning in index.warnings:
         reporter.warning(warning)
-    schedule = make_schedule(options, index.num_batches_per_epoch, num_processes)
     every = epochs_between_saves(options, schedule.num_epochs)
     if every != options.save_every_n_epochs:
         reporter.note(f"save_n_epoch_ratio {options.save_n_epoch_ratio}: a LoRA is saved every {every} epochs")
@@ -140,6 +144,7 @@ def check_replay(options: Options) -> CheckedReplay:
         findings.add(Problem(what, f"--{field}", hint, field), EXIT_OPTIONS)
     flux = read_flux(options, findings)
     check_device(options, findings)
+    check_optimization(options, findings, num_steps=options.max_train_steps)
     spec = findings.attempt(lambda: network_spec(options))
     if flux is not None:
         check_against_model(options, spec, flux, findings)

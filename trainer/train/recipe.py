@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.batches import BatchPlan, epoch_batches, share_of_rank
+from trainer.data.validation import validation_batches
 from trainer.lora.form_reader import Origin
 from trainer.lora.forms import to_published
 from trainer.lora.lora_file import read_lora_file
@@ -46,11 +47,12 @@ from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, FileHashes
 from trainer.train.foreign_state import resume_foreign
 from trainer.train.latents_phase import LatentSource, LoadedBatch, load_ae, loaded_batches, prepare_latents
+from trainer.train.learning_rate import learning_rate_schedule
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
 from trainer.train.lora_form import base_layers
 from trainer.train.lost_numbers import explain_lost_numbers
 from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
-from trainer.train.optim import LearningRateSchedule, create_optimizer, optimizer_description
+from trainer.train.optim import create_optimizer, final_weights, optimizer_description
 from trainer.train.plan import plan_text, tell_settings, warn_of_memory
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.rescue import save_or_rescue
@@ -61,6 +63,7 @@ from trainer.train.session import DeviceLock
 from trainer.train.state_saver import StateSaver, Trainables, resume_state
 from trainer.train.text_phase import prepare_text, trains_clip
 from trainer.train.text_plan import TextPlan, caption_course, plan_texts
+from trainer.train.validator import Validator
 
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
@@ -146,12 +149,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         save.tensors()
     sample = _sample_maker(checked, model, network, autoencoder, text.source, engine, reporter)
     settings = _loop_settings(checked, seed)
-    schedule = LearningRateSchedule(
-        optimizer,
-        options.lr_scheduler,
-        num_steps=checked.schedule.num_steps,
-        lr_warmup_steps=options.lr_warmup_steps,
-    )
+    schedule = learning_rate_schedule(options, optimizer, num_steps=checked.schedule.num_steps)
     scaler = engine.scaler()
     trained = Trainables(
         network, optimizer, schedule, scaler, engine.device, engine.rank, engine.num_processes, engine.gather
@@ -179,6 +177,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         ),
         save=save,
         sample=sample,
+        validate=_validator(checked, model, network, latents, text.source, engine, reporter),
         peak_bytes=engine.peak_bytes,
         before_step=network.before_step,
         after_step=partial(hold_norms, network, options.scale_weight_norms),
@@ -197,12 +196,14 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
                 raise _after_lost_numbers(lost, network, options, save, engine) from lost
         if was_stopped:
             if position.step > 0:
-                _save_for_good(save, position, "step")
+                with final_weights(optimizer):
+                    _save_for_good(save, position, "step")
                 # It was not asked for: when the run is resumed it is as old as any other.
                 save.requested.discard(position.step)
                 states.save_stopped(loop.progress)
             raise StopRequested
-        _save_for_good(save, position, "final")
+        with final_weights(optimizer):
+            _save_for_good(save, position, "final")
         # Behind the LoRA: a disk that is full by now costs the state. (The reference has them the other way round.)
         states.save_final(loop.progress)
 
@@ -252,6 +253,7 @@ def _announce_plan(checked: CheckedRun, texts: TextPlan | None, engine: Engine, 
     schedule, index = checked.schedule, checked.index
     reporter.plan(
         num_images=index.num_images,
+        num_validation_images=len(index.validation),
         num_batches_per_epoch=schedule.micro_steps_per_epoch,
         num_epochs=schedule.num_epochs,
         num_steps=schedule.num_steps,
@@ -442,6 +444,42 @@ def _sample_maker(
     return sample
 
 
+def _validator(
+    checked: CheckedRun,
+    model: Transformer,
+    network: AnyNetwork,
+    latents: LatentSource,
+    text: TextSource,
+    engine: Engine,
+    reporter: Reporter,
+) -> Validator | None:
+    """What gives the validation loss; None when no picture is held back."""
+    options = checked.options
+    if not checked.index.validation:
+        return None
+    plans = validation_batches(
+        checked.index.validation,
+        [dataset.spec.batch_size for dataset in checked.index.datasets],
+        options.max_validation_steps,
+    )
+    return Validator(
+        plans,
+        seed=options.validation_seed or 0,
+        latents=latents,
+        text=text,
+        model=model,
+        network=network,
+        guidance_scale=options.guidance_scale,
+        autocast=engine.autocast,
+        compute_dtype=engine.dtype,
+        device=engine.device,
+        reporter=reporter,
+        rank=engine.rank,
+        num_processes=engine.num_processes,
+        reduce_mean=engine.reduce_mean,
+    )
+
+
 def _loop_settings(checked: CheckedRun, seed: int) -> LoopSettings:
     options, schedule = checked.options, checked.schedule
     return LoopSettings(
@@ -456,6 +494,8 @@ def _loop_settings(checked: CheckedRun, seed: int) -> LoopSettings:
         sample_every_n_steps=options.sample_every_n_steps,
         sample_every_n_epochs=options.sample_every_n_epochs,
         sample_at_first=options.sample_at_first,
+        validate_every_n_steps=options.validate_every_n_steps,
+        validate_every_n_epochs=options.validate_every_n_epochs,
     )
 
 

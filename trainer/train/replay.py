@@ -29,9 +29,10 @@ from trainer.train.check import check_replay
 from trainer.train.checkpoint import write_file
 from trainer.train.conditioning import VISIBLE_PADDING, TextInputs, show_padding, text_inputs
 from trainer.train.engine import Engine
+from trainer.train.learning_rate import learning_rate_schedule
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, TrainingLoop
 from trainer.train.objective import Comparison, FlowBatch, FlowObjective
-from trainer.train.optim import LearningRateSchedule, create_optimizer
+from trainer.train.optim import create_optimizer
 from trainer.train.recipe import (
     SEED_BITS,
     attach_network,
@@ -104,9 +105,7 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
         ),
         network=network,
         optimizer=optimizer,
-        schedule=LearningRateSchedule(
-            optimizer, options.lr_scheduler, num_steps=num_steps, lr_warmup_steps=options.lr_warmup_steps
-        ),
+        schedule=learning_rate_schedule(options, optimizer, num_steps=num_steps),
         scaler=engine.scaler(),
         sync=GradientSync(engine.reduce_mean, engine.num_processes),
         reporter=reporter,

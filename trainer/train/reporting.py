@@ -7,6 +7,7 @@ One object has all of it, so that the loop and the recipe state facts once and n
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -184,6 +185,21 @@ class Reporter:
     def scalar(self, tag: str, value: float, step: int) -> None:
         if self._scalars is not None:
             self._scalars.add_scalar(tag, value, step)
+
+    def epoch(self, epoch: int, *, mean_loss: float) -> None:
+        """The end of an epoch. `mean_loss` is over its steps."""
+        if math.isfinite(mean_loss):
+            self.scalar("loss/epoch_average", mean_loss, epoch)
+
+    def validation(self, *, step: int, epoch: int, loss: float, train_loss: float, is_epoch_end: bool) -> None:
+        """A validation loss, and how far it is from the mean loss of training (`train_loss`)."""
+        if self._is_main:
+            logger.info("validation loss %.5f after step %d", loss, step)
+        self.event("validation", step=step, epoch=epoch, loss=loss, train_loss=train_loss, is_epoch_end=is_epoch_end)
+        kind, place = ("epoch", epoch) if is_epoch_end else ("step", step)
+        self.scalar(f"loss/validation/{kind}_average", loss, place)
+        if math.isfinite(train_loss):
+            self.scalar(f"loss/validation/{kind}_divergence", loss - train_loss, place)
 
     def checkpoint(self, path: Path, *, step: int, epoch: int, is_final: bool) -> None:
         if self._is_main:

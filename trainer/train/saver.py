@@ -205,7 +205,7 @@ def training_facts(
         model_type=options.model_type,
         base_model_name=flux.name,
         base_model_legacy_hash=flux.legacy_hash,
-        settings=used_settings(options),
+        settings={**used_settings(options), "ss_num_validation_images": len(checked.index.validation)},
         other_models=models,
         own=_own_settings(options, weight_dtype),
         min_timestep=options.min_timestep,

@@ -10,6 +10,7 @@ import torch
 
 from trainer.data.captions import CaptionCourse
 from trainer.data.texts import run_texts
+from trainer.data.validation import validation_caption
 from trainer.schema.model_kinds import format_bytes
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun
@@ -57,6 +58,8 @@ def plan_texts(checked: CheckedRun, seed: int, *, num_processes: int = 1) -> Tex
         return None
     course = caption_course(options, checked.schedule, num_processes)
     texts: dict[str, Path | None] = dict(run_texts(checked.index, course, seed))
+    for item in checked.index.validation:
+        texts.setdefault(validation_caption(item), item.path.parent)
     for prompt in prompt_texts(checked):
         texts.setdefault(prompt, None)
     return TextPlan(
