@@ -223,7 +223,7 @@ def saved(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> 
 def checked(models: TinyModels, saved: Path, *more: str) -> tuple[CheckedRun, list[str]]:
     witness = Witness()
     dataset = saved.parent / "data" / "dataset.toml"
-    return check_run(parse_command_line(words(models, dataset, saved, *more)).options, witness), witness.lines
+    return check_run(parse_command_line(words(models, dataset, saved, *more)), witness), witness.lines
 
 
 def test_states_stand_beside_the_loras_and_the_final_one_says_where_it_ended(saved: Path) -> None:

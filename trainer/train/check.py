@@ -30,6 +30,7 @@ from trainer.train.reporting import Reporter
 from trainer.train.resume import Start, find_state, plan_start, run_identity
 from trainer.train.sampling import SamplePrompt, read_sample_prompts
 from trainer.train.schedule import Schedule, epochs_between_saves, make_schedule
+from trainer.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def check_run(command: ParsedCommand, reporter: Reporter, *, num_processes: int 
         weights: Path = options.network_weights
         findings.attempt(lambda: to_published(*read_lora_file(weights), where=str(weights)))
     tokenizers = check_tokenizers(options, flux, findings)
+    findings.attempt(lambda: check_trackers(options))
     state = findings.attempt(lambda: find_state(options, reporter))
     findings.raise_if_any()
     if (

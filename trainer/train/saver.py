@@ -19,6 +19,7 @@ from trainer.schema.options import Options
 from trainer.train.check import CheckedRun
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name, remove_superseded, save_dtype, save_lora
 from trainer.train.file_hashes import FileHashes
+from trainer.train.hub_upload import HubUploader
 from trainer.train.loop import StepPosition
 from trainer.train.metadata import (
     DatasetFacts,
@@ -51,6 +52,7 @@ class LoraSaver:
     origin: Origin | None = None
     base: BaseLayers | None = None
     hashes: FileHashes | None = None
+    upload: HubUploader | None = None
     requested: set[int] = field(default_factory=set[int])
     """Steps that were saved out of turn, because somebody asked for it: they are not removed as old ones."""
 
@@ -82,6 +84,8 @@ class LoraSaver:
         every = self.options.save_every_n_steps
         if kind == "step" and (every is None or number % every):
             self.requested.add(number)
+        if self.upload is not None:
+            self.upload(path, is_final=kind == "final")
         self._remove_superseded(kind, number)
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
