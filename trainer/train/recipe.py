@@ -578,12 +578,13 @@ def _micro_batches(
 
     options = checked.options
     course = caption_course(options, checked.schedule, engine.num_processes)
+    num_threads = options.max_data_loader_n_workers
 
     def micro_batches(epoch: int, skipped: int) -> Iterator[MicroBatch]:
         plans = epoch_batches(checked.index, seed, epoch, prior_loss_weight=options.prior_loss_weight, course=course)
         # What comes before the place where the run goes on is not even loaded.
         share = share_of_rank(plans, engine.rank, engine.num_processes)[skipped:]
-        with contextlib.closing(loaded_batches(latents, share)) as batches:
+        with contextlib.closing(loaded_batches(latents, share, num_threads=num_threads)) as batches:
             for plan, loaded in batches:
                 yield PlannedBatch(plan, loaded, latents, objective, engine.device)
 

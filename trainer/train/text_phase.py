@@ -90,7 +90,7 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
     on_disk = options.cache_text_encoder_outputs_to_disk
     # What is in memory belongs to this run alone; reading ten gigabytes to name it would be for nothing.
     identity = _identity(checked, engine, reporter) if on_disk else ""
-    cache = TensorCache("text", on_disk=on_disk, warn=reporter.warning)
+    cache = TensorCache("text", on_disk=on_disk, warn=reporter.warning, skip_check=options.skip_cache_check)
     # Prompts go beside the pictures, too: else the encoders would be loaded again for them alone.
     spare = checked.index.items[0].path.parent
     requests = text_requests(
