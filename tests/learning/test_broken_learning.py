@@ -60,7 +60,7 @@ def test_captions_of_other_pictures_are_seen(base: Accuracy, tmp_path: Path) -> 
         path.write_text(texts[(index + len(texts) // 2) % len(texts)], encoding="utf-8")
     dataset = tmp_path / "dataset.toml"
     dataset.write_text(
-        dataset_toml(images, resolution=SIDE, num_repeats=4, batch_size=8, has_buckets=False), encoding="utf-8"
+        dataset_toml(images, resolution=SIDE, num_repeats=5, batch_size=8, has_buckets=False), encoding="utf-8"
     )
     got = measure(train_demo(tmp_path, dataset=dataset))
     assert not learned(got, base)

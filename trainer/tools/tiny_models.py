@@ -41,7 +41,7 @@ __all__ = [
     "make_tokenizers",
 ]
 
-DEMO_VERSION = 4
+DEMO_VERSION = 5
 TRAINED_FILES: Final = Path(__file__).parents[1] / "demo_bundle"
 """The models which `trainer.tools.train_demo_models` has trained; they come with the program."""
 
@@ -135,7 +135,7 @@ def _fill_bundle(bundle: DemoBundle, *, images_at: Path) -> None:
         ) from error
     make_demo_pictures(bundle.images, seed=PICTURES_SEED)
     bundle.dataset_config.write_text(
-        dataset_toml(images_at, resolution=SIDE, num_repeats=4, batch_size=8, has_buckets=False), encoding="utf-8"
+        dataset_toml(images_at, resolution=SIDE, num_repeats=5, batch_size=8, has_buckets=False), encoding="utf-8"
     )
     # With and without the trigger word: the concept appears, and the rest stays.
     prompts = [f"{prompt} --w {SIDE} --h {SIDE} --s 16 --d {index + 1}" for index, prompt in enumerate(DEMO_PROMPTS)]
