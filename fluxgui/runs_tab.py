@@ -286,7 +286,7 @@ def _run_updates(view: RunView, smoothing: float) -> dict[str, object]:
             can_resume=view.can_resume,
             state_step=newest_state_step(view.run) if view.can_resume else None,
         ),
-        "plot": loss_plot(state.points, smoothing=smoothing, num_steps=state.num_steps),
+        "plot": loss_plot(state.points, smoothing=smoothing, num_steps=state.num_steps, validation=state.validation),
         "samples": run_view.samples(view.run_id, state.samples),
         "checkpoints": run_view.checkpoints(
             # Old ones may have been removed since.

@@ -102,3 +102,16 @@ def test_thinning_keeps_the_mean_and_the_last_step() -> None:
     assert [p.step for p in thin] == list(range(10, 101, 10))
     assert thin[0].loss == pytest.approx(5.5)
     assert thinned(points, 100) == list(points)
+
+
+def test_validation_losses_are_kept_once_a_step_and_cut_where_a_later_attempt_begins() -> None:
+    events: list[Event] = [
+        plan(30),
+        {"kind": "validation", "step": 10, "epoch": 1, "loss": 0.5, "is_epoch_end": False},
+        {"kind": "validation", "step": 10, "epoch": 1, "loss": 0.5, "is_epoch_end": True},
+        {"kind": "validation", "step": 20, "epoch": 2, "loss": 0.25, "is_epoch_end": True},
+        {"kind": "validation", "step": 25, "epoch": 3, "loss": None, "is_epoch_end": True},
+    ]
+    state = fold(RunState(), events)
+    assert state.validation == (StepPoint(10, 0.5), StepPoint(20, 0.25))
+    assert fold(state, [plan(30, first_step=12)]).validation == (StepPoint(10, 0.5),)

@@ -132,3 +132,12 @@ def test_the_raw_line_of_a_long_run_shows_how_far_the_losses_scatter() -> None:
 def test_the_plot_waits_for_two_steps_and_bears_equal_losses() -> None:
     assert "appears here" in loss_plot((StepPoint(1, 0.5),), smoothing=0.9, num_steps=9)
     assert "polyline" in loss_plot((StepPoint(1, 0.5), StepPoint(2, 0.5)), smoothing=0.9, num_steps=9)
+
+
+def test_the_plot_draws_the_loss_on_held_back_pictures_as_it_is() -> None:
+    points = tuple(StepPoint(n, 1.0 + n % 2) for n in range(1, 21))
+    html = loss_plot(points, smoothing=0.0, num_steps=20, validation=(StepPoint(10, 2.0), StepPoint(20, 1.0)))
+    assert polylines(html)["validation"] == [(500.0, 0.0), (1000.0, 300.0)]
+    assert "on held back pictures from 2 to 1" in html
+    assert "held back pictures</span>" in html
+    assert "held back" not in loss_plot(points, smoothing=0.0, num_steps=20)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from trainer.schema.base import UserError
 from trainer.schema.events import EventReader, EventWriter
 from trainer.schema.run_folder import RunFolder
+from trainer.train.learning_rate import LearningRateSchedule
 from trainer.train.loop import (
+    DUTIES,
     MAX_SKIPPED_STEPS,
     GradientSync,
     LoopSettings,
@@ -25,7 +27,6 @@ from trainer.train.loop import (
     Wishes,
     step_generator,
 )
-from trainer.train.optim import LearningRateSchedule
 from trainer.train.reporting import Reporter, StopRequested
 
 
@@ -57,6 +58,7 @@ class Course:
         *,
         rate: float = 0.1,
         sync: GradientSync | None = None,
+        validate: Callable[[], float] | None = None,
         start: Progress | None = None,
     ) -> None:
         self.model = nn.Linear(1, 1, bias=False)
@@ -79,6 +81,7 @@ class Course:
             save=lambda position, kind: self.saved.append((position, kind)),
             sample=lambda position, is_epoch_end: self.sampled.append((position, is_epoch_end)),
             peak_bytes=lambda: 0,
+            validate=validate,
             start=start,
         )
 
@@ -143,9 +146,9 @@ def test_a_resumed_loop_first_does_what_was_left_to_do_after_its_last_step() -> 
     due = settings(save_every_n_steps=3, save_every_n_epochs=1, sample_every_n_steps=3)
     for num_done, saved, sampled in (
         (0, [(3, "step"), (3, "epoch")], [3]),
-        (1, [(3, "epoch")], [3]),
-        (2, [(3, "epoch")], []),
-        (4, [], []),
+        (DUTIES.index("step sample"), [(3, "epoch")], [3]),
+        (DUTIES.index("epoch save"), [(3, "epoch")], []),
+        (len(DUTIES), [], []),
     ):
         course = Course(due, start=Progress(step=3, num_duties_done=num_done))
         course.loop.run()
@@ -177,7 +180,7 @@ def test_states_are_saved_with_each_lora_and_when_one_is_due() -> None:
     )
     course.loop._state_is_due = lambda: next(due)  # pyright: ignore[reportPrivateUsage]
     course.loop.run()
-    assert states == [(2, 1, "moment"), (3, 3, "epoch"), (5, 1, "step")]
+    assert states == [(2, 1, "moment"), (3, DUTIES.index("epoch save") + 1, "epoch"), (5, 1, "step")]
 
 
 def test_epochs_win_over_steps_for_samples() -> None:
@@ -358,3 +361,54 @@ def test_gradients_of_all_processes_are_averaged_in_one_reduction() -> None:
     assert parameters[0].grad.tolist() == [2.0, 2.0]
     assert parameters[1].grad is not None
     assert parameters[1].grad.tolist() == [[1.5], [1.5], [1.5]]
+
+
+def test_validation_falls_due_by_steps_and_epochs_and_is_taken_once_a_step(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run = RunFolder(tmp_path / "run")
+    reporter = Reporter(run, events=EventWriter(run.events_jsonl, 1))
+    written: list[tuple[str, float, int]] = []
+
+    class Curves:
+        def log(self, scalars: Mapping[str, float], *, place: int, step: int, epoch: int) -> None:
+            written.extend((tag, value, place) for tag, value in scalars.items())
+
+        def picture(self, path: Path, *, index: int, prompt: str, step: int, epoch: int) -> None: ...
+
+        def close(self) -> None: ...
+
+    reporter.use_trackers([Curves()])
+    losses = iter((0.5, 0.25, 0.125, 0.1))
+    course = Course(settings(validate_every_n_steps=2), reporter, validate=lambda: next(losses))
+    course.loop.run()
+    found = [e for e in EventReader(run.events_jsonl).read_new() if e["kind"] == "validation"]
+    # Three steps an epoch: the sixth step is taken once and ends an epoch as well.
+    assert [(e["step"], e["loss"], e["is_epoch_end"]) for e in found] == [
+        (2, 0.5, False),
+        (3, 0.25, True),
+        (4, 0.125, False),
+        (6, 0.1, False),
+        (6, 0.1, True),
+    ]
+    validation = [(tag, place) for tag, _, place in written if "validation" in tag and tag.endswith("average")]
+    assert validation == [
+        ("loss/validation/step_average", 2),
+        ("loss/validation/epoch_average", 1),
+        ("loss/validation/step_average", 4),
+        ("loss/validation/step_average", 6),
+        ("loss/validation/epoch_average", 2),
+    ]
+    by_tag = {(tag, place): value for tag, value, place in written}
+    mean = by_tag["loss/epoch_average", 2]
+    assert by_tag["loss/validation/epoch_divergence", 2] == pytest.approx(0.1 - mean)
+
+
+def test_the_plateau_sees_the_mean_loss_of_each_epoch_when_nothing_is_validated() -> None:
+    course = Course(settings(num_epochs=3, num_steps=9), rate=1e-9)
+    optimizer = course.loop._optimizer  # pyright: ignore[reportPrivateUsage]
+    # The targets grow from epoch to epoch and the weight stays: the loss rises.
+    course.loop._schedule = LearningRateSchedule(  # pyright: ignore[reportPrivateUsage]
+        optimizer, "reduce_lr_on_plateau", num_steps=9, arguments={"patience": 0, "factor": 0.5, "eps": 0.0}
+    )
+    course.loop.run()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.25e-9)

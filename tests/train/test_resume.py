@@ -15,13 +15,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.tiny import TinyModels, make_tiny_dataset
+from trainer.lora.network import LoraNetwork
+from trainer.model.weights import load_flux
 from trainer.schema.base import UserError
 from trainer.schema.cli import parse_command_line
+from trainer.schema.lora_spec import LoraSpec
+from trainer.schema.options import Options
 from trainer.train.check import CheckedRun, check_run
+from trainer.train.loop import Progress, StepPosition
 from trainer.train.recipe import train
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.resume import describe_options, differences
 from trainer.train.schedule import epochs_between_saves
+from trainer.train.state_saver import StateSaver, Trainables
 from trainer.train.state_tree import unpack
 
 NOT_REPEATABLE = {"ss_training_finished_at", "modelspec.date", "ss_session_id", "ss_training_started_at"}
@@ -217,7 +223,7 @@ def saved(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> 
 def checked(models: TinyModels, saved: Path, *more: str) -> tuple[CheckedRun, list[str]]:
     witness = Witness()
     dataset = saved.parent / "data" / "dataset.toml"
-    return check_run(parse_command_line(words(models, dataset, saved, *more)).options, witness), witness.lines
+    return check_run(parse_command_line(words(models, dataset, saved, *more)), witness), witness.lines
 
 
 def test_states_stand_beside_the_loras_and_the_final_one_says_where_it_ended(saved: Path) -> None:
@@ -339,6 +345,49 @@ def test_old_states_go_with_the_settings_of_their_own(tiny_models: TinyModels, s
         "x-000001.safetensors", "x-000002.safetensors", "x-000003.safetensors", "x.safetensors",
         "x-000003-state", "x-state",
     }  # fmt: skip
+
+
+def test_a_run_folder_keeps_one_state_at_distances_that_grow_with_the_run(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    moments = [0.0]
+    flux = load_flux(tiny_models.flux_dev, torch.float32, "cpu")
+    network = LoraNetwork.attach(flux, None, LoraSpec(rank=1, alpha=1), torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(network.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step: 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    trained = Trainables(network, optimizer, schedule, scaler, torch.device("cpu"), 0, 1, lambda value: [value])
+    states = StateSaver(
+        trained,
+        Options(run_dir=tmp_path, output_dir=tmp_path),
+        {"seed": 1, "options": {}},
+        Reporter(is_main=False),
+        position_after=lambda step: StepPosition(step, 1),
+        requested=set(),
+        # One moment for each look: a state looks twice, before and after it is written.
+        clock=lambda: moments.pop(0) if len(moments) > 1 else moments[0],
+    )
+
+    def is_due(moment: float) -> bool:
+        moments[:] = [moment]
+        return states.is_due()
+
+    def save(step: int, moment: float, seconds: float) -> None:
+        moments[:] = [moment, moment + seconds]
+        states(Progress(step), "moment")
+        assert [path.name for path in (tmp_path / "state").iterdir()] == [f"step-{step:06d}"]
+
+    assert (is_due(9.0), is_due(10.0)) == (False, True)
+    save(1, 10.0, 0.0)
+    assert (is_due(19.0), is_due(20.0)) == (False, True)
+    save(2, 40.0, 0.0)
+    assert (is_due(79.0), is_due(80.0)) == (False, True), "as long again as the run was"
+    save(3, 1000.0, 0.0)
+    assert (is_due(1299.0), is_due(1300.0)) == (False, True), "five minutes at most"
+    save(4, 2000.0, 8.0)
+    assert (is_due(2400.0), is_due(2408.0)) == (False, True), "a slow disk takes 2 % of the time"
+    states.save_final(Progress(5))
+    assert list((tmp_path / "state").iterdir()) == [], "of no use any more"
 
 
 def test_the_ratio_spreads_saves_over_the_epochs() -> None:

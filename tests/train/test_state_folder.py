@@ -28,7 +28,7 @@ def through_json(value: object) -> Any:
 
 
 def test_values_of_every_kind_come_back_as_they_were() -> None:
-    value = {
+    value: dict[object, Any] = {
         0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(2, 3), "qmap": torch.arange(4, dtype=torch.uint8)},
         "groups": [{"lr": 0.1 + 0.2, "betas": (0.9, 0.999), "params": [0, 1], "name": None, "fused": True}],
         "odd": [math.inf, -math.inf, 5e-324, 1e308, -0.0, 2**70, torch.bfloat16, "ünï", {"dict": [], "tensor": 1}],

@@ -2,133 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
-import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, expect
 from safetensors import safe_open
 
-from fluxgui.run_state import RunState, fold
 from tests.fluxgui.sparse_flux import make_sparse_flux
+from tests.web.page_process import ROOT, RUN_SECONDS, App, chip, steps_done, wait_until
 from trainer.tools.demo_page import samples_by_moment
 from trainer.tools.emblem import RECOGNISED, emblem_likeness
 from trainer.tools.tiny_pictures import make_images
 
 pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(480)]
 
-ROOT = Path(__file__).parents[2]
-RUN_SECONDS = 360
-
-
-@dataclass
-class App:
-    """`app.py` as a process of its own, which a test may end and start again at the same address."""
-
-    home: Path
-    port: int
-    processes: list[subprocess.Popen[str]] = field(default_factory=list)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/"
-
-    def start(self) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "app.py", "--no-browser", "--port", str(self.port)],
-            cwd=ROOT,
-            env={**os.environ, "FLUXGUI_HOME": str(self.home), "OMP_NUM_THREADS": "2"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.processes.append(process)
-        assert process.stdout is not None
-        assert "FluxGUI is at" in process.stdout.readline()
-
-    def kill(self) -> None:
-        process = self.processes.pop()
-        process.kill()
-        process.communicate()
-
-    def runs(self) -> list[Path]:
-        return sorted((self.home / "runs").glob("2*"))
-
-    def events(self, run: Path) -> list[dict[str, object]]:
-        file = run / "events.jsonl"
-        return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-
-    def worker_pids(self) -> list[int]:
-        started = [event for run in self.runs() for event in self.events(run) if event["kind"] == "run_started"]
-        return [int(str(event["pid"])) for event in started]
-
-
-@pytest.fixture
-def app(tmp_path: Path) -> Iterator[App]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    app = App(tmp_path / "home", port)
-    app.start()
-    yield app
-    for process in app.processes:
-        process.kill()
-        process.communicate()
-    for pid in app.worker_pids():
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser, app: App) -> Iterator[Page]:
-    """A page that fails the test when a script fails on it or when it asks another machine for anything."""
-    context = browser.new_context(accept_downloads=True, viewport={"width": 1280, "height": 1000})
-    page = context.new_page()
-    page.set_default_timeout(20_000)
-    # A busy machine with two cores answers late; what never comes fails all the same.
-    expect.set_options(timeout=15_000)
-    failures: list[str] = []
-    page.on("pageerror", lambda error: failures.append(str(error)))
-    page.on(
-        "request",
-        lambda r: failures.append(r.url) if not r.url.startswith((app.url, "data:", "blob:", "about:")) else None,
-    )
-    yield page
-    context.close()
-    assert failures == []
-
 
 def box(page: Page, name: str) -> Locator:
     return page.locator(f"#field-{name}").locator("input, textarea").first
-
-
-def chip(page: Page) -> Locator:
-    return page.locator("#run-header .chip")
-
-
-def wait_until(what: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.2)
 
 
 def choose(page: Page, dropdown: str, text: str) -> None:
@@ -136,10 +31,6 @@ def choose(page: Page, dropdown: str, text: str) -> None:
     page.get_by_role("option", name=text, exact=True).click()
     # gradio's list fades out, and fails when its choices become fewer meanwhile.
     expect(page.get_by_role("option")).to_have_count(0)
-
-
-def steps_done(app: App, run: Path) -> int:
-    return sum(event["kind"] == "step" for event in app.events(run))
 
 
 def use_demo_files(page: Page, app: App) -> None:
@@ -207,72 +98,20 @@ def test_the_demo_from_the_first_visit_to_the_downloaded_file(app: App, page: Pa
         assert any(file.get_tensor(name).abs().max() > 0 for name in names if "lora_up" in name)
 
 
-def test_a_killed_worker_is_shown_as_crashed_with_its_log_and_can_be_resumed(app: App, page: Page) -> None:
+def test_a_killed_worker_is_shown_as_crashed_with_its_log(app: App, page: Page) -> None:
     use_demo_files(page, app)
     box(page, "max_train_epochs").fill("500")
     page.locator("#start").dblclick()
     expect(page.locator("#run-header .doing")).to_contain_text("Training, step", timeout=60_000)
     assert len(app.runs()) == 1, "a double click starts one run"
-    (run,) = app.runs()
-    wait_until(lambda: any((run / "state").glob("step-*")), RUN_SECONDS)
     (pid,) = app.worker_pids()
     os.kill(pid, signal.SIGKILL)
-    last_step = steps_done(app, run)
     expect(chip(page)).to_have_text("crashed")
     expect(page.locator("#run-messages .log-tail")).to_contain_text("step")
     expect(page.locator("#run-again")).to_be_visible()
     expect(page.locator("#run-stop")).to_be_hidden()
     page.reload()
     expect(chip(page)).to_have_text("crashed")
-
-    # Resume goes on in the same folder, from what was kept before the kill.
-    expect(page.locator("#run-waiting")).to_contain_text("Resume goes on in this run after step")
-    page.locator("#run-resume").click()
-    expect(page.locator("#run-header .doing")).to_contain_text("Training, step", timeout=60_000)
-    first, second = (event for event in app.events(run) if event["kind"] == "plan")
-    assert (first["first_step"], second["attempt"]) == (0, 2)
-    assert 0 < int(str(second["first_step"])) <= last_step
-    assert app.runs() == [run]
-
-
-def test_a_run_is_stopped_resumed_completed_and_deleted(app: App, page: Page) -> None:
-    use_demo_files(page, app)
-    box(page, "max_train_epochs").fill("500")
-    page.locator("#start").click()
-    expect(page.locator("#run-header .doing")).to_contain_text("Training, step", timeout=60_000)
-    page.locator("#run-stop").click()
-    expect(page.locator("#run-stop-question")).to_contain_text("Stop demo at step")
-    page.locator("#run-stop-no").click()
-    expect(page.locator("#run-stop-question")).to_be_hidden()
-    expect(chip(page)).to_have_text("running")
-    page.locator("#run-stop").click()
-    page.locator("#run-stop-yes").click()
-    expect(chip(page)).to_have_text("stopped")
-    expect(page.locator("#run-header .doing")).to_contain_text("it can be resumed")
-
-    # The rest of 500 epochs would take long: the run is to end some steps later.
-    (run,) = app.runs()
-    done = steps_done(app, run)
-    config = (run / "config.toml").read_text("utf-8")
-    assert "max_train_epochs = 500" in config
-    (run / "config.toml").write_text(config.replace("max_train_epochs = 500", f"max_train_steps = {done + 5}"), "utf-8")
-    page.locator("#run-resume").click()
-    expect(chip(page)).to_have_text("completed", timeout=RUN_SECONDS * 1000)
-    points = fold(RunState(), app.events(run)).points
-    assert [point.step for point in points] == list(range(1, done + 6)), "no gap, no double"
-    expect(page.locator("#run-plot polyline.raw")).to_be_attached()
-    expect(page.locator("#run-resume")).to_be_hidden()
-
-    page.locator("#run-delete").click()
-    expect(page.locator("#run-delete-question")).to_contain_text("Delete demo?")
-    page.locator("#run-delete-no").click()
-    assert app.runs() == [run]
-    page.locator("#run-delete").click()
-    expect(page.locator("#run-delete-question")).to_contain_text("saved LoRA")
-    page.locator("#run-delete-yes").click()
-    expect(page.get_by_text("No runs yet")).to_be_visible()
-    assert app.runs() == []
-    assert (app.home / "bin" / run.name / "checkpoints" / "demo.safetensors").is_file()
 
 
 def test_a_preset_is_the_same_after_a_restart(app: App, page: Page) -> None:

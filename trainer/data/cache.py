@@ -18,13 +18,17 @@ from typing import Generic, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from trainer.data.buckets import centre_crop
 from trainer.data.cache_files import KEY_DIGITS, Entry, entry_path, mark_used, read_entry, write_entry
 from trainer.data.images import Picture, map_ahead, read_pixels
 from trainer.data.index import DatasetIndex, Progress
+from trainer.data.masks import Mask, read_mask
 from trainer.schema.base import Problem, UserError
+from trainer.schema.options_data import CHANGES_PIXELS
 
 T = TypeVar("T")
-FORMAT_VERSION = 1
+PictureOrMask = TypeVar("PictureOrMask", Picture, Mask)
+FORMAT_VERSION = 2
 """Part of every key; raised when the same inputs begin to give another result."""
 
 
@@ -49,12 +53,7 @@ def latent_key(picture: Picture, *, encoder: str) -> str:
     """The key of a picture's latents. `encoder` says which autoencoder, in which precision."""
     return _key(
         "latents",
-        picture.digest,
-        picture.resized,
-        picture.bucket,
-        picture.crop,
-        picture.is_flipped,
-        picture.resize_interpolation,
+        *picture.identity,
         encoder,
     )
 
@@ -71,24 +70,44 @@ def _key(*parts: object) -> str:
 def latent_requests(index: DatasetIndex, *, encoder: str) -> list[CacheRequest[Tensor]]:
     """Every picture to encode, both ways round where it may be flipped; `load` gives (3, height, width).
 
-    Raises `UserError` for subsets with random crops: there is no end of them.
+    Raises `UserError` for subsets with random crops or colours: there is no end of them.
     """
-    _refuse_random_crops(index)
+    for name in CHANGES_PIXELS:
+        _refuse(index, name)
     return [
         CacheRequest(
-            latent_key(picture, encoder=encoder), picture.path.parent, picture.bucket, partial(_read_unchanged, picture)
+            latent_key(picture, encoder=encoder),
+            picture.path.parent,
+            picture.bucket,
+            partial(_read_unchanged, picture, read_pixels),
         )
-        for item in index.items
-        for picture in item.centre_pictures()
+        for picture in (
+            *(picture for item in index.items for picture in item.centre_pictures()),
+            *(item.picture(centre_crop(item.fit), is_flipped=False) for item in index.validation),
+        )
     ]
 
 
-def _read_unchanged(picture: Picture) -> Tensor:
-    """The picture's pixels. An entry made from other bytes than its key was made from would be wrong for ever after."""
-    pixels = read_pixels(picture)
-    if hashlib.sha256(picture.path.read_bytes()).hexdigest() != picture.digest:
-        raise UserError(f"{picture.path} was changed after the start of the run", hint="Start again.")
-    return pixels
+def mask_key(mask: Mask) -> str:
+    """The key of a mask at the size of the latents."""
+    return _key("mask", *mask.identity)
+
+
+def mask_requests(index: DatasetIndex) -> list[CacheRequest[Tensor]]:
+    """The masks of all pictures in `latent_requests`; `load` gives (h, w)."""
+    return [
+        CacheRequest(mask_key(mask), mask.path.parent, mask.bucket, partial(_read_unchanged, mask, read_mask))
+        for item in (*index.items, *index.validation)
+        for mask in item.centre_masks()
+    ]
+
+
+def _read_unchanged(source: PictureOrMask, read: Callable[[PictureOrMask], Tensor]) -> Tensor:
+    """What `read` makes of the file. An entry made from other bytes than its key names would be wrong for ever after."""
+    values = read(source)
+    if hashlib.sha256(source.path.read_bytes()).hexdigest() != source.digest:
+        raise UserError(f"{source.path} was changed after the start of the run", hint="Start again.")
+    return values
 
 
 def text_requests(
@@ -99,12 +118,10 @@ def text_requests(
     return [CacheRequest(key(text), folder, (), partial(str, text)) for text, folder in texts.items()]
 
 
-def _refuse_random_crops(index: DatasetIndex) -> None:
-    folders = dict.fromkeys(item.subset.image_dir for item in index.items if item.subset.random_crop)
+def _refuse(index: DatasetIndex, name: str) -> None:
+    folders = dict.fromkeys(item.subset.place for item in index.items if getattr(item.subset, name))
     problems = [
-        Problem(
-            "random_crop cannot be used together with cache_latents", where=str(folder), hint="Turn one of them off."
-        )
+        Problem(f"{name} cannot be used together with cache_latents", where=str(folder), hint="Turn one of them off.")
         for folder in folders
     ]
     if problems:
@@ -121,7 +138,7 @@ class TensorCache:
 
     def __init__(
         self,
-        kind: Literal["latents", "text"],
+        kind: Literal["latents", "masks", "text"],
         *,
         on_disk: bool,
         warn: Callable[[str], None],

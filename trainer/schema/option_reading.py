@@ -80,7 +80,7 @@ def read_options(given: Mapping[str, Given]) -> Reading:
             place = next((given[name].where for name in names if name in given), problem.where)
             problems.append(Problem(problem.what, place, problem.hint, problem.field))
     options, corrections = corrected(options, explicit)
-    if "use_8bit_adam" in explicit:
+    if explicit & {"use_8bit_adam", "use_lion_optimizer"}:
         explicit |= {"optimizer_type"}
     return Reading(options, explicit, tuple(problems), (*corrections, *notes, *option_advice(options, explicit)))
 

@@ -18,17 +18,20 @@ from trainer.schema.cli import ParsedCommand, check_files
 from trainer.schema.dataset_file import dataset_config
 from trainer.schema.dataset_keys import DatasetConfig
 from trainer.schema.lora_spec import LoraSpec
-from trainer.schema.memory import OtherModels
+from trainer.schema.network_rules import spec_of
 from trainer.schema.options import Options
+from trainer.schema.parameter_counts import OtherModels
 from trainer.train.device_checks import check_device
 from trainer.train.findings import EXIT_OPTIONS, Findings
 from trainer.train.lora_form import form_problems
 from trainer.train.model_checks import Tokenizers, check_models, check_tokenizers, fetch_models, read_flux
-from trainer.train.network_checks import check_against_model, network_spec, spec_from_weights
+from trainer.train.network_checks import check_against_model, spec_from_weights
+from trainer.train.optimizer_checks import check_optimization
 from trainer.train.reporting import Reporter
 from trainer.train.resume import Start, find_state, plan_start, run_identity
 from trainer.train.sampling import SamplePrompt, read_sample_prompts
 from trainer.train.schedule import Schedule, epochs_between_saves, make_schedule
+from trainer.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,21 @@ def check_run(command: ParsedCommand, reporter: Reporter, *, num_processes: int 
     for problem in check_files(options):
         findings.add(problem)
     check_device(options, findings)
-    spec = findings.attempt(lambda: network_spec(options))
+    spec = findings.attempt(lambda: spec_of(options))
     prompts: tuple[SamplePrompt, ...] | None = ()
     if options.sample_prompts is not None and not findings.has("sample_prompts"):
         path: Path = options.sample_prompts
         prompts = findings.attempt(lambda: tuple(read_sample_prompts(path)))
-    dataset = None if findings.has("dataset_config") else findings.attempt(lambda: dataset_config(options))
+    has_file = not findings.has("dataset_config") and not findings.has("in_json")
+    dataset = None if not has_file else findings.attempt(lambda: dataset_config(options))
     index: DatasetIndex | None = None
     if dataset is not None:
         found: DatasetConfig = dataset
         index = findings.attempt(lambda: index_dataset(found, progress=reporter.progress))
+    # Without pictures the number of steps is not known; the schedule is checked all the same.
+    num_batches = index.num_batches_per_epoch if index is not None else 1
+    schedule = make_schedule(options, num_batches, num_processes)
+    check_optimization(options, findings, num_steps=schedule.num_steps, reporter=reporter)
     if not findings.problems:
         fetch_models(options, findings, reporter)
     flux = None if findings.has("pretrained_model_name_or_path") else read_flux(options, findings)
@@ -86,6 +94,7 @@ def check_run(command: ParsedCommand, reporter: Reporter, *, num_processes: int 
         weights: Path = options.network_weights
         findings.attempt(lambda: to_published(*read_lora_file(weights), where=str(weights)))
     tokenizers = check_tokenizers(options, flux, findings)
+    findings.attempt(lambda: check_trackers(options))
     state = findings.attempt(lambda: find_state(options, reporter))
     findings.raise_if_any()
     if (
@@ -100,7 +109,6 @@ def check_run(command: ParsedCommand, reporter: Reporter, *, num_processes: int 
         raise AssertionError("a check failed without saying why")
     for warning in index.warnings:
         reporter.warning(warning)
-    schedule = make_schedule(options, index.num_batches_per_epoch, num_processes)
     every = epochs_between_saves(options, schedule.num_epochs)
     if every != options.save_every_n_epochs:
         reporter.note(f"save_n_epoch_ratio {options.save_n_epoch_ratio}: a LoRA is saved every {every} epochs")
@@ -139,7 +147,8 @@ def check_replay(options: Options) -> CheckedReplay:
         findings.add(Problem(what, f"--{field}", hint, field), EXIT_OPTIONS)
     flux = read_flux(options, findings)
     check_device(options, findings)
-    spec = findings.attempt(lambda: network_spec(options))
+    check_optimization(options, findings, num_steps=options.max_train_steps)
+    spec = findings.attempt(lambda: spec_of(options))
     if flux is not None:
         check_against_model(options, spec, flux, findings)
     findings.raise_if_any()

@@ -1,8 +1,7 @@
-"""The device and the installed packages that a run's options ask for."""
+"""The device that a run's options ask for."""
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable
 from typing import Final
@@ -29,16 +28,6 @@ def check_device(options: Options, findings: Findings) -> None:
         )
     if options.device == "mps" and not torch.backends.mps.is_available():
         findings.add(Problem("no Apple GPU can be used", where, "Use auto or cpu.", "device"), EXIT_OPTIONS)
-    if options.optimizer_type == "AdamW8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        findings.add(
-            Problem(
-                "AdamW8bit needs the package bitsandbytes, which is not installed",
-                "--optimizer_type",
-                "Run python run.py setup, or use AdamW.",
-                "optimizer_type",
-            ),
-            EXIT_OPTIONS,
-        )
 
 
 def slow_format(device: torch.device, dtype: torch.dtype, seconds_of: Callable[[torch.dtype], float]) -> str | None:

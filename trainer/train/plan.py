@@ -8,6 +8,7 @@ from trainer.data.captions import caption_notes
 from trainer.schema.advice import deviations, weak_defaults
 from trainer.schema.checkpoint_header import FluxParams, format_bytes
 from trainer.schema.cli import ParsedCommand
+from trainer.schema.dataset_advice import dataset_advice
 from trainer.schema.memory import Estimate, estimate, usable_bytes
 from trainer.train.check import CheckedRun
 from trainer.train.reporting import Reporter
@@ -21,7 +22,9 @@ def tell_settings(command: ParsedCommand, checked: CheckedRun, reporter: Reporte
     lines = [
         *command.notes,
         *_prompt_notes(checked),
+        *dataset_advice(checked.dataset, checked.options),
         *_caption_lines(checked),
+        *_validation_notes(checked),
         *deviations(command.options, is_schnell=is_schnell, num_processes=num_processes),
     ]
     if lines:
@@ -43,7 +46,14 @@ def _prompt_notes(checked: CheckedRun) -> Iterator[str]:
 def _caption_lines(checked: CheckedRun) -> Iterator[str]:
     for subset in dict.fromkeys(item.subset for item in checked.index.items):
         for note in caption_notes(subset):
-            yield f"{subset.image_dir}: {note}"
+            yield f"{subset.place}: {note}"
+
+
+def _validation_notes(checked: CheckedRun) -> Iterator[str]:
+    if not checked.index.validation:
+        for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
+            if getattr(checked.options, name) is not None:
+                yield f"{name} has no effect: no picture is held back (validation_split)"
 
 
 def estimate_run(checked: CheckedRun, total_bytes: int | None = None) -> Estimate:
@@ -67,7 +77,8 @@ def plan_text(checked: CheckedRun, texts: TextPlan | None = None, total_bytes: i
     """The plan as a block of lines: pictures, repeats, buckets, batches, epochs, steps and memory."""
     index, schedule = checked.index, checked.schedule
     num_draws = sum(item.num_repeats for item in index.items)
-    lines = [f"{index.num_images} pictures, {num_draws} with repeats"]
+    held_back = f"; {len(index.validation)} are held back for validation" if index.validation else ""
+    lines = [f"{index.num_images} pictures, {num_draws} with repeats{held_back}"]
     for number, dataset in enumerate(index.datasets, 1):
         place = f"dataset {number}: " if len(index.datasets) > 1 else ""
         regularisation = f", {dataset.num_reg_images} of regularisation" if dataset.num_reg_images else ""
