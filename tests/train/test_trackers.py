@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 from PIL import Image
@@ -34,7 +35,9 @@ def test_tensorboard_gets_every_value_under_its_name_in_the_references_folder(tm
     reporter.close()
     (folder,) = tmp_path.glob("my2*/cat")
     events = EventAccumulator(str(folder)).Reload()
-    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in cast("list[str]", events.Tags()["scalars"])
+    }
     assert found["loss/current"] == [(1, 0.5)]
     assert found["lr/group0"] == [(1, pytest.approx(1e-4))]
     assert found["loss/validation/epoch_average"] == [(2, 0.75)]
