@@ -137,3 +137,21 @@ def test_the_bar_shows_what_other_programs_read(capsys: pytest.CaptureFixture[st
     assert "steps:" in shown
     for piece in ("avr_loss=0.5", "Keys Scaled=3", "Average key norm=0.25"):
         assert piece in shown
+
+
+def test_an_offline_run_of_wandb_is_written_whole_and_without_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    key = "0123456789abcdef" * 3
+    (tracker,) = start_trackers(options(log_with="wandb", wandb_api_key=key[:40], logging_dir=tmp_path))
+    tracker.log({"loss/current": 0.5}, place=1, step=1, epoch=1)
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(path)
+    tracker.picture(path, index=0, prompt="a cat", step=1, epoch=1)
+    tracker.close()
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert [file for file in files if file.suffix == ".wandb" and b"loss/current" in file.read_bytes()]
+    assert [file for file in files if file.name.startswith("sample_0")]
+    assert not [file for file in files if key[:40].encode() in file.read_bytes()]
