@@ -60,12 +60,13 @@ from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.rescue import save_or_rescue
 from trainer.train.resume import Start
 from trainer.train.sample_maker import SampleMaker
-from trainer.train.saver import LoraSaver, model_files, training_facts
+from trainer.train.saver import LoraSaver
 from trainer.train.session import DeviceLock
 from trainer.train.state_saver import StateSaver, Trainables, resume_state
 from trainer.train.text_phase import PreparedText, prepare_text, trains_clip
 from trainer.train.text_plan import TextPlan, caption_course, plan_texts
 from trainer.train.trackers import start_trackers
+from trainer.train.training_facts import model_files, training_facts
 from trainer.train.validator import Validator
 
 SEED_BITS = 31
