@@ -24,7 +24,7 @@ from trainer.schema.base import Problem
 from trainer.schema.cli import check_files, read_values, to_argv
 from trainer.schema.dataset_file import dataset_to_toml
 from trainer.schema.option_files import options_to_toml
-from trainer.schema.options import Options
+from trainer.schema.options import SECRET_OPTIONS, Options
 from trainer.schema.options_data import parse_resolution
 
 FormValues = Mapping[str, object]
@@ -247,6 +247,16 @@ def _more_options(text: object, problems: list[Problem]) -> dict[str, object]:
     values: dict[str, object] = {}
     for name, value in parsed.items():
         values |= value if isinstance(value, dict) else {name: value}
+    for name in sorted(SECRET_OPTIONS & set(values)):
+        # A run's folder holds its options as a file, which others may read.
+        problems.append(
+            Problem(
+                f"{name} is a secret, which the page keeps nowhere",
+                "More options",
+                "Log in on this machine instead (hf auth login, wandb login), or set HF_TOKEN or WANDB_API_KEY.",
+                "more_options",
+            )
+        )
     return values
 
 

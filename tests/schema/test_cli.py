@@ -138,7 +138,7 @@ def test_our_options_leave_the_references_abbreviations_as_they_are() -> None:
         (["--cache_latents", "true"], '"true" belongs to no option', "--cache_latents is a switch"),
         (["stray"], '"stray" belongs to no option', "needs quotes"),
         (["--training_comment", "my", "comment"], '"comment" belongs to no option', "needs quotes"),
-        (["--validation_split=0.1"], "validation_split cannot be used", "Leave it out."),
+        (["--validation_split=1"], "validation_split is 1; it must be at least 0 and below 1", ""),
     ],
 )
 def test_a_mistake_in_the_words_is_explained(words: list[str], what: str, hint: str) -> None:
@@ -179,9 +179,9 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
 
 
 def test_a_files_values_are_checked_as_the_command_lines_are(tmp_path: Path) -> None:
-    path = write(tmp_path / "config.toml", '[train]\nnetwork_dim = 0\nmixed_precision = "fp61"\nalpha_mask = true\n')
+    path = write(tmp_path / "config.toml", '[train]\nnetwork_dim = 0\nmixed_precision = "fp61"\ndeepspeed = true\n')
     found = problems(f"--config_file={path}", "--seed=-1")
-    assert {problem.field for problem in found} == {"network_dim", "mixed_precision", "alpha_mask", "seed"}
+    assert {problem.field for problem in found} == {"network_dim", "mixed_precision", "deepspeed", "seed"}
     (dim,) = [problem for problem in found if problem.field == "network_dim"]
     assert str(dim) == f"network_dim is 0; it must be 1 to 1024 ({path}, [train])."
 

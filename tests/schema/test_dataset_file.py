@@ -261,7 +261,8 @@ def test_a_json_file_is_read_the_same(tmp_path: Path) -> None:
             "caption_tag_dropout_rate is 2; it must be a number, 0 to 1",
             None,
         ),
-        (one_subset(general="validation_split = 0.1"), "validation_split cannot be used", None),
+        (one_subset(general="validation_split = 1"), "validation_split is 1; it must be a number, at least 0", None),
+        (one_subset("validation_split = 0.1"), "validation_split", None),
     ],
 )
 def test_a_mistake_in_a_dataset_file_is_explained(tmp_path: Path, text: str, what: str, hint: str | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -369,13 +369,15 @@ def test_validation_falls_due_by_steps_and_epochs_and_is_taken_once_a_step(tmp_p
     reporter = Reporter(run, events=EventWriter(run.events_jsonl, 1))
     written: list[tuple[str, float, int]] = []
 
-    class Scalars:
-        def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-            written.append((tag, scalar_value, global_step))
+    class Curves:
+        def log(self, scalars: Mapping[str, float], *, place: int, step: int, epoch: int) -> None:
+            written.extend((tag, value, place) for tag, value in scalars.items())
+
+        def picture(self, path: Path, *, index: int, prompt: str, step: int, epoch: int) -> None: ...
 
         def close(self) -> None: ...
 
-    reporter._scalars = Scalars()  # pyright: ignore[reportPrivateUsage]
+    reporter.use_trackers([Curves()])
     losses = iter((0.5, 0.25, 0.125, 0.1))
     course = Course(settings(validate_every_n_steps=2), reporter, validate=lambda: next(losses))
     course.loop.run()

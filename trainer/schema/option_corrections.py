@@ -94,5 +94,17 @@ def option_advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
         yield "caption_variants has no effect: without cache_text_encoder_outputs every step encodes its own texts"
     if options.model_type == "chroma" and options.guidance_scale != 0:
         yield f"guidance_scale is {options.guidance_scale:g}; Chroma was made with 0"
+    if options.huggingface_repo_id is None:
+        for name in ("repo_type", "path_in_repo", "token", "repo_visibility"):
+            if getattr(options, f"huggingface_{name}") is not None:
+                yield f"huggingface_{name} has no effect: huggingface_repo_id is not given"
+        if options.async_upload:
+            yield "async_upload has no effect: huggingface_repo_id is not given"
+    if options.log_with not in ("wandb", "all"):
+        for name in ("wandb_run_name", "wandb_api_key"):
+            if getattr(options, name) is not None:
+                yield f"{name} has no effect: log_with is not wandb"
+    if options.log_with is None and options.logging_dir is None and (options.log_config or options.log_tracker_config):
+        yield "log_config and log_tracker_config have no effect: there is no tracker (log_with, logging_dir)"
     yield from network_advice(options, explicit)
     yield from optimizer_advice(options, explicit)

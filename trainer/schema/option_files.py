@@ -8,7 +8,7 @@ from typing import cast
 
 import tomlkit
 
-from trainer.schema.options import GROUPS, Options
+from trainer.schema.options import GROUPS, SECRET_OPTIONS, Options
 from trainer.schema.toml_table import read_table
 
 
@@ -25,9 +25,10 @@ def non_default_values(options: Options) -> dict[str, object]:
 
 
 def options_to_toml(options: Options) -> str:
-    """An options file that gives exactly these options; only what is not at its default is written."""
+    """An options file that gives exactly these options; only what is not at its default is written,
+    and no secret."""
     document = tomlkit.document()
-    values = non_default_values(options)
+    values = {name: value for name, value in non_default_values(options).items() if name not in SECRET_OPTIONS}
     for title, group in GROUPS.items():
         chosen = {name: _toml_value(values[name]) for name in group.model_fields if name in values}
         if chosen:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Final
 
 from trainer.schema.base import Problem, UserError
 from trainer.schema.lora_spec import spec_from_network_args
-from trainer.schema.memory import max_blocks_to_swap
 from trainer.schema.network_rules import network_contradictions
 from trainer.schema.optimizer_rules import optimizer_problems
 from trainer.schema.options import Options
 from trainer.schema.options_data import CHANGES_PIXELS, SIZE_STEP
+from trainer.schema.swap_counts import max_blocks_to_swap
 
 # The published transformer's depth; a pruned one has less.
 _FLUX_DEPTH: Final = (19, 38)
@@ -55,8 +56,20 @@ def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tupl
             f"min_timestep is {lowest}, which is not below max_timestep {highest}",
             "They are the ends of the range that is trained, of 1000.",
         )
-    if options.log_with is not None and options.logging_dir is None:
+    if options.log_with in ("tensorboard", "all") and options.logging_dir is None:
         yield ("logging_dir", "log_with"), f"log_with {options.log_with} needs logging_dir", "Give the log folder."
+    if options.huggingface_repo_type not in (None, "model", "dataset", "space"):
+        yield (
+            ("huggingface_repo_type",),
+            f"huggingface_repo_type is {options.huggingface_repo_type}; it must be model, dataset or space",
+            "Leave it out for a LoRA.",
+        )
+    if options.huggingface_repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.huggingface_repo_id):
+        yield (
+            ("huggingface_repo_id",),
+            f"huggingface_repo_id is {options.huggingface_repo_id}; it must be owner/name",
+            "Such as your-name/my-lora.",
+        )
     if options.min_bucket_reso > options.max_bucket_reso:
         yield (
             ("min_bucket_reso", "max_bucket_reso"),

@@ -48,11 +48,9 @@ def _refused(
 _ATTENTION: Final = "attention always runs through torch's scaled dot product attention"
 _NOISE: Final = "it does not apply to FLUX's noise"
 _OTHER_LOSS: Final = "it does not apply to FLUX's loss"
-_LOADER: Final = "data is loaded in the training process"
-_HUB: Final = "uploading is not supported yet; upload the finished file yourself"
+_HUB: Final = "states are not uploaded yet; upload the folder yourself"
 _DEEPSPEED: Final = "DeepSpeed is not supported yet; --blocks_to_swap saves memory on one device"
 _DDP: Final = "training on several devices is not supported yet; leave it out"
-_WANDB: Final = "Weights & Biases is not supported yet; use --log_with=tensorboard"
 
 SAMPLERS: Final = (
     "ddim",
@@ -142,8 +140,11 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "sdpa": _inert("memory", "Torch's attention.", _ATTENTION),
         "xformers": _inert("memory", "Attention of the package xformers.", _ATTENTION),
         "mem_eff_attn": _inert("memory", "An older attention that saves memory.", _ATTENTION),
-        "max_data_loader_n_workers": _inert("memory", "Processes that load pictures.", _LOADER, "integer", default=8),
-        "persistent_data_loader_workers": _inert("memory", "Keep those processes between epochs.", _LOADER),
+        "persistent_data_loader_workers": _inert(
+            "dataset",
+            "Keep the processes that load pictures between epochs.",
+            "pictures are read by threads, which start in no time",
+        ),
         "lowram": _inert(
             "memory",
             "Keep models on the GPU where main memory is small.",
@@ -151,11 +152,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         ),
         "highvram": _inert(
             "memory", "Do not free GPU memory between the pictures that are encoded.", "memory is managed by need"
-        ),
-        "skip_cache_check": _inert(
-            "cache",
-            "Trust what is kept on disk without looking.",
-            "what is kept on disk is named after its content, so there is no check to skip",
         ),
         "disable_mmap_load_safetensors": _inert(
             "memory",
@@ -192,32 +188,12 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "dataset", "Weigh words that are in (brackets).", "FLUX's text encoders have no weighted form; leave it out"
         ),
         # Output.
-        "huggingface_repo_id": _refused(
-            "hub", "Repository of the Hugging Face hub that every saved LoRA is uploaded to.", _HUB, "text"
-        ),
-        "huggingface_repo_type": _refused("hub", "Kind of that repository, such as model.", _HUB, "text"),
-        "huggingface_path_in_repo": _refused("hub", "Folder in that repository.", _HUB, "text"),
-        "huggingface_token": _refused("hub", "Access token of the hub.", _HUB, "text"),
-        "huggingface_repo_visibility": _refused("hub", "public, or anything else for private.", _HUB, "text"),
         "save_state_to_huggingface": _refused("hub", "Upload the state of the run as well.", _HUB),
         "resume_from_huggingface": _refused("hub", "Take the state to go on from out of a repository.", _HUB),
-        "async_upload": _refused("hub", "Upload while training goes on.", _HUB),
         "skip_until_initial_step": _inert(
             "course",
             "Pass over the batches before the first step.",
             "training always goes on with the batch at which it left off",
-        ),
-        # Logs.
-        "wandb_run_name": _refused("logs", "Name of the run at Weights & Biases.", _WANDB, "text"),
-        "wandb_api_key": _refused("logs", "Key for Weights & Biases.", _WANDB, "text"),
-        "log_tracker_config": _refused(
-            "logs",
-            "TOML file with settings of the tracker.",
-            "it is not supported yet; use --log_tracker_name and --log_prefix",
-            "path",
-        ),
-        "log_config": _refused(
-            "logs", "Log the options too.", "it is not supported yet; the options are in the LoRA's metadata"
         ),
         # Hardware and number formats.
         "torch_compile": _refused("memory", "Compile the model with torch.", "it is not supported yet; leave it out"),
@@ -275,13 +251,11 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
 )
 
 _PICKLE: Final = "is not written: such files can hold code; use safetensors"
-_TRACKER: Final = "is not supported yet; use tensorboard"
 _NETWORK_SD: Final = "does not fit FLUX; use networks.lora_flux"
 
 REFUSED_VALUES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     {
         "save_model_as": dict.fromkeys(("ckpt", "pt"), _PICKLE),
-        "log_with": dict.fromkeys(("wandb", "all"), _TRACKER),
         "network_module": {
             **dict.fromkeys(
                 ("networks.lora_fa", "networks.dylora", "networks.oft", "networks.lora_sd3", "networks.loha"),

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Final
 
 from trainer.schema.options_data import CacheOptions, DatasetOptions
+from trainer.schema.options_hub import HubOptions
 from trainer.schema.options_model import MemoryOptions, ModelOptions, NetworkOptions, OptionGroup
 from trainer.schema.options_training import (
     CourseOptions,
@@ -31,6 +32,7 @@ class Options(
     OptimizerOptions,
     FlowOptions,
     SavingOptions,
+    HubOptions,
     SampleOptions,
     LogOptions,
     MetadataOptions,
@@ -53,12 +55,16 @@ GROUPS: Final[Mapping[str, type[OptionGroup]]] = MappingProxyType(
         "cache": CacheOptions,
         "validation": ValidationOptions,
         "saving": SavingOptions,
+        "hub": HubOptions,
         "samples": SampleOptions,
         "logs": LogOptions,
         "metadata": MetadataOptions,
     }
 )
 """Section name -> group, in the order in which options are shown and written."""
+
+SECRET_OPTIONS: Final = frozenset({"huggingface_token", "wandb_api_key"})
+"""Options that are never written into a file, a log or metadata."""
 
 OUR_OPTIONS: Final = frozenset(
     {

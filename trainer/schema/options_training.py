@@ -364,8 +364,22 @@ class LogOptions(OptionGroup):
     console_log_file: Annotated[Path | None, Opt("Write messages to this file.", "Log file", "expert")] = None
     console_log_simple: Annotated[bool, Opt("Plain lines without colour.", "Plain console", "expert")] = False
     logging_dir: Annotated[Path | None, Opt("Folder for TensorBoard logs.", "TensorBoard folder", "expert")] = None
-    log_with: Annotated[Literal["tensorboard"] | None, Opt("The tracker to log to.", "Tracker", "expert")] = None
+    log_with: Annotated[
+        Literal["tensorboard", "wandb", "all"] | None,
+        Opt("The tracker to log to; with a log folder alone, TensorBoard.", "Tracker", "expert"),
+    ] = None
     log_prefix: Annotated[str | None, Opt("Put before the log folder's name.", "Log prefix", "expert")] = None
+    log_tracker_config: Annotated[
+        Path | None,
+        Opt("TOML file with settings of the tracker, below [wandb] or [tensorboard].", "Tracker settings", "expert"),
+    ] = None
+    log_config: Annotated[bool, Opt("Log the options too, without tokens and paths.", "Log the options", "expert")] = (
+        False
+    )
+    wandb_run_name: Annotated[str | None, Opt("Name of the run at Weights & Biases.", "Run name", "expert")] = None
+    wandb_api_key: Annotated[
+        str | None, Opt("Key for Weights & Biases; never written anywhere. Empty: its own login.", "Key", "expert")
+    ] = None
     log_tracker_name: Annotated[str | None, Opt("Name of the tracker's project.", "Tracker name", "expert")] = None
 
 

@@ -46,6 +46,7 @@ from trainer.train.device_checks import product_seconds, slow_format
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, FileHashes
 from trainer.train.foreign_state import resume_foreign
+from trainer.train.hub_upload import HubUploader
 from trainer.train.latents_phase import LatentSource, LoadedBatch, load_ae, loaded_batches, prepare_latents
 from trainer.train.learning_rate import learning_rate_schedule
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
@@ -54,21 +55,23 @@ from trainer.train.lost_numbers import explain_lost_numbers
 from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
 from trainer.train.optim import create_optimizer, final_weights, optimizer_description
 from trainer.train.plan import plan_text, tell_settings, warn_of_memory
+from trainer.train.prompt_file import PromptFile
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.rescue import save_or_rescue
 from trainer.train.resume import Start
 from trainer.train.sample_maker import SampleMaker
-from trainer.train.saver import LoraSaver, model_files, training_facts
+from trainer.train.saver import LoraSaver
 from trainer.train.session import DeviceLock
 from trainer.train.state_saver import StateSaver, Trainables, advance, resume_state
-from trainer.train.text_phase import prepare_text, trains_clip
+from trainer.train.text_phase import PreparedText, prepare_text, trains_clip
 from trainer.train.text_plan import TextPlan, caption_course, plan_texts
+from trainer.train.trackers import start_trackers
+from trainer.train.training_facts import model_files, training_facts
 from trainer.train.validator import Validator
 
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
 REPLAY_FOLDER = "replay"
-TRACKER_NAME = "network_train"
 
 
 def train(command: ParsedCommand, reporter: Reporter) -> None:
@@ -100,7 +103,8 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
     seed = session.seed
     texts = plan_texts(checked, seed, num_processes=engine.num_processes)
     _announce_plan(checked, texts, engine, reporter)
-    _start_trackers(options, engine, reporter)
+    if engine.is_main:
+        reporter.use_trackers(start_trackers(options))
     text = prepare_text(checked, texts, engine, reporter)
     latents, autoencoder = prepare_latents(checked, engine, reporter)
 
@@ -123,6 +127,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         learning_rate=options.learning_rate,
         arguments=optimizer_arguments,
     )
+    upload = HubUploader.from_options(options, note=reporter.note, warn=reporter.warning) if engine.is_main else None
     hashes = FileHashes(model_files(options), data_home() / HASHES_FILE)
     save = LoraSaver(
         network,
@@ -142,12 +147,13 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         origin,
         base,
         hashes,
+        upload=upload,
         requested=start.requested,
     )
     if options.lora_form != "sd-scripts" and engine.is_main:
         # What the form cannot hold is better said now than after the training.
         save.tensors()
-    sample = _sample_maker(checked, model, network, autoencoder, text.source, engine, reporter)
+    sample = _sample_maker(checked, model, network, autoencoder, text, engine, reporter)
     settings = _loop_settings(checked, seed)
     schedule = learning_rate_schedule(options, optimizer, num_steps=checked.schedule.num_steps)
     scaler = engine.scaler()
@@ -186,7 +192,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         state_is_due=states.is_due,
     )
     reporter.phase("training")
-    with contextlib.closing(hashes):
+    with contextlib.closing(hashes), contextlib.nullcontext() if upload is None else contextlib.closing(upload):
         if engine.is_main and not options.no_metadata:
             hashes.start()
         with swap:
@@ -270,14 +276,6 @@ def _announce_plan(checked: CheckedRun, texts: TextPlan | None, engine: Engine, 
     reporter.note(plan_text(checked, texts, engine.total_bytes()))
 
 
-def _start_trackers(options: Options, engine: Engine, reporter: Reporter) -> None:
-    """TensorBoard, in the folder that the reference trainer would use."""
-    if options.logging_dir is not None and engine.is_main:
-        moment = time.strftime("%Y%m%d%H%M%S")
-        tracker = options.log_tracker_name or TRACKER_NAME
-        reporter.use_tensorboard(options.logging_dir / f"{options.log_prefix or ''}{moment}" / tracker)
-
-
 def load_model(options: Options, flux: TransformerParams, engine: Engine) -> Transformer:
     """The transformer on the device, except what will be swapped, which never goes there as a whole."""
     if options.pretrained_model_name_or_path is None:
@@ -354,7 +352,7 @@ def hold_norms(network: AnyNetwork, limit: float | None) -> Mapping[str, float]:
     report = network.hold_norms(limit)
     return {
         "max_norm/keys_scaled": report.num_scaled,
-        "max_norm/average_key_norm": report.mean,
+        "norm/avg_key_norm": report.mean,
         "max_norm/max_key_norm": report.largest,
     }
 
@@ -410,7 +408,7 @@ def _sample_maker(
     model: Transformer,
     network: AnyNetwork,
     autoencoder: AutoEncoder | None,
-    text: TextSource,
+    text: PreparedText,
     engine: Engine,
     reporter: Reporter,
 ) -> Callable[[StepPosition, bool], None]:
@@ -423,18 +421,22 @@ def _sample_maker(
             kept.append(load_ae(options, engine, torch.device("cpu")))
         return kept[0]
 
+    path = options.sample_prompts
+    prompts = (lambda: checked.prompts) if path is None else PromptFile(path, checked.prompts, reporter.warning)
     maker = SampleMaker(
-        checked.prompts,
+        prompts,
         model=model,
         network=network,
         autoencoder=provide_autoencoder,
-        text=text,
+        text=text.source,
         autocast=engine.autocast,
         autocast_in=engine.autocast,
         device=engine.device,
         folder=options.run_dir / "samples" if options.run_dir is not None else _output_dir(options) / SAMPLE_FOLDER,
         output_name=options.output_name,
         reporter=reporter,
+        prepare_texts=text.add,
+        free_memory=engine.free_cached_memory,
     )
 
     def sample(position: StepPosition, is_epoch_end: bool) -> None:
@@ -576,12 +578,13 @@ def _micro_batches(
 
     options = checked.options
     course = caption_course(options, checked.schedule, engine.num_processes)
+    num_threads = options.max_data_loader_n_workers
 
     def micro_batches(epoch: int, skipped: int) -> Iterator[MicroBatch]:
         plans = epoch_batches(checked.index, seed, epoch, prior_loss_weight=options.prior_loss_weight, course=course)
         # What comes before the place where the run goes on is not even loaded.
         share = share_of_rank(plans, engine.rank, engine.num_processes)[skipped:]
-        with contextlib.closing(loaded_batches(latents, share)) as batches:
+        with contextlib.closing(loaded_batches(latents, share, num_threads=num_threads)) as batches:
             for plan, loaded in batches:
                 yield PlannedBatch(plan, loaded, latents, objective, engine.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from trainer.schema.folders import data_home
 from trainer.schema.memory import text_encoders_fit
 from trainer.schema.model_kinds import ModelKind
 from trainer.schema.options import Options
+from trainer.schema.parameter_counts import t5_count
 from trainer.schema.weight_files import read_weights
 from trainer.train.base_weights import base_weights_identity, merge_base_weights
 from trainer.train.check import CheckedRun
@@ -34,6 +36,9 @@ from trainer.train.file_hashes import HASHES_FILE, files_identity
 from trainer.train.reporting import Reporter
 from trainer.train.text_plan import TextPlan, text_dtype
 
+_ROOM_FACTOR = 1.3
+"""T5 itself, CLIP-L and what they compute, as a multiple of T5's weights."""
+
 
 @dataclass(frozen=True)
 class PreparedText:
@@ -43,6 +48,8 @@ class PreparedText:
     source: TextSource
     clip: CLIPTextModel | None
     t5: T5EncoderModel | None = None
+    add: Callable[[Sequence[str]], None] = lambda _texts: None
+    """Makes sure that texts which were not known at the start can be asked for."""
 
 
 def trains_clip(checked: CheckedRun) -> bool:
@@ -83,7 +90,7 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
     on_disk = options.cache_text_encoder_outputs_to_disk
     # What is in memory belongs to this run alone; reading ten gigabytes to name it would be for nothing.
     identity = _identity(checked, engine, reporter) if on_disk else ""
-    cache = TensorCache("text", on_disk=on_disk, warn=reporter.warning)
+    cache = TensorCache("text", on_disk=on_disk, warn=reporter.warning, skip_check=options.skip_cache_check)
     # Prompts go beside the pictures, too: else the encoders would be loaded again for them alone.
     spare = checked.index.items[0].path.parent
     requests = text_requests(
@@ -119,7 +126,20 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
         live_clip=live_clip if isinstance(live_clip, ClipEncoder) else None,
         autocast=engine.text_autocast,
     )
-    return PreparedText(source, _clip_model(live_clip))
+
+    def add(texts: Sequence[str]) -> None:
+        new = text_requests(
+            dict.fromkeys(texts, spare), encoder=identity, max_length=max_length, apply_mask=options.apply_t5_attn_mask
+        )
+        if missing := cache.missing(new):
+            device = _device_beside_model(checked, engine)
+            reporter.note(
+                f"{len(missing)} new texts of sample prompts: the text encoders are loaded for this moment, on {device.type}"
+            )
+            cache.fill(missing, _encoder(checked, engine, device), batch_size=1, check_commands=reporter.check_stop)
+            engine.free_cached_memory()
+
+    return PreparedText(source, _clip_model(live_clip), add=add)
 
 
 def _encoder(checked: CheckedRun, engine: Engine, device: torch.device) -> Encode[str]:
@@ -154,6 +174,15 @@ def _encoding_device(checked: CheckedRun, engine: Engine, reporter: Reporter) ->
     ):
         return engine.device
     reporter.note("the text encoders are too large for this card: captions are encoded on the CPU")
+    return torch.device("cpu")
+
+
+def _device_beside_model(checked: CheckedRun, engine: Engine) -> torch.device:
+    """Where texts are encoded in the middle of a training: on the card only if the encoders fit into what is free."""
+    free_bytes = engine.free_bytes()
+    wanted = t5_count(checked.models.t5) * engine.text_dtype.itemsize
+    if free_bytes is None or free_bytes > wanted * _ROOM_FACTOR:
+        return engine.device
     return torch.device("cpu")
 
 
