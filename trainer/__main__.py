@@ -25,10 +25,11 @@ from trainer.schema.chroma_header import read_transformer
 from trainer.schema.cli import ParsedCommand, parse_command_line, read_command_line, read_values, write_config
 from trainer.schema.file_checks import needed_models
 from trainer.schema.folders import demo_dir
-from trainer.schema.memory import OtherModels, estimate, pick_blocks_to_swap
+from trainer.schema.memory import estimate, pick_blocks_to_swap
 from trainer.schema.option_files import read_config_file
 from trainer.schema.options import Options
 from trainer.schema.options_data import parse_resolution
+from trainer.schema.parameter_counts import OtherModels
 from trainer.schema.run_folder import RunFolder
 from trainer.schema.weight_files import read_weights
 

@@ -60,6 +60,8 @@ def draw_settings(rng: random.Random) -> dict[str, str]:
     for key in ("split_qkv", "dora", "rslora", "pissa"):
         if rng.random() < 0.4:
             chosen[key] = rng.choice(TRUE)
+    if "dora" in chosen:
+        chosen["dora_axis"] = rng.choice(("in", "out"))
     return chosen
 
 
@@ -148,7 +150,15 @@ def test_file_and_output_are_those_of_the_dense_weights(golden: Path, seed: int)
 
 
 @pytest.mark.parametrize(
-    "settings", [[], ["split_qkv=1"], ["dora=1"], ["pissa=1", "split_qkv=1"], ["dora=1", "pissa=1"]]
+    "settings",
+    [
+        [],
+        ["split_qkv=1"],
+        ["dora=1"],
+        ["dora=1", "dora_axis=out", "split_qkv=1"],
+        ["pissa=1", "split_qkv=1"],
+        ["dora=1", "pissa=1"],
+    ],
 )
 def test_a_file_read_back_writes_the_same_tensors(golden: Path, settings: list[str]) -> None:
     networks: list[LoraNetwork] = []
@@ -164,7 +174,17 @@ def test_a_file_read_back_writes_the_same_tensors(golden: Path, settings: list[s
         torch.testing.assert_close(tensor, saved[key], atol=1e-6 if "pissa=1" in settings else 0, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [["split_qkv=1"], ["dora=1"], ["pissa=1"], ["split_qkv=1", "rslora=1", "dora=1"]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["split_qkv=1"],
+        ["dora=1"],
+        ["dora=1", "dora_axis=out"],
+        ["pissa=1"],
+        ["split_qkv=1", "rslora=1", "dora=1"],
+        ["split_qkv=1", "pissa=1", "dora=1", "dora_axis=out"],
+    ],
+)
 def test_gradients_are_those_of_the_dense_weight(golden: Path, settings: list[str]) -> None:
     """DoRA's norm is a constant in backward, as in its paper."""
     spec = spec_from_network_args([*settings, "train_blocks=single"], network_dim=3, network_alpha=2)
@@ -193,7 +213,9 @@ def _by_formula(adapter: torch.nn.Module, x: Tensor) -> Tensor:
         pieces.append(change)
     weight = adapter.base.weight + adapter.alpha / rank * torch.cat(pieces)  # type: ignore[union-attr,operator]
     if hasattr(adapter, "magnitude"):
-        weight = weight * adapter.magnitude / weight.norm(dim=0, keepdim=True).detach()  # type: ignore[operator]
+        dim = 0 if adapter.axis == "in" else 1
+        magnitude = adapter.magnitude.unsqueeze(dim)  # type: ignore[operator,union-attr]
+        weight = weight * magnitude / weight.norm(dim=dim, keepdim=True).detach()  # type: ignore[operator]
     return torch.nn.functional.linear(x, weight, adapter.base.bias)  # type: ignore[union-attr]
 
 

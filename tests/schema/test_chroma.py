@@ -14,9 +14,11 @@ from trainer.schema.checkpoint_header import read_header
 from trainer.schema.chroma_header import ChromaParams, chroma_params, chroma_shapes, read_transformer
 from trainer.schema.file_checks import check_files
 from trainer.schema.lora_spec import LoraSpec
-from trainer.schema.memory import GIB, estimate, lora_tensor_sizes, usual_models
+from trainer.schema.memory import GIB, estimate
 from trainer.schema.model_check import check_kind
 from trainer.schema.option_reading import Given, Reading, read_options
+from trainer.schema.parameter_counts import usual_models
+from trainer.schema.trained_counts import trained_sizes
 from trainer.tools.tiny_models import make_chroma
 
 PUBLISHED = ChromaParams(64, 64, 4096, 3072, 4.0, 24, 19, 38, (16, 56, 56), 10_000, True, 64, 5120, 5)
@@ -146,7 +148,7 @@ def test_the_memory_estimate_counts_chroma_without_modulation_and_clip() -> None
 
 
 def test_lora_sizes_are_those_of_the_228_linears_without_modulation() -> None:
-    sizes = list(lora_tensor_sizes(PUBLISHED, LoraSpec(rank=16), usual_models(PUBLISHED).clip))
+    sizes = list(trained_sizes(PUBLISHED, LoraSpec(rank=16), usual_models(PUBLISHED).clip))
     assert len(sizes) == 2 * (19 * 8 + 38 * 2) == 2 * 228
     c, m = 3072, 12288
     double = 2 * (c + 3 * c + 2 * c + (c + m) * 2)

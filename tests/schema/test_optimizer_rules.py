@@ -7,12 +7,12 @@ import typing
 import pytest
 
 from trainer.schema.base import Problem
-from trainer.schema.memory import optimizer_state_bytes
 from trainer.schema.optimizers import OPTIMIZERS, optimizer_name
 from trainer.schema.option_reading import Given, Reading, read_options
 from trainer.schema.option_status import literals
 from trainer.schema.options import Options
 from trainer.schema.schedules import SCHEDULES, num_steps_of, parse_step_rules
+from trainer.schema.trained_counts import optimizer_state_bytes
 
 
 def read(**values: object) -> Reading:

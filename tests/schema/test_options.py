@@ -194,10 +194,12 @@ def test_a_size_that_is_none_is_refused(value: str) -> None:
 
 
 def test_an_option_without_effect_is_one_note() -> None:
-    reading = read(sdpa=True, max_data_loader_n_workers=2, vae="old.safetensors", network_module="networks.lora_flux")
+    reading = read(
+        sdpa=True, persistent_data_loader_workers=True, vae="old.safetensors", network_module="networks.lora_flux"
+    )
     assert [note for note in reading.notes if "no effect" in note] == [
         "sdpa has no effect: attention always runs through torch's scaled dot product attention",
-        "max_data_loader_n_workers has no effect: data is loaded in the training process",
+        "persistent_data_loader_workers has no effect: pictures are read by threads, which start in no time",
         "vae has no effect: FLUX's autoencoder is given with --ae",
     ]
 

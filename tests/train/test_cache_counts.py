@@ -58,7 +58,7 @@ class Project:
     def num_encoded(self) -> tuple[int, int]:
         """How many pictures and texts the phases before a training encode now."""
         before = self._files()
-        checked = check_run(parse_command_line(self.words()).options, Reporter(is_main=False))
+        checked = check_run(parse_command_line(self.words()), Reporter(is_main=False))
         engine, reporter = Engine.start(checked.options), Reporter(is_main=False)
         prepare_text(checked, plan_texts(checked, seed=5), engine, reporter)
         prepare_latents(checked, engine, reporter)

@@ -14,21 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from trainer.schema.base import UserError
-from trainer.train.metadata import (
-    DatasetFacts,
-    ModelFileFacts,
-    ModelSpecFacts,
-    SubsetFacts,
-    TrainingFacts,
-    file_sha256,
-    legacy_file_hash,
-    lora_metadata,
-    model_file_facts,
-    tag_frequency,
-    tensor_hashes,
-    thumbnail_data_url,
-    used_settings,
-)
+from trainer.train.metadata import lora_metadata, used_settings
+from trainer.train.metadata_datasets import tag_frequency
+from trainer.train.metadata_facts import DatasetFacts, ModelFileFacts, ModelSpecFacts, SubsetFacts, TrainingFacts
+from trainer.train.model_hashes import file_sha256, legacy_file_hash, model_file_facts, tensor_hashes
+from trainer.train.model_spec import thumbnail_data_url
 
 CAPTIONS = (
     "a photo of a red square on a blue background",

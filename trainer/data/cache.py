@@ -27,6 +27,7 @@ from trainer.schema.base import Problem, UserError
 from trainer.schema.options_data import CHANGES_PIXELS
 
 T = TypeVar("T")
+PictureOrMask = TypeVar("PictureOrMask", Picture, Mask)
 FORMAT_VERSION = 2
 """Part of every key; raised when the same inputs begin to give another result."""
 
@@ -75,7 +76,10 @@ def latent_requests(index: DatasetIndex, *, encoder: str) -> list[CacheRequest[T
         _refuse(index, name)
     return [
         CacheRequest(
-            latent_key(picture, encoder=encoder), picture.path.parent, picture.bucket, partial(_read_unchanged, picture)
+            latent_key(picture, encoder=encoder),
+            picture.path.parent,
+            picture.bucket,
+            partial(_read_unchanged, picture, read_pixels),
         )
         for picture in (
             *(picture for item in index.items for picture in item.centre_pictures()),
@@ -92,18 +96,18 @@ def mask_key(mask: Mask) -> str:
 def mask_requests(index: DatasetIndex) -> list[CacheRequest[Tensor]]:
     """The masks of all pictures in `latent_requests`; `load` gives (h, w)."""
     return [
-        CacheRequest(mask_key(mask), mask.path.parent, mask.bucket, partial(read_mask, mask))
+        CacheRequest(mask_key(mask), mask.path.parent, mask.bucket, partial(_read_unchanged, mask, read_mask))
         for item in (*index.items, *index.validation)
         for mask in item.centre_masks()
     ]
 
 
-def _read_unchanged(picture: Picture) -> Tensor:
-    """The picture's pixels. An entry made from other bytes than its key was made from would be wrong for ever after."""
-    pixels = read_pixels(picture)
-    if hashlib.sha256(picture.path.read_bytes()).hexdigest() != picture.digest:
-        raise UserError(f"{picture.path} was changed after the start of the run", hint="Start again.")
-    return pixels
+def _read_unchanged(source: PictureOrMask, read: Callable[[PictureOrMask], Tensor]) -> Tensor:
+    """What `read` makes of the file. An entry made from other bytes than its key names would be wrong for ever after."""
+    values = read(source)
+    if hashlib.sha256(source.path.read_bytes()).hexdigest() != source.digest:
+        raise UserError(f"{source.path} was changed after the start of the run", hint="Start again.")
+    return values
 
 
 def text_requests(

@@ -8,11 +8,11 @@ from typing import Final
 
 from trainer.schema.base import Problem, UserError
 from trainer.schema.lora_spec import spec_from_network_args
-from trainer.schema.memory import max_blocks_to_swap
 from trainer.schema.network_rules import network_contradictions
 from trainer.schema.optimizer_rules import optimizer_problems
 from trainer.schema.options import Options
 from trainer.schema.options_data import CHANGES_PIXELS, SIZE_STEP
+from trainer.schema.swap_counts import max_blocks_to_swap
 
 # The published transformer's depth; a pruned one has less.
 _FLUX_DEPTH: Final = (19, 38)

@@ -48,7 +48,6 @@ def _refused(
 _ATTENTION: Final = "attention always runs through torch's scaled dot product attention"
 _NOISE: Final = "it does not apply to FLUX's noise"
 _OTHER_LOSS: Final = "it does not apply to FLUX's loss"
-_LOADER: Final = "data is loaded in the training process"
 _HUB: Final = "states are not uploaded yet; upload the folder yourself"
 _DEEPSPEED: Final = "DeepSpeed is not supported yet; --blocks_to_swap saves memory on one device"
 _DDP: Final = "training on several devices is not supported yet; leave it out"
@@ -141,8 +140,11 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "sdpa": _inert("memory", "Torch's attention.", _ATTENTION),
         "xformers": _inert("memory", "Attention of the package xformers.", _ATTENTION),
         "mem_eff_attn": _inert("memory", "An older attention that saves memory.", _ATTENTION),
-        "max_data_loader_n_workers": _inert("memory", "Processes that load pictures.", _LOADER, "integer", default=8),
-        "persistent_data_loader_workers": _inert("memory", "Keep those processes between epochs.", _LOADER),
+        "persistent_data_loader_workers": _inert(
+            "dataset",
+            "Keep the processes that load pictures between epochs.",
+            "pictures are read by threads, which start in no time",
+        ),
         "lowram": _inert(
             "memory",
             "Keep models on the GPU where main memory is small.",
@@ -150,11 +152,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         ),
         "highvram": _inert(
             "memory", "Do not free GPU memory between the pictures that are encoded.", "memory is managed by need"
-        ),
-        "skip_cache_check": _inert(
-            "cache",
-            "Trust what is kept on disk without looking.",
-            "what is kept on disk is named after its content, so there is no check to skip",
         ),
         "disable_mmap_load_safetensors": _inert(
             "memory",

@@ -206,6 +206,16 @@ class DatasetOptions(OptionGroup):
     alpha_mask: Annotated[
         bool, Opt("Transparent parts of pictures count less in the loss.", "Transparency as mask", "advanced")
     ] = False
+    max_data_loader_n_workers: Annotated[
+        int,
+        Field(ge=0, le=256),
+        Opt(
+            "Threads that read and decode pictures, or read what is cached of them, ahead of their step. 0: none, each "
+            "step reads its own. The batches are the same.",
+            "Reading threads",
+            "expert",
+        ),
+    ] = 8
 
 
 class CacheOptions(OptionGroup):
@@ -216,6 +226,14 @@ class CacheOptions(OptionGroup):
     ] = False
     cache_latents_to_disk: Annotated[
         bool, Opt("Keep encoded pictures on disk for the next run too.", "Encoded pictures on disk", "advanced")
+    ] = False
+    skip_cache_check: Annotated[
+        bool,
+        Opt(
+            "Do not read cached files at the start to see whether they are whole; each is checked when it is used.",
+            "Trust cached files",
+            "expert",
+        ),
     ] = False
     vae_batch_size: Annotated[int, Field(ge=1), Opt("Pictures encoded at once.", "Encoding batch", "expert")] = 1
     cache_text_encoder_outputs: Annotated[

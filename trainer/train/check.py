@@ -18,13 +18,14 @@ from trainer.schema.cli import ParsedCommand, check_files
 from trainer.schema.dataset_file import dataset_config
 from trainer.schema.dataset_keys import DatasetConfig
 from trainer.schema.lora_spec import LoraSpec
-from trainer.schema.memory import OtherModels
+from trainer.schema.network_rules import spec_of
 from trainer.schema.options import Options
+from trainer.schema.parameter_counts import OtherModels
 from trainer.train.device_checks import check_device
 from trainer.train.findings import EXIT_OPTIONS, Findings
 from trainer.train.lora_form import form_problems
 from trainer.train.model_checks import Tokenizers, check_models, check_tokenizers, fetch_models, read_flux
-from trainer.train.network_checks import check_against_model, network_spec, spec_from_weights
+from trainer.train.network_checks import check_against_model, spec_from_weights
 from trainer.train.optimizer_checks import check_optimization
 from trainer.train.reporting import Reporter
 from trainer.train.resume import Start, find_state, plan_start, run_identity
@@ -63,7 +64,7 @@ def check_run(command: ParsedCommand, reporter: Reporter, *, num_processes: int 
     for problem in check_files(options):
         findings.add(problem)
     check_device(options, findings)
-    spec = findings.attempt(lambda: network_spec(options))
+    spec = findings.attempt(lambda: spec_of(options))
     prompts: tuple[SamplePrompt, ...] | None = ()
     if options.sample_prompts is not None and not findings.has("sample_prompts"):
         path: Path = options.sample_prompts
@@ -147,7 +148,7 @@ def check_replay(options: Options) -> CheckedReplay:
     flux = read_flux(options, findings)
     check_device(options, findings)
     check_optimization(options, findings, num_steps=options.max_train_steps)
-    spec = findings.attempt(lambda: network_spec(options))
+    spec = findings.attempt(lambda: spec_of(options))
     if flux is not None:
         check_against_model(options, spec, flux, findings)
     findings.raise_if_any()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from trainer.schema.run_folder import write_atomic
-from trainer.train.metadata import file_sha256
+from trainer.train.model_hashes import file_sha256
 
 HASHES_FILE = "model_hashes.json"
 """In the data folder: the hashes of model files that were read before."""

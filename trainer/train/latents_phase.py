@@ -49,14 +49,22 @@ class LatentSource(Protocol):
 
 
 def loaded_batches(
-    source: LatentSource, plans: Sequence[BatchPlan]
+    source: LatentSource, plans: Sequence[BatchPlan], *, num_threads: int
 ) -> Generator[tuple[BatchPlan, LoadedBatch], None, None]:
-    """The plans with what their latents are made of, read ahead of use; closing it ends the reading."""
+    """The plans with what their latents are made of, read ahead of use by `num_threads`; closing it ends the reading.
+
+    Threads, not processes: decoding, resizing and reading release the interpreter, a batch needs no copy to another
+    process, and what is cached in memory is there only once. Everything random has been decided in the plans.
+    """
 
     def load(plan: BatchPlan) -> LoadedBatch:
         return LoadedBatch(source.load(plan), source.masks.load(plan))
 
-    with contextlib.closing(map_ahead(load, plans)) as loaded:
+    if num_threads == 0:
+        yield from ((plan, load(plan)) for plan in plans)
+        return
+    ahead = max(2, num_threads)
+    with contextlib.closing(map_ahead(load, plans, num_threads=num_threads, num_ahead=ahead)) as loaded:
         yield from zip(plans, loaded, strict=True)
 
 
@@ -139,7 +147,9 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
     files = read_weights(options.ae, "autoencoder").files
     file_hashes = files_identity(files, data_home() / HASHES_FILE, reporter.check_stop)
     identity = f"{file_hashes}|{engine.autoencoder_dtype(no_half=options.no_half_vae)}"
-    cache = TensorCache("latents", on_disk=options.cache_latents_to_disk, warn=reporter.warning)
+    cache = TensorCache(
+        "latents", on_disk=options.cache_latents_to_disk, warn=reporter.warning, skip_check=options.skip_cache_check
+    )
     requests = latent_requests(checked.index, encoder=identity)
     autoencoder: AutoEncoder | None = None
     if missing := cache.missing(requests):

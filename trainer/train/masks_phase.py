@@ -37,7 +37,9 @@ def prepare_masks(checked: CheckedRun, reporter: Reporter) -> MaskSource:
     options = checked.options
     if not options.cache_latents:
         return MaskSource()
-    cache = TensorCache("masks", on_disk=options.cache_latents_to_disk, warn=reporter.warning)
+    cache = TensorCache(
+        "masks", on_disk=options.cache_latents_to_disk, warn=reporter.warning, skip_check=options.skip_cache_check
+    )
     requests = mask_requests(checked.index)
     cache.fill(requests, _as_entries, check_commands=reporter.check_stop)
     cache.recover_with(requests, lambda: _as_entries)

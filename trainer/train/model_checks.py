@@ -15,9 +15,9 @@ from trainer.schema.checkpoint_header import Header, autoencoder_params, clip_pa
 from trainer.schema.chroma_header import ChromaParams, TransformerParams, read_transformer
 from trainer.schema.file_checks import MODEL_KINDS, needed_models
 from trainer.schema.hub_cache import hub_id
-from trainer.schema.memory import OtherModels
 from trainer.schema.model_kinds import ModelKind
 from trainer.schema.options import Options
+from trainer.schema.parameter_counts import OtherModels
 from trainer.schema.weight_files import read_weights
 from trainer.train.findings import Findings
 from trainer.train.reporting import Reporter

@@ -60,12 +60,13 @@ from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.rescue import save_or_rescue
 from trainer.train.resume import Start
 from trainer.train.sample_maker import SampleMaker
-from trainer.train.saver import LoraSaver, model_files, training_facts
+from trainer.train.saver import LoraSaver
 from trainer.train.session import DeviceLock
 from trainer.train.state_saver import StateSaver, Trainables, resume_state
 from trainer.train.text_phase import PreparedText, prepare_text, trains_clip
 from trainer.train.text_plan import TextPlan, caption_course, plan_texts
 from trainer.train.trackers import start_trackers
+from trainer.train.training_facts import model_files, training_facts
 from trainer.train.validator import Validator
 
 SEED_BITS = 31
@@ -577,12 +578,13 @@ def _micro_batches(
 
     options = checked.options
     course = caption_course(options, checked.schedule, engine.num_processes)
+    num_threads = options.max_data_loader_n_workers
 
     def micro_batches(epoch: int, skipped: int) -> Iterator[MicroBatch]:
         plans = epoch_batches(checked.index, seed, epoch, prior_loss_weight=options.prior_loss_weight, course=course)
         # What comes before the place where the run goes on is not even loaded.
         share = share_of_rank(plans, engine.rank, engine.num_processes)[skipped:]
-        with contextlib.closing(loaded_batches(latents, share)) as batches:
+        with contextlib.closing(loaded_batches(latents, share, num_threads=num_threads)) as batches:
             for plan, loaded in batches:
                 yield PlannedBatch(plan, loaded, latents, objective, engine.device)
 

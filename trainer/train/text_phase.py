@@ -13,9 +13,10 @@ from transformers import CLIPTextModel, T5EncoderModel
 from trainer.data.cache import Encode, TensorCache, text_key, text_requests
 from trainer.model.weights import load_clip_l, load_t5xxl
 from trainer.schema.folders import data_home
-from trainer.schema.memory import t5_count, text_encoders_fit
+from trainer.schema.memory import text_encoders_fit
 from trainer.schema.model_kinds import ModelKind
 from trainer.schema.options import Options
+from trainer.schema.parameter_counts import t5_count
 from trainer.schema.weight_files import read_weights
 from trainer.train.base_weights import base_weights_identity, merge_base_weights
 from trainer.train.check import CheckedRun
@@ -89,7 +90,7 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
     on_disk = options.cache_text_encoder_outputs_to_disk
     # What is in memory belongs to this run alone; reading ten gigabytes to name it would be for nothing.
     identity = _identity(checked, engine, reporter) if on_disk else ""
-    cache = TensorCache("text", on_disk=on_disk, warn=reporter.warning)
+    cache = TensorCache("text", on_disk=on_disk, warn=reporter.warning, skip_check=options.skip_cache_check)
     # Prompts go beside the pictures, too: else the encoders would be loaded again for them alone.
     spare = checked.index.items[0].path.parent
     requests = text_requests(
