@@ -32,8 +32,8 @@ from trainer.schema.weight_files import read_weights
 
 PlaceTensor = Callable[[str], torch.device | str]
 
-_NUMBERS_AT_ONCE: Final = 1 << 22
-"""Of a tensor, so many numbers are read and converted at once; 16 MB in float32."""
+_NUMBERS_AT_ONCE: Final = 1 << 20
+"""Of a tensor, so many numbers are read and converted at once; 4 MB in float32."""
 
 
 def load_flux(
