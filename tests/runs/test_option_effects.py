@@ -124,7 +124,8 @@ EFFECTS: dict[str, Effect] = {
     "color_aug": e("weights"),
     "face_crop_aug_range": e("weights", "1.0,1.5"),
     "alpha_mask": e("weights"),
-    "masked_loss": e("code", "", "--dataset_config={masked}"),
+    "masked_loss": e("weights", "", "--dataset_config={masked}"),
+    "masked_loss_normalize": e("weights", "", "--masked_loss", "--dataset_config={masked}"),
     "cache_info": e("files"),
     "dataset_class": e("code", "some.Class"),
     # ---- network
