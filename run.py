@@ -346,12 +346,15 @@ def run_tests(environment: Environment, arguments: Sequence[str]) -> int:
     if arguments:
         return subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT, env=variables).returncode
     ensure_chromium()
+    # Tests in as many processes as there are cores: most are small and leave a second core idle otherwise.
+    num_workers = max(1, min(4, os.cpu_count() or 1))
+    variables["OMP_NUM_THREADS"] = "1"
     checks: Mapping[str, list[str]] = {
         "ruff format": [python, "-m", "ruff", "format", "--check", "."],
         "ruff check": [python, "-m", "ruff", "check", "."],
         "import rules": [python, "-c", "from importlinter.cli import lint_imports_command as run; run()"],
         "types": [python, "-m", "pyright", "--pythonpath", python],
-        "tests": [python, "-m", "pytest"],
+        "tests": [python, "-m", "pytest", f"--numprocesses={num_workers}", "--dist=loadfile", "--no-loadscope-reorder"],
     }
     codes: dict[str, int] = {}
     for name, command in checks.items():

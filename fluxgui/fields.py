@@ -98,7 +98,8 @@ DATASET_NAMES: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Field:
-    """One question of the form. `choices` only for kind "choice"; `optional` when leaving it empty is an answer."""
+    """One question of the form. `choices` only for kind "choice", `is_open` where they are not the only answers;
+    `optional` when leaving it empty is an answer."""
 
     name: str
     kind: Kind
@@ -107,6 +108,7 @@ class Field:
     default: object = None
     choices: tuple[str, ...] = ()
     optional: bool = True
+    is_open: bool = False
 
 
 _OWN_FIELDS: Final = (
@@ -151,7 +153,8 @@ def option_field(name: str) -> Field:
     opt = next(entry for entry in info.metadata if isinstance(entry, Opt))
     kind, choices, optional = _kind(info.annotation)
     label = f"{opt.label} ({opt.unit})" if opt.unit and opt.unit not in opt.label.lower() else opt.label
-    return Field(name, kind, label, opt.help, info.get_default(), choices, optional)
+    is_open = kind == "choice" and str in _union_parts(info.annotation)
+    return Field(name, kind, label, opt.help, info.get_default(), choices, optional, is_open)
 
 
 def _kind(annotation: object) -> tuple[Kind, tuple[str, ...], bool]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, cast
@@ -20,11 +20,11 @@ from tomlkit.exceptions import TOMLKitError
 from fluxgui.fields import DATASET_NAMES, NOT_IN_PRESETS, Field, make_fields
 from fluxgui.pictures import CAPTION_SUFFIX, PictureFolder, check_folder
 from trainer.schema.advice import weak_defaults
-from trainer.schema.base import Problem, UserError
-from trainer.schema.cli import check_files, to_argv, validate_options
+from trainer.schema.base import Problem
+from trainer.schema.cli import check_files, read_values, to_argv
 from trainer.schema.dataset_file import dataset_to_toml
 from trainer.schema.option_files import options_to_toml
-from trainer.schema.options import Options
+from trainer.schema.options import SECRET_OPTIONS, Options
 from trainer.schema.options_data import parse_resolution
 
 FormValues = Mapping[str, object]
@@ -143,17 +143,19 @@ def read_form(values: FormValues) -> Reading:
 
     options: Options | None = None
     notes: tuple[str, ...] = ()
-    try:
-        parsed = validate_options(chosen, where="the form")
+    parsed = read_values(chosen, where="the form")
+    if parsed.problems:
+        problems += [_at_field(problem, fields, more) for problem in parsed.problems if problem.field not in missing]
+    else:
         weak = weak_defaults(parsed.options, parsed.explicit)
         options, notes = parsed.options, (*([weak] if weak else []), *parsed.notes)
-    except UserError as error:
-        problems += [_at_field(problem, fields, more) for problem in error.problems if problem.field not in missing]
+    wrong = {problem.field for problem in problems}
     problems += [
         problem
-        for problem in _file_problems(options, chosen, problems)
+        # Also while other values are wrong, so that everything is shown at once.
+        for problem in check_files(parsed.options)
         # The run folder has these, and it does not exist yet.
-        if problem.field not in _RUN_FOLDER_NAMES and problem.field not in missing
+        if problem.field not in _RUN_FOLDER_NAMES and problem.field not in missing and problem.field not in wrong
     ]
     pictures: PictureFolder | None = None
     if typed["image_dir"] is not None:
@@ -215,18 +217,6 @@ def _number(value: float | str) -> int | float | None:
     return int(number) if number.is_integer() else number
 
 
-def _file_problems(options: Options | None, chosen: FormValues, found: Sequence[Problem]) -> list[Problem]:
-    """What is wrong with the files, also while other values are wrong, so that everything is shown at once."""
-    if options is None:
-        wrong = {problem.field for problem in found}
-        try:
-            rest = {name: value for name, value in chosen.items() if name not in wrong}
-            options = validate_options(rest, where="the form").options
-        except UserError:
-            return []
-    return check_files(options)
-
-
 def _own_problems(typed: FormValues) -> list[Problem]:
     """Problems with what goes into the dataset file only, which the check of the options does not see."""
     problems: list[Problem] = []
@@ -257,6 +247,16 @@ def _more_options(text: object, problems: list[Problem]) -> dict[str, object]:
     values: dict[str, object] = {}
     for name, value in parsed.items():
         values |= value if isinstance(value, dict) else {name: value}
+    for name in sorted(SECRET_OPTIONS & set(values)):
+        # A run's folder holds its options as a file, which others may read.
+        problems.append(
+            Problem(
+                f"{name} is a secret, which the page keeps nowhere",
+                "More options",
+                "Log in on this machine instead (hf auth login, wandb login), or set HF_TOKEN or WANDB_API_KEY.",
+                "more_options",
+            )
+        )
     return values
 
 

@@ -74,7 +74,13 @@ def build_field(field: Field) -> Component:
             choices: list[tuple[str, str]] = [(choice, choice) for choice in field.choices]
             if field.optional:
                 choices.insert(0, (UNSET, ""))
-            return gr.Dropdown(choices, value=str(field.default or ""), filterable=False, **common)
+            return gr.Dropdown(
+                choices,
+                value=str(field.default or ""),
+                filterable=field.is_open,
+                allow_custom_value=field.is_open,
+                **common,
+            )
         case "integer" | "number":
             # A text box: it can be empty, takes 1e-4, and a slip of the finger on the wheel changes nothing.
             return gr.Textbox(value=shown_number(field.default), max_lines=1, html_attributes=PLAIN, **common)

@@ -14,8 +14,13 @@ MAX_TOOLTIPS: Final = 120
 WIDTH, HEIGHT = 1000.0, 300.0
 
 
-def loss_plot(points: tuple[StepPoint, ...], *, smoothing: float, num_steps: int) -> str:
-    """The chart as HTML. `smoothing` is 0 (none) to 0.99; `num_steps` is the length of the whole run."""
+def loss_plot(
+    points: tuple[StepPoint, ...], *, smoothing: float, num_steps: int, validation: tuple[StepPoint, ...] = ()
+) -> str:
+    """The chart as HTML. `smoothing` is 0 (none) to 0.99; `num_steps` is the length of the whole run.
+
+    `validation` is drawn as it is: each value is a mean over the same pictures, noise and noise levels.
+    """
     if len(points) < 2:
         return '<p class="empty">The loss appears here once the first steps are done.</p>'
     # Smooth first and thin afterwards: the average must not depend on how many points are drawn.
@@ -24,7 +29,8 @@ def loss_plot(points: tuple[StepPoint, ...], *, smoothing: float, num_steps: int
     raw, bold = extremes(points, MAX_POINTS), thinned(average_points, MAX_POINTS)
 
     first, last = 0, max(num_steps, points[-1].step)
-    low, high, ticks = _axis(_visible_range([p.loss for p in raw], [p.loss for p in bold]))
+    steady = [p.loss for p in (*bold, *validation)]
+    low, high, ticks = _axis(_visible_range([p.loss for p in raw], steady))
 
     def x(step: int) -> float:
         return WIDTH * (step - first) / max(last - first, 1)
@@ -45,13 +51,25 @@ def loss_plot(points: tuple[StepPoint, ...], *, smoothing: float, num_steps: int
         f"Loss by step, {len(points)} steps: smoothed from {averages[0]:.4g} to {averages[-1]:.4g}, "
         f"now {points[-1].loss:.4g}"
     )
+    checked, key = "", ""
+    if validation:
+        spoken += f"; on held back pictures from {validation[0].loss:.4g} to {validation[-1].loss:.4g}"
+        dots = "".join(
+            # A line of no length: its round ends stay round where the chart is stretched.
+            f'<line class="validation" x1="{x(p.step):.1f}" x2="{x(p.step):.1f}" y1="{y(p.loss):.1f}" '
+            f'y2="{y(p.loss):.1f}">'
+            f"<title>step {p.step}: {p.loss:.4g} on held back pictures</title></line>"
+            for p in thinned(validation, MAX_TOOLTIPS)
+        )
+        checked = f'{line("validation", thinned(validation, MAX_POINTS))}<g class="dots">{dots}</g>'
+        key = '<span class="key validation">held back pictures</span>'
     return (
         f'<figure class="plot"><div class="plot-y">{y_labels}</div>'
         f'<svg role="img" aria-label="{spoken}" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none">'
-        f'<g class="grid">{grid}</g>{line("raw", raw)}{line("smooth", bold)}{_tooltips(points, averages, x)}</svg>'
+        f'<g class="grid">{grid}</g>{line("raw", raw)}{line("smooth", bold)}{_tooltips(points, averages, x)}{checked}</svg>'
         f'<div class="plot-x">{x_labels}</div>'
         '<figcaption><span class="key raw">each step</span><span class="key smooth">smoothed</span>'
-        "</figcaption></figure>"
+        f"{key}</figcaption></figure>"
     )
 
 

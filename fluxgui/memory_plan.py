@@ -14,9 +14,10 @@ from trainer.schema.checkpoint_header import (
     t5_params,
 )
 from trainer.schema.chroma_header import TransformerParams, read_transformer
-from trainer.schema.memory import Estimate, OtherModels, pick_blocks_to_swap, usual_models
+from trainer.schema.memory import Estimate, pick_blocks_to_swap
 from trainer.schema.options import Options
 from trainer.schema.options_data import parse_resolution
+from trainer.schema.parameter_counts import OtherModels, usual_models
 from trainer.schema.weight_files import read_weights
 
 DEFAULT_SIDE: Final = 512

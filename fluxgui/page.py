@@ -36,7 +36,7 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         with gr.Column(visible=False, elem_classes="card", elem_id="welcome") as welcome:
             html_part(
                 '<div class="card-title"><h2>First time here?</h2><p>The demo teaches a small FLUX, which comes with '
-                "the program, a new emblem from sixteen pictures in a minute or two. It shows everything that a real run "
+                "the program, a new emblem from twenty pictures in a minute or two. It shows everything that a real run "
                 "shows.</p></div>"
             )
             try_demo = gr.Button("Try the demo", variant="primary", elem_id="try-demo")

@@ -79,6 +79,7 @@ class RunState:
     loss: float | None = None
     is_paused: bool = False
     points: tuple[StepPoint, ...] = ()
+    validation: tuple[StepPoint, ...] = ()
     step_times: tuple[float, ...] = ()
     samples: tuple[Sample, ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
@@ -146,6 +147,7 @@ def _fold_one(state: RunState, event: Mapping[str, object]) -> RunState:
                 device=_text(event, "device") or state.device,
                 step=first,
                 points=tuple(point for point in state.points if point.step <= first),
+                validation=tuple(point for point in state.validation if point.step <= first),
             )
         case "phase":
             return replace(state, phase=_text(event, "name"), phase_done=0, phase_total=0)
@@ -167,6 +169,13 @@ def _fold_one(state: RunState, event: Mapping[str, object]) -> RunState:
                 learning_rate=_float(event, "lr"),
                 loss=_float(event, "loss"),
             )
+        case "validation":
+            loss, step = _float(event, "loss"), _int(event, "step")
+            if loss is None or not math.isfinite(loss):
+                return state
+            # A step that ends an epoch is reported as both.
+            others = tuple(point for point in state.validation if point.step != step)
+            return replace(state, validation=(*others, StepPoint(step, loss)))
         case "sample":
             sample = Sample(
                 step=_int(event, "step"),
@@ -175,7 +184,11 @@ def _fold_one(state: RunState, event: Mapping[str, object]) -> RunState:
                 index=_int(event, "index"),
                 seed=_int(event, "seed") if event.get("seed") is not None else None,
             )
-            return replace(state, samples=(*(s for s in state.samples if s.path != sample.path), sample))
+            # A resumed run may draw the samples of its first step once more.
+            others = (
+                s for s in state.samples if s.path != sample.path and (s.step, s.index) != (sample.step, sample.index)
+            )
+            return replace(state, samples=(*others, sample))
         case "checkpoint":
             checkpoint = Checkpoint(
                 step=_int(event, "step"),

@@ -11,6 +11,7 @@ from typing import Final
 from urllib.parse import quote
 
 from fluxgui.run_state import Checkpoint, RunState, Sample
+from fluxgui.runs import Contents
 from trainer.schema.run_folder import RunStatus
 
 STEPS_SHOWN: Final = 12
@@ -93,7 +94,7 @@ def _doing(status: RunStatus, state: RunState) -> str:
         case "completed":
             return f"Completed: {state.step} steps."
         case "stopped":
-            return f"Stopped on request after {state.step} of {state.num_steps} steps."
+            return f"Stopped on request after {state.step} of {state.num_steps} steps; it can be resumed."
         case "failed":
             return f"Failed while {phase}; the reason is below."
         case "crashed":
@@ -163,15 +164,40 @@ def messages(status: RunStatus, state: RunState, log_tail: str) -> str:
     return "".join(parts)
 
 
-def waiting(pending: Sequence[str], *, is_live: bool) -> str:
-    """What was asked for and not yet taken up, else what the buttons do."""
+def waiting(pending: Sequence[str], *, is_live: bool, can_resume: bool = False, state_step: int | None = None) -> str:
+    """What was asked for and not yet taken up, else what the buttons do. `state_step` is where the run would go on."""
     if pending:
         return f'<p class="empty" role="status">Asked for: {escape(", ".join(pending))}. The trainer answers soon.</p>'
     if not is_live:
-        return '<p class="empty">Start again makes a new run with the same settings, from the beginning.</p>'
+        words = "Start again makes a new run with the same settings, from the beginning."
+        if can_resume:
+            place = (
+                "begins anew in this run: it ended before a state of it was kept"
+                if state_step is None
+                else f"goes on in this run after step {state_step}"
+            )
+            words = f"Resume {place}. {words}"
+        return f'<p class="empty">{words}</p>'
     return (
-        '<p class="empty">Stop ends the run after the current step and frees the memory. Pause keeps the memory. '
-        "Closing this page stops nothing.</p>"
+        '<p class="empty">Stop ends the run after the current step and frees the memory; it can be resumed later. Pause '
+        "keeps the memory. Closing this page stops nothing.</p>"
+    )
+
+
+def deletion(name: str, found: Contents, bin_folder: str) -> str:
+    """The question before a run is deleted, which names what is lost."""
+    parts = [
+        f"{count} {noun}{'' if count == 1 else 's'}"
+        for count, noun in ((found.num_checkpoints, "saved LoRA"), (found.num_samples, "sample"))
+        if count
+    ]
+    parts.append("its log and its settings")
+    if found.has_state:
+        parts.append("the state to resume from")
+    return (
+        f"Delete {name}? {', '.join(parts[:-1])}{' and ' if len(parts) > 1 else ''}{parts[-1]} "
+        f"({_megabytes(found.num_bytes)}) leave this list. They go to the bin, {bin_folder}, and stay there until you "
+        "empty it."
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,9 +21,18 @@ from typing import Final, Literal
 import psutil
 
 from fluxgui.run_state import RunState, fold
+from trainer.schema.base import UserError
 from trainer.schema.events import EventReader
-from trainer.schema.folders import runs_dir
-from trainer.schema.run_folder import RunFolder, RunStatus, list_runs, probe, write_atomic
+from trainer.schema.folders import bin_dir, runs_dir
+from trainer.schema.run_folder import (
+    RunFolder,
+    RunStatus,
+    is_locked,
+    list_runs,
+    newest_state_step,
+    probe,
+    write_atomic,
+)
 
 PROGRAM_FOLDER: Final = Path(__file__).resolve().parents[1]
 START_SECONDS: Final = 10.0
@@ -47,6 +57,11 @@ class RunView:
         return self.run.path.name
 
     @property
+    def can_resume(self) -> bool:
+        """Whether the run ended before its last step and can go on in its folder."""
+        return self.status.state in ("stopped", "crashed", "failed")
+
+    @property
     def is_live(self) -> bool:
         """Whether something may still change without anyone asking for it."""
         return self.status.state in ("queued", "running", "paused", "stuck")
@@ -66,6 +81,11 @@ class RunWatcher:
             name = name or run_name(run)
             self._known[run.path] = (reader, state, name)
         return RunView(run, name, _status(run, state), state)
+
+    def forget(self, run: RunFolder) -> None:
+        """Drop what is known of a run whose folder is gone."""
+        with self._lock:
+            self._known.pop(run.path, None)
 
     def look_at_all(self) -> list[RunView]:
         """Newest first."""
@@ -87,6 +107,8 @@ def start_worker(run: RunFolder) -> None:
     flags = 0
     if sys.platform == "win32":
         flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS
+    # By the same clock as the events'; what the system says about the start can be a second off.
+    asked = time.time()
     with run.worker_log.open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "trainer", "run", str(run.path)],
@@ -99,7 +121,8 @@ def start_worker(run: RunFolder) -> None:
             creationflags=flags,
         )
     with contextlib.suppress(psutil.Error):  # gone already
-        write_atomic(_process_json(run), json.dumps({"pid": process.pid, "started": _started(process.pid)}))
+        note = {"pid": process.pid, "started": _started(process.pid), "asked": asked}
+        write_atomic(_process_json(run), json.dumps(note))
     # Only takes note of the end, so that no dead process is left in the system's table while the page lives.
     threading.Thread(target=process.wait, daemon=True, name=f"reap-{process.pid}").start()
 
@@ -128,6 +151,61 @@ def start_again(run: RunFolder) -> RunFolder:
         sample_prompts=run.sample_prompts_txt.read_text(encoding="utf-8"),
         info={"parent": run.path.name},
     )
+
+
+def resume(run: RunFolder) -> None:
+    """Start a worker in a run that ended: it goes on from the newest state in the folder, or from the beginning.
+
+    Raises `UserError` when one is at work there already.
+    """
+    if is_locked(run):
+        raise UserError("a trainer is already at work in this run", run.path.name)
+    start_worker(run)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a run's folder holds."""
+
+    num_checkpoints: int
+    num_samples: int
+    has_state: bool
+    num_bytes: int
+
+
+def contents(run: RunFolder) -> Contents:
+    """Counts the files in the run's folder."""
+    num_bytes = 0
+    for path in run.path.rglob("*"):
+        with contextlib.suppress(OSError):  # gone since it was listed
+            num_bytes += path.stat().st_size if path.is_file() else 0
+    return Contents(
+        num_checkpoints=sum(1 for _ in run.checkpoints_dir.glob("*.safetensors")),
+        num_samples=sum(1 for _ in run.samples_dir.glob("*.*")),
+        has_state=newest_state_step(run) is not None,
+        num_bytes=num_bytes,
+    )
+
+
+def delete_run(run: RunFolder) -> Path:
+    """Move the run's folder into the bin. Returns where it lies now.
+
+    Raises `UserError` while a worker is at work there, or when the system does not let the folder go.
+    """
+    if is_locked(run):
+        raise UserError("this run is at work", run.path.name, "Stop it first.")
+    target = bin_dir() / run.path.name
+    number = 1
+    while target.exists():
+        number += 1
+        target = bin_dir() / f"{run.path.name}-{number}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Across devices this copies; within one the folder only gets another name.
+        shutil.move(run.path, target)
+    except OSError as error:
+        raise UserError(f"the run cannot be moved to the bin: {error.strerror or error}", str(run.path)) from error
+    return target
 
 
 def send(run: RunFolder, command: CommandName) -> None:
@@ -183,12 +261,23 @@ def _has_expected_type(kind: str, path: Path) -> bool:
 
 def _status(run: RunFolder, state: RunState) -> RunStatus:
     status = probe(run, state)
+    if status.state in ("stopped", "crashed", "failed", "completed") and _was_started_since(run, state.last_event_at):
+        return RunStatus("queued", "The trainer is being started.")
     if status.state != "queued" or not run.worker_log.exists():
         return status
     # Asked to start, yet nothing was heard: either it is still loading, or it died before it could say so.
     if _is_starting(run):
         return RunStatus("queued", "The trainer is being started.")
     return RunStatus("crashed", "The trainer did not start.")
+
+
+def _was_started_since(run: RunFolder, moment: float | None) -> bool:
+    """Whether a process was started for the run that has not been heard of yet: it is still loading."""
+    try:
+        process = json.loads(_process_json(run).read_bytes())
+        return moment is not None and process["asked"] > moment and _is_starting(run)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _process_json(run: RunFolder) -> Path:

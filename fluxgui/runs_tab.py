@@ -19,14 +19,19 @@ from fluxgui.runs import (
     CommandName,
     RunView,
     RunWatcher,
+    contents,
+    delete_run,
     find_run,
     pending_commands,
     read_log_tail,
+    resume,
     run_name,
     send,
     start_again,
 )
 from trainer.schema.base import UserError
+from trainer.schema.folders import bin_dir
+from trainer.schema.run_folder import newest_state_step
 
 LIVE_SECONDS: Final = 1.0
 IDLE_SECONDS: Final = 5.0
@@ -109,7 +114,12 @@ def build_runs_tab(watcher: RunWatcher) -> RunsTab:
                     save = gr.Button("Save now", size="sm", min_width=80, elem_id="run-save")
                     sample = gr.Button("Sample now", size="sm", min_width=80, elem_id="run-sample")
                     pause = gr.Button("Pause", size="sm", min_width=80, elem_id="run-pause")
+                    resume_button = gr.Button(
+                        "Resume", variant="primary", size="sm", min_width=80, visible=False, elem_id="run-resume"
+                    )
                     again = gr.Button("Start again", size="sm", min_width=80, visible=False, elem_id="run-again")
+                    delete = gr.Button("Delete", size="sm", min_width=80, visible=False, elem_id="run-delete")
+                deleting = build_question("run-delete", yes="Delete it", no="Keep it")
                 stopping = build_question("run-stop", yes="Stop it", no="Go on")
                 waiting = html_part(elem_id="run-waiting")
             with gr.Column(elem_classes="card"):
@@ -149,7 +159,9 @@ def build_runs_tab(watcher: RunWatcher) -> RunsTab:
             "save": save,
             "sample": sample,
             "pause": pause,
+            "resume": resume_button,
             "again": again,
+            "delete": delete,
         },
         smoothing=smoothing,
         watcher=watcher,
@@ -157,7 +169,9 @@ def build_runs_tab(watcher: RunWatcher) -> RunsTab:
     inputs = [run_list, smoothing, shown]
     quietly: dict[str, Any] = {"show_progress": "hidden", "queue": True, "concurrency_limit": 8}
     timer.tick(tab.look, inputs, tab.outputs, trigger_mode="once", **quietly)
-    run_list.input(lambda: gr.update(visible=False), None, [stopping.box], **quietly)
+    run_list.input(
+        lambda: (gr.update(visible=False), gr.update(visible=False)), None, [stopping.box, deleting.box], **quietly
+    )
     run_list.input(tab.look, inputs, tab.outputs, **quietly).then(None, [run_list], None, js=SHOW_IN_ADDRESS)
     smoothing.input(tab.look, inputs, tab.outputs, trigger_mode="always_last", **quietly)
 
@@ -177,7 +191,7 @@ def build_runs_tab(watcher: RunWatcher) -> RunsTab:
         state = watcher.look(found).state
         return stopping.ask(
             f"Stop {run_name(found)} at step {state.step} of {state.num_steps}? What it has learned by then is saved, "
-            "but it cannot be continued from there.",
+            "and it can be resumed from there.",
             found.path.name,
         )
 
@@ -194,6 +208,39 @@ def build_runs_tab(watcher: RunWatcher) -> RunsTab:
         button.click(command(cast("CommandName", name)), [meant, button], None, **quietly).then(
             tab.look, inputs, tab.outputs, **quietly
         )
+
+    def go_on(run_id: str | None) -> None:
+        found = find_run(run_id)
+        if found is None:
+            return
+        try:
+            resume(found)
+        except (OSError, UserError) as error:
+            raise gr.Error(f"The run cannot be resumed: {error}", print_exception=False) from None
+
+    resume_button.click(go_on, [run_list], None, **quietly).then(tab.look, inputs, tab.outputs, **quietly)
+
+    def ask_to_delete(run_id: str | None) -> dict[Block, object]:
+        found = find_run(run_id)
+        if found is None:
+            return {}
+        return deleting.ask(run_view.deletion(run_name(found), contents(found), str(bin_dir())), found.path.name)
+
+    def delete_it(run_id: str | None) -> None:
+        found = find_run(run_id)
+        if found is None:
+            return
+        try:
+            delete_run(found)
+        except UserError as error:
+            raise gr.Error(f"The run cannot be deleted: {error}", print_exception=False) from None
+        watcher.forget(found)
+
+    delete.click(ask_to_delete, [run_list], deleting.outputs, **quietly)
+    deleting.yes.click(lambda: gr.update(visible=False), None, [deleting.box], **quietly)
+    deleting.yes.click(delete_it, [deleting.subject], None, **quietly).then(
+        tab.look_and_choose, inputs, tab.outputs, **quietly
+    ).then(None, [run_list], None, js=SHOW_IN_ADDRESS)
 
     def restart(run_id: str | None) -> str | None:
         found = find_run(run_id)
@@ -233,15 +280,26 @@ def _run_updates(view: RunView, smoothing: float) -> dict[str, object]:
     return {
         "header": run_view.header(view.name, status, state),
         "messages": run_view.messages(status, state, tail),
-        "waiting": run_view.waiting(pending_commands(view.run) if view.is_live else [], is_live=view.is_live),
-        "plot": loss_plot(state.points, smoothing=smoothing, num_steps=state.num_steps),
+        "waiting": run_view.waiting(
+            pending_commands(view.run) if view.is_live else [],
+            is_live=view.is_live,
+            can_resume=view.can_resume,
+            state_step=newest_state_step(view.run) if view.can_resume else None,
+        ),
+        "plot": loss_plot(state.points, smoothing=smoothing, num_steps=state.num_steps, validation=state.validation),
         "samples": run_view.samples(view.run_id, state.samples),
-        "checkpoints": run_view.checkpoints(view.run_id, state.checkpoints),
+        "checkpoints": run_view.checkpoints(
+            # Old ones may have been removed since.
+            view.run_id,
+            [checkpoint for checkpoint in state.checkpoints if (view.run.path / checkpoint.path).is_file()],
+        ),
         "log": run_view.log(view.run_id, tail),
         "config": view.run.config_toml.read_text(encoding="utf-8"),
         "stop": gr.update(visible=view.is_live, interactive=obeys),
         "save": gr.update(visible=view.is_live, interactive=trains),
         "sample": gr.update(visible=view.is_live, interactive=trains),
         "pause": gr.update(visible=view.is_live, value="Resume" if state.is_paused else "Pause", interactive=obeys),
+        "resume": gr.update(visible=view.can_resume),
         "again": gr.update(visible=not view.is_live),
+        "delete": gr.update(visible=not view.is_live),
     }

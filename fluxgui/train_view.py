@@ -9,7 +9,8 @@ from typing import Final
 
 from fluxgui.form import Reading, missing_text
 from fluxgui.pictures import PictureFolder
-from trainer.schema.memory import Estimate, Phase, usable_bytes
+from trainer.schema.memory import Estimate, usable_bytes
+from trainer.schema.memory_phases import Phase
 
 NAMES_SHOWN: Final = 5
 ESTIMATE_IS_OLD: Final = (

@@ -22,12 +22,14 @@ from trainer.schema.checkpoint_header import (
     t5_params,
 )
 from trainer.schema.chroma_header import read_transformer
-from trainer.schema.cli import ParsedCommand, parse_command_line, validate_options
+from trainer.schema.cli import ParsedCommand, parse_command_line, read_command_line, read_values, write_config
+from trainer.schema.file_checks import needed_models
 from trainer.schema.folders import demo_dir
-from trainer.schema.memory import OtherModels, estimate, pick_blocks_to_swap
+from trainer.schema.memory import estimate, pick_blocks_to_swap
 from trainer.schema.option_files import read_config_file
 from trainer.schema.options import Options
 from trainer.schema.options_data import parse_resolution
+from trainer.schema.parameter_counts import OtherModels
 from trainer.schema.run_folder import RunFolder
 from trainer.schema.weight_files import read_weights
 
@@ -44,6 +46,7 @@ python -m trainer replay --input=F --output=O --steps=N --option=...
                                          train on one recorded batch; a run records it when its loss is no number
 python -m trainer convert-lora --input X --output Y --form F
                                          write a LoRA in another form: sd-scripts, diffusers, bfl or xlabs
+python -m trainer cache FOLDER ...        list what is cached beside pictures; --prune removes what is not used any more
 python -m trainer make-demo [--dir D]    write the demo's models and pictures
 python -m trainer run FOLDER             train what a run folder holds (the page starts this)
 """
@@ -72,8 +75,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def train_from_flags(arguments: Sequence[str]) -> int:
-    parsed = parse_command_line(arguments)
-    # Quick checks without torch: most mistakes are answered in a fraction of a second.
+    parsed = read_command_line(arguments)
+    if parsed.options.output_config:
+        print(write_config(parsed.without_problems().options))
+        return EXIT_DONE
+    if parsed.problems and not names_files(parsed.options):
+        # Nothing more could be found: answered in a fraction of a second, before torch loads.
+        parsed.without_problems()
     from trainer.train.session import configure_console, is_main_process, run_guarded  # noqa: PLC0415
 
     configure_console(parsed.options)
@@ -88,6 +96,12 @@ def train_from_flags(arguments: Sequence[str]) -> int:
         train(parsed, reporter)
 
     return run_guarded(work, reporter)
+
+
+def names_files(options: Options) -> bool:
+    """Whether the options name anything that can be looked at."""
+    names = ("dataset_config", "train_data_dir", "sample_prompts", *(name for name, _, _ in needed_models(options)))
+    return any(getattr(options, name) is not None for name in names)
 
 
 def train_run_folder(arguments: Sequence[str]) -> int:
@@ -116,7 +130,7 @@ def options_of_run(run: RunFolder) -> ParsedCommand:
     if run.sample_prompts_txt.is_file() and run.sample_prompts_txt.read_text(encoding="utf-8").strip():
         values.setdefault("sample_prompts", str(run.sample_prompts_txt))
     values["run_dir"] = str(run.path)
-    return validate_options(values, where=run.config_toml.name)
+    return read_values(values, where=run.config_toml.name)
 
 
 def train_demo(arguments: Sequence[str]) -> int:
@@ -151,28 +165,29 @@ def convert_lora_file(arguments: Sequence[str]) -> int:
     return EXIT_DONE
 
 
+def cache(arguments: Sequence[str]) -> int:
+    from trainer.tools.cache_command import clean_caches  # noqa: PLC0415 - torch takes seconds to load
+
+    print("\n".join(clean_caches(arguments)))
+    return EXIT_DONE
+
+
 def check(arguments: Sequence[str]) -> int:
-    parsed = parse_command_line(arguments)
-    from trainer.train.check import check_run  # noqa: PLC0415
+    parsed = read_command_line(arguments)
+    if parsed.problems and not names_files(parsed.options):
+        parsed.without_problems()
+    from trainer.train.check import check_run  # noqa: PLC0415 - torch takes seconds to load
+    from trainer.train.plan import plan_text, tell_settings  # noqa: PLC0415
     from trainer.train.reporting import Reporter  # noqa: PLC0415
     from trainer.train.session import configure_console  # noqa: PLC0415
+    from trainer.train.text_plan import plan_texts  # noqa: PLC0415
 
     configure_console(parsed.options)
     reporter = Reporter()
-    for note in parsed.notes:
-        reporter.note(note)
-    checked = check_run(parsed.options, reporter)
-    from trainer.train.recipe import tell_settings  # noqa: PLC0415
-    from trainer.train.text_plan import plan_texts  # noqa: PLC0415
-
-    tell_settings(parsed, checked.flux, reporter)
+    checked = check_run(parsed, reporter)
+    tell_settings(parsed, checked, reporter)
     texts = plan_texts(checked, parsed.options.seed or 0)
-    if texts is not None:
-        reporter.note(str(texts))
-    print(
-        f"{checked.index.num_images} pictures, {checked.schedule.num_epochs} epochs of "
-        f"{checked.schedule.steps_per_epoch} steps, {checked.schedule.num_steps} steps in total. No problems found."
-    )
+    print("\n".join([plan_text(checked, texts), "No problems found."]))
     return EXIT_DONE
 
 
@@ -280,6 +295,7 @@ COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType
         "make-demo": make_demo,
         "convert-lora": convert_lora_file,
         "check": check,
+        "cache": cache,
         "replay": replay_recording,
         "estimate": estimate_memory,
         "options": list_options,

@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec, SubsetSpec
+from trainer.schema.dataset_keys import CustomAttributes, DatasetConfig, DatasetSpec, SubsetSpec
 
 SUBSET = SubsetSpec(
     image_dir=Path(),
+    metadata_file=None,
+    conditioning_data_dir=None,
     num_repeats=1,
     caption_extension=".txt",
     class_tokens=None,
+    cache_info=False,
     is_reg=False,
     shuffle_caption=False,
     keep_tokens=0,
@@ -29,8 +32,12 @@ SUBSET = SubsetSpec(
     caption_tag_dropout_rate=0.0,
     token_warmup_min=1,
     token_warmup_step=0.0,
+    color_aug=False,
     flip_aug=False,
     random_crop=False,
+    face_crop_aug_range=None,
+    alpha_mask=False,
+    custom_attributes=CustomAttributes(),
     resize_interpolation=None,
 )
 
@@ -42,6 +49,7 @@ DATASET = DatasetSpec(
     max_bucket_reso=128,
     bucket_reso_steps=16,
     bucket_no_upscale=False,
+    network_multiplier=1.0,
     subsets=(),
 )
 

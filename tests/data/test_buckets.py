@@ -79,3 +79,61 @@ def test_crops_stay_inside_the_picture() -> None:
     crops = {random_crop(fit, rng) for _ in range(2000)}
     assert {left for left, _ in crops} == set(range(38))
     assert {top for _, top in crops} == set(range(7))
+
+
+def random_sizes(count: int) -> list[tuple[int, int]]:
+    """Sizes as pictures have them, and strange ones: any area, any shape."""
+    rng = random.Random(20)
+    return [(int(16 * 2 ** rng.uniform(0, 10)), int(16 * 2 ** rng.uniform(0, 10))) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("resolution", "step"), [((1024, 1024), 64), ((768, 512), 32), ((512, 512), 16)])
+def test_ten_thousand_sizes_find_a_bucket_that_covers_them(resolution: tuple[int, int], step: int) -> None:
+    area = resolution[0] * resolution[1]
+    sizes = bucket_sizes(resolution, *side_limits(250, 2000, step), step)
+    assert sizes == tuple(sorted(set(sizes)))
+    assert all(width % step == 0 and height % step == 0 and width * height <= area for width, height in sizes)
+    aspects = [width / height for width, height in sizes]
+    for size in random_sizes(10_000):
+        fit = fit_to_nearest(size, sizes)
+        assert fit.bucket in sizes
+        assert fit == fit_to_nearest(size, sizes)
+        error = abs(fit.bucket[0] / fit.bucket[1] - size[0] / size[1])
+        assert size in sizes or error == min(abs(aspect - size[0] / size[1]) for aspect in aspects)
+        assert_crops_lie_inside(fit)
+        # One side is the bucket's exactly; the other keeps the shape to half a pixel.
+        assert any(
+            fit.resized[axis] == fit.bucket[axis]
+            and abs(fit.resized[1 - axis] - size[1 - axis] * fit.bucket[axis] / size[axis]) <= 0.5 + 1e-9
+            for axis in (0, 1)
+        )
+
+
+@pytest.mark.parametrize(("resolution", "step"), [((1024, 1024), 64), ((768, 512), 32), ((512, 512), 16)])
+def test_ten_thousand_sizes_are_never_enlarged(resolution: tuple[int, int], step: int) -> None:
+    area = resolution[0] * resolution[1]
+    num_refused = 0
+    for size in random_sizes(10_000):
+        try:
+            fit = fit_without_upscale(size, resolution, step)
+        except ValueError:
+            # Only where one side would have no place for a single step.
+            scale = min(1.0, (area / (size[0] * size[1])) ** 0.5)
+            assert min(size) * scale < 1.5 * step
+            num_refused += 1
+            continue
+        assert fit == fit_without_upscale(size, resolution, step)
+        assert all(side % step == 0 and side > 0 for side in fit.bucket)
+        # A side is rounded to whole pixels before it is cut to steps: half a pixel more, by the reference's rule.
+        short, long = sorted(fit.bucket)
+        assert short * long <= area * (short / (short - 0.5)) ** 2 + short
+        assert all(new <= old for new, old in zip(fit.resized, size, strict=True))
+        assert all(fit.resized[axis] - fit.bucket[axis] < step for axis in (0, 1)), "less than a step is cut off"
+        assert_crops_lie_inside(fit)
+    assert num_refused < 5000
+
+
+def assert_crops_lie_inside(fit: Fit) -> None:
+    for left, top in (centre_crop(fit), random_crop(fit, random.Random(1))):
+        assert 0 <= left <= fit.resized[0] - fit.bucket[0]
+        assert 0 <= top <= fit.resized[1] - fit.bucket[1]

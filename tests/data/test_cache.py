@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,16 +17,14 @@ from torch import Tensor
 
 from tests.data.specs import SUBSET, one_dataset, picture
 from trainer.data.cache import (
-    CACHE_FOLDER,
     CacheRequest,
-    Entry,
     TensorCache,
-    file_identity,
     latent_key,
     latent_requests,
     text_key,
     text_requests,
 )
+from trainer.data.cache_files import CACHE_FOLDER, Entry, read_entry
 from trainer.data.index import DatasetIndex, index_dataset
 from trainer.schema.base import UserError
 from trainer.schema.dataset_keys import SubsetSpec
@@ -290,13 +293,107 @@ def test_an_error_of_the_encoder_passes_through(tmp_path: Path) -> None:
         cache.fill([CacheRequest("k", None, (), lambda: "text")], fail)
 
 
-def test_a_files_identity_follows_its_content_not_its_name(tmp_path: Path) -> None:
-    data = bytearray(torch.arange(3_000_000 // 8, dtype=torch.int64).numpy().tobytes())
-    (tmp_path / "a").write_bytes(data)
-    (tmp_path / "b").write_bytes(data)
-    assert file_identity(tmp_path / "a") == file_identity(tmp_path / "b")
-    data[2_900_000] ^= 1
-    (tmp_path / "b").write_bytes(data)
-    assert file_identity(tmp_path / "a") != file_identity(tmp_path / "b")
-    (tmp_path / "b").write_bytes(data[:-1])
-    assert file_identity(tmp_path / "a") != file_identity(tmp_path / "b")
+def test_what_gets_lost_during_the_run_is_computed_again_all_at_once(tmp_path: Path) -> None:
+    requests = latent_requests(index_of(tmp_path), encoder="ae")
+    warnings: list[str] = []
+    cache, encoder = TensorCache("latents", on_disk=True, warn=warnings.append), Encoder()
+    cache.fill(requests, encoder)
+    expected = {request.key: cache[request.key]["latents"] for request in requests}
+    loads: list[int] = []
+
+    def load_encoder() -> Encoder:
+        loads.append(1)
+        return encoder
+
+    cache.recover_with(requests, load_encoder)
+    files = cached_files(tmp_path)
+    for file in files[1:]:
+        file.unlink()
+    lost = [request for request in requests if request.key not in files[0].name]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda request: cache[request.key]["latents"], lost))
+    assert all(torch.equal(latents, expected[request.key]) for latents, request in zip(found, lost, strict=True))
+    assert len(loads) == 1, "threads that miss entries at the same time load one encoder"
+    assert [warning.split(" vanished")[0] for warning in warnings] == ["3 cached latents"]
+    assert torch.equal(cache[requests[0].key]["latents"], expected[requests[0].key])
+    assert {request.key for request in requests} == {
+        file.stem.removeprefix("latents-") for file in cached_files(tmp_path)
+    }
+
+
+def test_a_picture_that_changes_while_it_is_encoded_leaves_no_entry(tmp_path: Path) -> None:
+    requests = latent_requests(index_of(tmp_path), encoder="ae")
+    picture(tmp_path / "2.png", 120, 60, seed=77)
+    with pytest.raises(UserError, match=r"2\.png was changed after the start of the run"):
+        disk_cache().fill(requests, Encoder())
+    assert not any(requests[2].key in file.name for file in cached_files(tmp_path))
+
+
+def test_what_another_process_has_written_meanwhile_is_taken_over(tmp_path: Path) -> None:
+    requests = latent_requests(index_of(tmp_path), encoder="ae")
+    slow, fast, encoder = disk_cache(), disk_cache(), Encoder()
+
+    def encode(keys: list[str], inputs: list[Tensor]) -> Sequence[Entry]:
+        if not len(fast):
+            fast.fill(requests, Encoder())
+        return encoder(keys, inputs)
+
+    slow.fill(requests, encode)
+    assert len(encoder.batches) == 1
+    assert len(slow) == 4
+
+
+_FILL = """
+import sys, time
+from functools import partial
+from pathlib import Path
+import torch
+from trainer.data.cache import CacheRequest, TensorCache
+
+folder, name = Path(sys.argv[1]), sys.argv[2]
+
+def load(number):
+    return number
+
+def encode(keys, numbers):
+    # Both start at the same moment and write the same entries all the time.
+    while not (folder / "go").exists():
+        time.sleep(0.001)
+    time.sleep(0.002)
+    return [{"value": torch.full((1000,), float(number))} for number in numbers]
+
+cache = TensorCache("latents", on_disk=True, warn=lambda text: sys.exit(text))
+requests = [CacheRequest(f"{number:040x}", folder, (), partial(load, number)) for number in range(60)]
+(folder / f"ready-{name}").touch()
+cache.fill(requests, encode)
+for number, request in enumerate(requests):
+    assert torch.equal(cache[request.key]["value"], torch.full((1000,), float(number)))
+"""
+
+
+def test_two_processes_build_one_cache_at_the_same_time(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _FILL, str(tmp_path)]
+    processes = [subprocess.Popen([*command, name], stderr=subprocess.PIPE, text=True) for name in ("a", "b")]
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    files = cached_files(tmp_path)
+    assert [file.name for file in files] == [f"latents-{number:040x}.safetensors" for number in range(60)]
+    for number, file in enumerate(files):
+        entry = read_entry(file, f"{number:040x}")
+        assert entry is not None
+        assert torch.equal(entry["value"], torch.full((1000,), float(number)))
+
+
+def test_the_time_of_a_file_says_when_it_was_last_used(tmp_path: Path) -> None:
+    requests = latent_requests(index_of(tmp_path), encoder="ae")
+    disk_cache().fill(requests, Encoder())
+    for file in cached_files(tmp_path):
+        os.utime(file, (0, 0))
+    disk_cache().missing(requests[:1])
+    used = [file for file in cached_files(tmp_path) if file.stat().st_mtime > 0]
+    assert [file.stem for file in used] == [f"latents-{requests[0].key}"]

@@ -10,17 +10,9 @@ import torch
 from PIL import Image
 
 from tests.data.specs import picture
-from trainer.data.images import (
-    DECODE_ERRORS,
-    EXIF_ORIENTATION,
-    Picture,
-    check_image,
-    decode_failure,
-    load_image,
-    map_ahead,
-    read_pixels,
-    resize,
-)
+from trainer.data.decoding import DECODE_ERRORS, EXIF_ORIENTATION, check_image, decode_failure, load_alpha, load_image
+from trainer.data.images import Picture, map_ahead, read_pixels
+from trainer.data.resizing import resize
 from trainer.schema.base import UserError
 
 
@@ -43,15 +35,22 @@ def test_exif_orientation_turns_the_picture_and_its_size(tmp_path: Path) -> None
         assert upright[35, 10, 0] > 200 > 60 > upright[35, 10, 2]
 
 
-def test_transparency_is_dropped_and_the_colour_under_it_stays(tmp_path: Path) -> None:
-    Image.new("RGBA", (4, 4), (10, 20, 30, 0)).save(tmp_path / "clear.png")
-    assert np.asarray(load_image(tmp_path / "clear.png"))[0, 0].tolist() == [10, 20, 30]
+def test_transparency_lies_on_white_unless_it_is_the_mask(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    image.putpixel((1, 0), (10, 20, 30, 255))
+    image.putpixel((2, 0), (100, 0, 255, 51))
+    image.save(tmp_path / "clear.png")
+    on_white = np.asarray(load_image(tmp_path / "clear.png"))
+    assert on_white[0, :3].tolist() == [[255, 255, 255], [10, 20, 30], [224, 204, 255]]
+    under = np.asarray(load_image(tmp_path / "clear.png", is_masked_by_alpha=True))
+    assert under[0, :3].tolist() == [[10, 20, 30], [10, 20, 30], [100, 0, 255]]
+    assert np.asarray(load_alpha(tmp_path / "clear.png"))[0, :3].tolist() == [0, 255, 51]
 
 
 def test_a_palette_with_transparency_becomes_rgb_without_a_warning(tmp_path: Path) -> None:
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 200, 100, 50])
-    image.save(tmp_path / "palette.png", transparency=bytes([255, 0]))
+    image.save(tmp_path / "palette.png", transparency=bytes([0, 255]))
     assert np.asarray(load_image(tmp_path / "palette.png"))[0, 0].tolist() == [200, 100, 50]
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.data.specs import DATASET, SUBSET, one_dataset, picture
-from trainer.data.images import EXIF_ORIENTATION
+from trainer.data.decoding import EXIF_ORIENTATION
 from trainer.data.index import DatasetIndex, index_dataset
 from trainer.schema.base import UserError
 from trainer.schema.dataset_keys import DatasetConfig, SubsetSpec
@@ -146,8 +146,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         f"the picture folder {tmp_path / 'empty'} holds no pictures. "
         "Folders inside it, such as deeper, are not searched; name each as a subset of its own.",
         f"the picture folder {tmp_path / 'absent'} does not exist. Correct image_dir.",
-        f"{tmp_path / 'cats' / '001.png'}: cannot be decoded (not a picture, or of an unknown format). "
-        "Replace it or remove it.",
+        f"{tmp_path / 'cats' / '001.png'}: is empty (0 bytes). Replace it or remove it.",
         f"{broken}: cannot be decoded (truncated). Replace it or remove it.",
         f"{tmp_path / 'cats' / '002.txt'}: the caption cannot be read (not UTF-8 text). Save it as UTF-8.",
     ]
@@ -161,9 +160,9 @@ def test_a_file_without_permission_is_reported(tmp_path: Path) -> None:
 
 
 def test_pictures_that_fit_no_bucket_are_reported(tmp_path: Path) -> None:
-    subset = folder_with(tmp_path, (64, 64), (10, 300))
+    subset = folder_with(tmp_path, (64, 64), (16, 3000))
     (problem,) = problems_of(one_dataset(subset, like=replace(DATASET, bucket_no_upscale=True)))
-    assert problem.startswith(f"{tmp_path / '001.png'}: 10x300 fits no bucket (a side is shorter than 16 pixels")
+    assert problem.startswith(f"{tmp_path / '001.png'}: 16x3000 fits no bucket (a side is shorter than 16 pixels")
 
 
 def test_limits_that_leave_out_the_resolution_are_reported(tmp_path: Path) -> None:

@@ -69,6 +69,15 @@ def test_a_second_attempt_draws_each_step_once() -> None:
     assert [(p.step, p.loss) for p in state.points] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
+def test_a_sample_that_a_resumed_run_draws_once_more_is_shown_once() -> None:
+    def sample(step: int, index: int, path: str) -> Event:
+        return {"kind": "sample", "step": step, "path": path, "prompt": "a cat", "index": index, "seed": 3}
+
+    first = [sample(2, 0, "samples/a.png"), sample(2, 1, "samples/b.png")]
+    state = fold(RunState(), [*first, sample(4, 0, "samples/c.png"), sample(2, 1, "samples/d.png")])
+    assert [entry.path for entry in state.samples] == ["samples/a.png", "samples/c.png", "samples/d.png"]
+
+
 def test_the_time_left_follows_the_pace_of_the_steps() -> None:
     state = fold(RunState(), [plan(10), step(1, 1.0, time=100.0), step(2, 1.0, time=102.0), step(3, 1.0, time=104.0)])
     assert state.seconds_left == pytest.approx(14.0)
@@ -93,3 +102,16 @@ def test_thinning_keeps_the_mean_and_the_last_step() -> None:
     assert [p.step for p in thin] == list(range(10, 101, 10))
     assert thin[0].loss == pytest.approx(5.5)
     assert thinned(points, 100) == list(points)
+
+
+def test_validation_losses_are_kept_once_a_step_and_cut_where_a_later_attempt_begins() -> None:
+    events: list[Event] = [
+        plan(30),
+        {"kind": "validation", "step": 10, "epoch": 1, "loss": 0.5, "is_epoch_end": False},
+        {"kind": "validation", "step": 10, "epoch": 1, "loss": 0.5, "is_epoch_end": True},
+        {"kind": "validation", "step": 20, "epoch": 2, "loss": 0.25, "is_epoch_end": True},
+        {"kind": "validation", "step": 25, "epoch": 3, "loss": None, "is_epoch_end": True},
+    ]
+    state = fold(RunState(), events)
+    assert state.validation == (StepPoint(10, 0.5), StepPoint(20, 0.25))
+    assert fold(state, [plan(30, first_step=12)]).validation == (StepPoint(10, 0.5),)

@@ -8,6 +8,7 @@ import re
 from fluxgui import run_view
 from fluxgui.loss_plot import MAX_POINTS, loss_plot
 from fluxgui.run_state import Checkpoint, RunError, RunState, Sample, StepPoint
+from fluxgui.runs import Contents
 from trainer.schema.run_folder import RunStatus
 
 
@@ -66,6 +67,15 @@ def test_progress_counts_steps_once_training_has_begun() -> None:
     assert 'aria-valuenow="40"' in run_view.header("x", RunStatus("running"), training)
 
 
+def test_what_resume_does_and_what_a_deletion_takes_is_said_beforehand() -> None:
+    assert "goes on in this run after step 40" in run_view.waiting([], is_live=False, can_resume=True, state_step=40)
+    assert "begins anew in this run" in run_view.waiting([], is_live=False, can_resume=True)
+    assert "Resume" not in run_view.waiting([], is_live=False)
+    words = run_view.deletion("cat", Contents(1, 12, True, 3_400_000), "/home/me/bin")
+    assert "1 saved LoRA, 12 samples, its log and its settings and the state to resume from (3.4 MB)" in words
+    assert "/home/me/bin" in words
+
+
 def test_samples_stand_newest_first_in_the_order_of_prompts() -> None:
     shown = [Sample(step, f"samples/{step}-{i}.png", f"p{i}", i, 1) for step in (0, 10) for i in (1, 0)]
     html = run_view.samples("run", shown)
@@ -122,3 +132,12 @@ def test_the_raw_line_of_a_long_run_shows_how_far_the_losses_scatter() -> None:
 def test_the_plot_waits_for_two_steps_and_bears_equal_losses() -> None:
     assert "appears here" in loss_plot((StepPoint(1, 0.5),), smoothing=0.9, num_steps=9)
     assert "polyline" in loss_plot((StepPoint(1, 0.5), StepPoint(2, 0.5)), smoothing=0.9, num_steps=9)
+
+
+def test_the_plot_draws_the_loss_on_held_back_pictures_as_it_is() -> None:
+    points = tuple(StepPoint(n, 1.0 + n % 2) for n in range(1, 21))
+    html = loss_plot(points, smoothing=0.0, num_steps=20, validation=(StepPoint(10, 2.0), StepPoint(20, 1.0)))
+    assert polylines(html)["validation"] == [(500.0, 0.0), (1000.0, 300.0)]
+    assert "on held back pictures from 2 to 1" in html
+    assert "held back pictures</span>" in html
+    assert "held back" not in loss_plot(points, smoothing=0.0, num_steps=20)

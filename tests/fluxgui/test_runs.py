@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,10 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fluxgui import runs
 from fluxgui.runs import RunView, RunWatcher
+from trainer.schema.base import UserError
 from trainer.schema.events import EventWriter
 from trainer.schema.run_folder import RunFolder
 
@@ -142,6 +145,48 @@ def test_starting_again_makes_a_new_run_with_the_same_files(home: Path, monkeypa
     assert again.config_toml.read_text() == run.config_toml.read_text()
     assert again.read_info()["parent"] == run.path.name
     wait_for(lambda: RunWatcher().look(again), lambda v: v.status.state == "crashed")
+
+
+def test_a_run_that_ended_is_starting_again_until_its_new_trainer_speaks(
+    home: Path, start: Callable[[RunFolder], subprocess.Popen[bytes]]
+) -> None:
+    run, watcher = make_run(home), RunWatcher()
+    process = start(run)
+    wait_for(lambda: watcher.look(run), lambda v: v.state.step >= 1)
+    with pytest.raises(UserError, match="already at work"):
+        runs.resume(run)
+    with pytest.raises(UserError, match="at work"):
+        runs.delete_run(run)
+    process.kill()
+    process.wait()
+    view = wait_for(lambda: watcher.look(run), lambda v: v.can_resume)
+    assert view.status.state == "crashed"
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        for asked, state in ((time.time(), "queued"), (1.0, "crashed")):
+            started = psutil.Process(sleeper.pid).create_time()
+            note = {"pid": sleeper.pid, "started": started, "asked": asked}
+            (run.path / "process.json").write_text(json.dumps(note), encoding="utf-8")
+            assert watcher.look(run).status.state == state
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    assert watcher.look(run).status.state == "crashed"
+
+
+def test_a_deleted_run_lies_whole_in_the_bin(home: Path) -> None:
+    run, twin = make_run(home, "cat"), make_run(home, "dog")
+    for name in ("checkpoints/x.safetensors", "samples/a.png", "samples/b.png", "state/step-000012/state.json"):
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).write_bytes(bytes(1000))
+    found = runs.contents(run)
+    assert (found.num_checkpoints, found.num_samples, found.has_state) == (1, 2, True)
+    assert 4000 < found.num_bytes < 6000
+    taken = home / "bin" / run.path.name
+    taken.mkdir(parents=True)
+    assert runs.delete_run(run) == taken.with_name(f"{taken.name}-2")
+    assert (home / "bin" / f"{taken.name}-2" / "samples" / "b.png").stat().st_size == 1000
+    assert [view.run_id for view in RunWatcher().look_at_all()] == [twin.path.name]
 
 
 def test_an_id_never_leads_out_of_the_runs_folder(home: Path) -> None:

@@ -31,7 +31,9 @@ def changed_weight(weight: Tensor, state: Mapping[str, Tensor], name: str) -> Te
     scale = float(state[f"{name}.alpha"]) / down.shape[0]
     changed = weight + scale * up @ down
     magnitude = state.get(f"{name}.dora_scale")
-    return changed if magnitude is None else changed * magnitude / changed.norm(dim=0, keepdim=True)
+    if magnitude is None:
+        return changed
+    return changed * magnitude / changed.norm(dim=0 if magnitude.shape[0] == 1 else 1, keepdim=True)
 
 
 def _rotated(weight: Tensor, state: Mapping[str, Tensor], name: str) -> Tensor:

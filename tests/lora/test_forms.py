@@ -152,6 +152,21 @@ def with_alpha(state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
     return state | {f"{module}.alpha": torch.tensor(alpha) for module in modules}
 
 
+def with_magnitudes(*, axis: str, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+    """A DoRA with a magnitude for each in or out feature, as published files have it."""
+    state = random_lora(names=names)
+    for name in [key.removesuffix(".alpha") for key in state if key.endswith(".alpha")]:
+        num_in, num_out = state[f"{name}.lora_down.weight"].shape[1], state[f"{name}.lora_up.weight"].shape[0]
+        generator = torch.Generator().manual_seed(num_in + num_out)
+        size = (1, num_in) if axis == "in" else (num_out, 1)
+        state[f"{name}.dora_scale"] = 1 + torch.rand(size, generator=generator)
+    return state
+
+
+def to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return from_published(state, "diffusers")[0]
+
+
 FILES: dict[str, dict[str, Tensor]] = {
     "unequal ranks": adapter(Q, 4) | adapter(K, 2, seed=1) | adapter(V, 3, seed=2),
     "only q and v": adapter(Q, 4) | adapter(V, 4, seed=1),
@@ -160,6 +175,20 @@ FILES: dict[str, dict[str, Tensor]] = {
     | {f"{K}.lora_A.weight": torch.ones(4, 32), f"{K}.lora_B.weight": torch.zeros(32, 4)},
     "alpha keys": with_alpha(adapter(Q, 4) | adapter(K, 4, seed=1) | adapter(V, 4, seed=2), 1.0),
     "odd alpha keys": with_alpha(adapter(Q, 6) | adapter(K, 6, seed=1) | adapter(V, 6, seed=2), 1.7),
+    "unequal alpha in one layer": with_alpha(adapter(Q, 4) | adapter(K, 4, seed=1), 2.0)
+    | with_alpha(adapter(V, 4, seed=2), 8.0),
+    "dora": {
+        key: tensor
+        for seed, module in enumerate((Q, K, V))
+        for key, tensor in (
+            adapter(module, 4, seed=seed) | {f"{module}.lora_magnitude_vector": torch.rand(32) + seed}
+        ).items()
+    },
+    "chroma": adapter("transformer.distilled_guidance_layer.in_proj", 2)
+    | adapter("transformer.distilled_guidance_layer.layers.2.linear_1", 2, seed=1)
+    | adapter(Q, 2, seed=2),
+    "chroma in comfyui": adapter("diffusion_model.distilled_guidance_layer.layers.2.out_layer", 2)
+    | adapter("diffusion_model.double_blocks.0.img_attn.qkv", 2, out=96),
     "single block": adapter("transformer.single_transformer_blocks.3.attn.to_q", 2)
     | adapter("transformer.single_transformer_blocks.3.proj_mlp", 2, out=96, seed=1),
     "outer layers": adapter("transformer.norm_out.linear", 2, out=64) | adapter("transformer.x_embedder", 2),
@@ -194,6 +223,62 @@ def test_a_file_read_for_training_and_written_again_is_bit_equal(kind: str) -> N
     assert all(layer_of(key.split(".")[0]) is not None for key in own)
     written, _ = from_published(own, origin.form, origin=origin)
     assert_same_tensors(written, state)
+
+
+def test_a_dora_of_rows_is_cut_with_its_fused_layers_and_comes_back_for_training() -> None:
+    state = with_magnitudes(axis="out")
+    written = to_diffusers(state)
+    assert torch.equal(written[f"{K}.lora_magnitude_vector.weight"], state[f"{QKV}.dora_scale"][32:64, 0])
+    text = "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_magnitude_vector.weight"
+    assert written[text].shape == (32,)
+    file = to_published(written, {})
+    for name in LAYERS:
+        assert torch.equal(file.state[f"{name}.dora_scale"], state[f"{name}.dora_scale"]), name
+    swapped = written["transformer.norm_out.linear.lora_magnitude_vector.weight"]
+    assert torch.equal(swapped[:32], state["lora_unet_final_layer_adaLN_modulation_1.dora_scale"][32:, 0])
+
+
+def test_a_dora_of_columns_stays_what_it_is_in_its_own_form() -> None:
+    state = with_magnitudes(axis="in")
+    assert_same_tensors(converted(state, {}, "sd-scripts")[0], state)
+
+
+def test_what_only_chroma_has_goes_to_diffusers_and_back() -> None:
+    names = (
+        "lora_unet_distilled_guidance_layer_in_proj",
+        "lora_unet_distilled_guidance_layer_layers_3_out_layer",
+        QKV,
+    )
+    state = random_lora(names=names, alpha=4.0)
+    written, added, _ = converted(state, {}, "diffusers")
+    assert "transformer.distilled_guidance_layer.layers.3.linear_2.lora_A.weight" in written
+    assert form_of(written) == "diffusers", "in_proj is called alike in both layouts"
+    assert_same_tensors(converted(written, added, "sd-scripts")[0], state)
+
+
+@pytest.mark.parametrize(
+    ("names", "metadata"),
+    [
+        (("lora_unet_distilled_guidance_layer_out_proj",), {}),
+        ((QKV,), {"ss_base_model_version": "chroma"}),
+        ((QKV,), {"modelspec.architecture": "chroma/lora"}),
+    ],
+)
+def test_a_lora_for_chroma_is_not_written_in_the_form_of_flux_loaders(
+    names: tuple[str, ...], metadata: dict[str, str]
+) -> None:
+    with pytest.raises(UserError, match="a LoRA for Chroma"):
+        converted(random_lora(names=names), metadata, "bfl")
+    converted(random_lora(names=(QKV,)), {"modelspec.architecture": "flux-1-dev/lora"}, "bfl")
+
+
+def test_an_old_split_file_without_its_metadata_is_converted_at_the_trained_strength() -> None:
+    """By the alpha that it shares with the other layers, as it is recognised when it is trained on."""
+    ups = [torch.randn(32, 2, generator=torch.Generator().manual_seed(9 + part)) for part in range(3)]
+    down = torch.randn(6, 32, generator=torch.Generator().manual_seed(3))
+    state = published(QKV, down, torch.block_diag(*ups), torch.tensor(1.0))
+    state |= random_lora(names=("lora_unet_double_blocks_0_img_attn_proj",), rank=2, alpha=1.0)
+    assert converted(state, {}, "sd-scripts")[0][f"{QKV}.alpha"] == 3
 
 
 def test_zero_weights_keep_their_form_on_the_way_through_training() -> None:
@@ -242,7 +327,17 @@ def test_a_control_lora_keeps_its_norms_and_biases_between_bfl_and_diffusers() -
         (random_lora(names=FLUX_ONLY), "xlabs", "lora_unet_double_blocks_0_img_mlp_0"),
         (random_lora(names=(LINEAR1,)), "xlabs", LINEAR1),
         ({"lora_unet_double_blocks_0_img_attn_qkv.lokr_w1": torch.ones(2, 2)}, "diffusers", "no LoRA for FLUX"),
-        (random_lora() | {f"{QKV}.dora_scale": torch.ones(96, 1)}, "diffusers", f"{QKV}.dora_scale"),
+        (with_magnitudes(axis="in"), "diffusers", rf"one for each in feature: .*{QKV}"),
+        (with_magnitudes(axis="in", names=FLUX_ONLY), "bfl", "no place for magnitudes"),
+        (with_magnitudes(axis="in", names=ATTENTION), "xlabs", "no place for magnitudes"),
+        (to_diffusers(with_magnitudes(axis="out")), "sd-scripts", "one for each out"),
+        (with_magnitudes(axis="in") | {f"{QKV}.dora_scale": torch.ones(95, 1)}, "diffusers", "is no magnitude"),
+        (
+            adapter(Q, 4) | adapter(K, 4) | {f"{Q}.lora_magnitude_vector": torch.ones(32)},
+            "diffusers",
+            "only some parts",
+        ),
+        ({f"{QKV}.hada_w1_a": torch.ones(2, 2)}, "diffusers", "a LyCORIS file"),
         ({f"{Q}.lora_A.weight": torch.ones(2, 32)}, "sd-scripts", f"{Q}.lora_A.weight has no counterpart"),
         (adapter(Q, 4) | {f"{Q}.lora_A.weight": torch.ones(3, 32)}, "sd-scripts", r"\[3, 32\]"),
         ({"down_blocks.0.attn.to_q.lora_A.weight": torch.ones(2, 2)}, "sd-scripts", "no LoRA for FLUX"),

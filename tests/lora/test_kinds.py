@@ -25,6 +25,7 @@ from trainer.lora.oft import OftLinear
 from trainer.model.weights import load_clip_l, load_flux, load_t5xxl
 from trainer.schema.base import UserError
 from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
+from trainer.schema.network_args import DoraAxis
 
 IN, OUT, RANK = 12, 18, 3
 PARTS = (6, 6, 6)
@@ -59,14 +60,22 @@ def effective_weight(adapter: Adapter) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- DoRA
 
 
-def test_dora_sets_the_norm_of_every_column_to_its_magnitude_and_the_direction_by_the_lora() -> None:
-    adapter = DoraLinear(linear(), RANK, RANK, generator(), splits=PARTS)
+@pytest.mark.parametrize(("axis", "summed"), [("in", 0), ("out", 1)])
+def test_dora_sets_every_norm_to_its_magnitude_and_the_direction_by_the_lora(axis: DoraAxis, summed: int) -> None:
+    adapter = DoraLinear(linear(), RANK, RANK, generator(), splits=PARTS, axis=axis)
     torch.testing.assert_close(effective_weight(adapter), adapter.base.weight, atol=1e-5, rtol=0)
     shaken(adapter)
     weight = effective_weight(adapter)
-    torch.testing.assert_close(weight.norm(dim=0), adapter.magnitude.abs(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(weight.norm(dim=summed), adapter.magnitude.abs(), atol=1e-4, rtol=1e-4)
+    direction = adapter.base.weight + torch.cat([adapter.lora_up[p] @ block for p, block in _blocks(adapter)])
+    expected = F.normalize(direction, dim=summed) * adapter.magnitude.detach().unsqueeze(summed)
+    torch.testing.assert_close(weight, expected, atol=1e-4, rtol=1e-4)
     state = {f"x.{part}": tensor for part, tensor in adapter.published().items()}
     torch.testing.assert_close(weight, changed_weight(adapter.base.weight, state, "x"), atol=1e-4, rtol=1e-4)
+
+
+def _blocks(adapter: LoraLinear) -> list[tuple[slice, Tensor]]:
+    return list(zip(adapter.parts, adapter.lora_down.chunk(len(adapter.parts)), strict=True))
 
 
 def test_doras_magnitude_learns_apart_from_the_direction() -> None:
@@ -196,6 +205,7 @@ def test_ofts_gradients_are_those_of_the_rotated_weight_with_the_base_gone_in_be
         lambda: LoraLinear(linear(), RANK, 1, generator(), splits=PARTS),
         lambda: LoraLinear(linear(), RANK, 1, generator(), splits=PARTS, pissa_niter=2),
         lambda: DoraLinear(linear(), RANK, 1, generator()),
+        lambda: DoraLinear(linear(), RANK, 1, generator(), splits=PARTS, axis="out"),
     ],
 )
 def test_no_adapter_keeps_the_base_weight_for_backward(make: Callable[[], Adapter]) -> None:
@@ -360,7 +370,9 @@ def test_what_trains_has_a_key_of_its_own_for_every_part(golden: Path) -> None:
     assert list(LoraNetwork({"oft_unet_x": oft}).training_tensors()) == [f"oft_unet_x.oft_blocks.{n}" for n in range(3)]
 
 
-@pytest.mark.parametrize("settings", [["dora=1"], ["split_qkv=1", "in_dims=1,2,3,4,5"], ["oft"]])
+@pytest.mark.parametrize(
+    "settings", [["dora=1"], ["dora=1", "dora_axis=out"], ["split_qkv=1", "in_dims=1,2,3,4,5"], ["oft"]]
+)
 def test_a_merged_file_has_the_effect_of_the_dense_weights(golden: Path, settings: list[str]) -> None:
     flux = load_flux(golden / "model_dev.safetensors", torch.float32, "cpu")
     spec = LoraSpec(kind="oft", alpha=1.0, enable_all_linear=True) if settings == ["oft"] else None

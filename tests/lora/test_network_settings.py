@@ -60,6 +60,8 @@ def draw_settings(rng: random.Random) -> dict[str, str]:
     for key in ("split_qkv", "dora", "rslora", "pissa"):
         if rng.random() < 0.4:
             chosen[key] = rng.choice(TRUE)
+    if "dora" in chosen:
+        chosen["dora_axis"] = rng.choice(("in", "out"))
     return chosen
 
 
@@ -147,8 +149,30 @@ def test_file_and_output_are_those_of_the_dense_weights(golden: Path, seed: int)
     torch.testing.assert_close(output, expected, atol=LIMIT, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_save_precision_that_cannot_hold_alpha_leaves_it_exact(golden: Path, dtype: torch.dtype) -> None:
+    """Rounded, alpha would change the strength of the whole LoRA: by 0.2 % for rsLoRA's 2 * sqrt(3) in bf16."""
+    for pairs, alpha in (([], 4.0), (["rslora=1"], 2.0), ([], 0.1)):
+        flux = load_flux(golden / "model_dev.safetensors", torch.float32, "cpu")
+        spec = spec_from_network_args([*pairs, "train_blocks=single"], network_dim=3, network_alpha=alpha)
+        network = LoraNetwork.attach(flux, None, spec, torch.Generator().manual_seed(1))
+        state = network.published_state_dict(dtype)
+        saved = state["lora_unet_single_blocks_0_linear2.alpha"]
+        assert float(saved) == pytest.approx(alpha * (3**0.5 if pairs else 1), rel=1e-7)
+        assert saved.dtype == (dtype if alpha == 4.0 else torch.float32)
+        assert state["lora_unet_single_blocks_0_linear2.lora_up.weight"].dtype == dtype
+
+
 @pytest.mark.parametrize(
-    "settings", [[], ["split_qkv=1"], ["dora=1"], ["pissa=1", "split_qkv=1"], ["dora=1", "pissa=1"]]
+    "settings",
+    [
+        [],
+        ["split_qkv=1"],
+        ["dora=1"],
+        ["dora=1", "dora_axis=out", "split_qkv=1"],
+        ["pissa=1", "split_qkv=1"],
+        ["dora=1", "pissa=1"],
+    ],
 )
 def test_a_file_read_back_writes_the_same_tensors(golden: Path, settings: list[str]) -> None:
     networks: list[LoraNetwork] = []
@@ -164,7 +188,17 @@ def test_a_file_read_back_writes_the_same_tensors(golden: Path, settings: list[s
         torch.testing.assert_close(tensor, saved[key], atol=1e-6 if "pissa=1" in settings else 0, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [["split_qkv=1"], ["dora=1"], ["pissa=1"], ["split_qkv=1", "rslora=1", "dora=1"]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["split_qkv=1"],
+        ["dora=1"],
+        ["dora=1", "dora_axis=out"],
+        ["pissa=1"],
+        ["split_qkv=1", "rslora=1", "dora=1"],
+        ["split_qkv=1", "pissa=1", "dora=1", "dora_axis=out"],
+    ],
+)
 def test_gradients_are_those_of_the_dense_weight(golden: Path, settings: list[str]) -> None:
     """DoRA's norm is a constant in backward, as in its paper."""
     spec = spec_from_network_args([*settings, "train_blocks=single"], network_dim=3, network_alpha=2)
@@ -193,7 +227,9 @@ def _by_formula(adapter: torch.nn.Module, x: Tensor) -> Tensor:
         pieces.append(change)
     weight = adapter.base.weight + adapter.alpha / rank * torch.cat(pieces)  # type: ignore[union-attr,operator]
     if hasattr(adapter, "magnitude"):
-        weight = weight * adapter.magnitude / weight.norm(dim=0, keepdim=True).detach()  # type: ignore[operator]
+        dim = 0 if adapter.axis == "in" else 1
+        magnitude = adapter.magnitude.unsqueeze(dim)  # type: ignore[operator,union-attr]
+        weight = weight * magnitude / weight.norm(dim=dim, keepdim=True).detach()  # type: ignore[operator]
     return torch.nn.functional.linear(x, weight, adapter.base.bias)  # type: ignore[union-attr]
 
 

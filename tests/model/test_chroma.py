@@ -22,7 +22,7 @@ from trainer.offload.block_swap import BlockSwap
 from trainer.schema.checkpoint_header import FluxParams
 from trainer.schema.chroma_header import ChromaParams
 from trainer.schema.lora_spec import LoraSpec
-from trainer.schema.memory import flux_counts
+from trainer.schema.parameter_counts import flux_counts
 from trainer.tools.tiny_models import make_chroma
 
 DEV = FluxParams(64, 64, 768, 4096, 3072, 4.0, 24, 19, 38, (16, 56, 56), 10_000, True, True)

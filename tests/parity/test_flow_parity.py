@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from trainer.data.masks import to_latent_size
 from trainer.model.packing import unpack_latents
 from trainer.train.flow import (
     NUM_TABLE_TIMESTEPS,
@@ -31,8 +32,7 @@ _TIMESTEPS = cast("dict[str, Any]", json.loads((_GOLDEN / "timesteps.json").read
 _LOSSES = {
     name: case
     for name, case in cast("dict[str, Any]", json.loads((_GOLDEN / "prediction_loss.json").read_text())).items()
-    # Alpha masks are not trained with.
-    if "options" in case and not name.endswith(".alphamask")
+    if "options" in case
 }
 
 
@@ -156,6 +156,7 @@ def test_the_recorded_model_output_gives_the_recorded_loss(golden: Path, name: s
             huber_scale=settings["huber_scale"],
             weighting=weighting,
             loss_weights=data["loss_weights"],
+            mask=to_latent_size(data["alpha_masks"], *target.shape[-2:])[:, None] if case.get("alpha_mask") else None,
         )
 
     if "error" in case:

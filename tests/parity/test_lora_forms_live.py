@@ -11,23 +11,33 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.diffusers_flux import in_diffusers
+from tests.diffusers_flux import chroma_in_diffusers, in_diffusers
+from tests.lora.random_lora import assert_same_tensors
 from tests.tiny import TinyModels
 from trainer.lora.form_names import Form
 from trainer.lora.form_writer import BaseLayers
-from trainer.lora.forms import converted
+from trainer.lora.forms import converted, from_published, to_published
+from trainer.lora.from_file import spec_from_file
 from trainer.lora.layer_names import is_flux_path, is_norm_path
+from trainer.lora.lora_file import read_lora_file
 from trainer.lora.network import LoraNetwork
+from trainer.model.chroma import Chroma
 from trainer.model.flux import Flux
 from trainer.model.packing import image_ids, text_ids
-from trainer.model.weights import load_clip_l, load_flux
+from trainer.model.weights import load_chroma, load_clip_l, load_flux
 from trainer.schema.lora_spec import LoraSpec
+from trainer.tools.tiny_models import make_chroma
 from trainer.train.checkpoint import save_lora
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 from diffusers.loaders import lora_pipeline
+from diffusers.pipelines.chroma.pipeline_chroma import ChromaPipeline
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
+from peft import LoraConfig
+from peft.utils.save_and_load import get_peft_model_state_dict
+
+Transformer = Flux | Chroma
 
 PUBLISHED_HIDDEN, PUBLISHED_MLP, PUBLISHED_DEPTHS = 3072, 12288, (19, 38)
 ATTENTION_ONLY = {
@@ -67,44 +77,45 @@ def at_tiny_size(monkeypatch: pytest.MonkeyPatch, tiny_models: TinyModels) -> No
         monkeypatch.setattr(lora_pipeline, name, with_other_sizes(getattr(lora_pipeline, name), sizes))
 
 
-def trained(flux: Flux, clip: nn.Module | None, spec: LoraSpec) -> tuple[LoraNetwork, dict[str, Tensor]]:
+def trained(flux: Transformer, clip: nn.Module | None, spec: LoraSpec) -> tuple[LoraNetwork, dict[str, Tensor]]:
     """A network whose every weight is random, and its published tensors."""
     generator = torch.Generator().manual_seed(8)
     network = LoraNetwork.attach(flux, clip, spec, generator)
-    for parameter in network.parameters():
-        parameter.data.normal_(0, 0.1, generator=generator)
+    for name, parameter in network.named_parameters():
+        if name.endswith("_magnitude"):
+            parameter.data.mul_(0.7 + 0.6 * torch.rand(parameter.shape, generator=generator))
+        elif parameter.requires_grad:
+            parameter.data.normal_(0, 0.1, generator=generator)
     network.eval()
     return network, network.published_state_dict(torch.float32)
 
 
-def forward(flux: Flux) -> tuple[Tensor, dict[str, Tensor]]:
+def forward(flux: Transformer) -> tuple[Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(11)
     params = flux.params
     given = {
         "img": torch.randn(1, 12, params.in_channels, generator=generator),
         "txt": torch.randn(1, 5, params.context_in_dim, generator=generator),
-        "y": torch.randn(1, params.vec_in_dim, generator=generator),
         "timesteps": torch.tensor([0.4]),
-        "guidance": torch.tensor([2.5]),
+        "guidance": torch.tensor([0.0]),
     }
+    if isinstance(flux, Flux):
+        given |= {"y": torch.randn(1, flux.params.vec_in_dim, generator=generator), "guidance": torch.tensor([2.5])}
     with torch.no_grad():
-        output = flux(
-            given["img"], image_ids(3, 4), given["txt"], text_ids(5), given["timesteps"], given["y"], given["guidance"]
-        )
-    return output, given
+        return flux(**given, img_ids=image_ids(3, 4), txt_ids=text_ids(5)), given
 
 
 def their_output(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    flux_only = {"pooled_projections": given["y"], "guidance": given["guidance"]} if "y" in given else {}
     with torch.no_grad():
         return model(
             hidden_states=given["img"],
             encoder_hidden_states=given["txt"],
-            pooled_projections=given["y"],
             timestep=given["timesteps"],
             img_ids=image_ids(3, 4)[0],
             txt_ids=text_ids(5)[0],
-            guidance=given["guidance"],
             return_dict=False,
+            **flux_only,
         )[0]
 
 
@@ -136,6 +147,8 @@ def base_of(flux: Flux) -> BaseLayers:
         ("bfl", 3, LoraSpec(rank=4, alpha=3, in_dims=EVERYWHERE)),
         ("bfl", 1, LoraSpec(rank=4, alpha=1, train_blocks="single", single_indices=frozenset({1}))),
         ("xlabs", 3, LoraSpec(rank=4, alpha=3, type_dims=ATTENTION_ONLY)),
+        ("diffusers", 2, LoraSpec(rank=4, alpha=2, dora=True, dora_axis="out", in_dims=EVERYWHERE)),
+        ("diffusers", 3, LoraSpec(rank=4, alpha=3, dora=True, dora_axis="out", split_qkv=True)),
     ],
 )
 def test_diffusers_gives_our_output_with_a_lora_of_each_form(
@@ -157,16 +170,19 @@ def test_diffusers_gives_our_output_with_a_lora_of_each_form(
 
 
 @pytest.mark.usefixtures("at_tiny_size")
-@pytest.mark.parametrize(("form", "alpha"), [("sd-scripts", 3), ("diffusers", 2), ("diffusers", 3)])
+@pytest.mark.parametrize(
+    ("form", "alpha", "is_dora"),
+    [("sd-scripts", 3, False), ("diffusers", 2, False), ("diffusers", 3, False), ("diffusers", 2, True)],
+)
 def test_diffusers_gives_our_clip_output_with_the_text_encoders_part(
-    tiny_models: TinyModels, tmp_path: Path, form: Form, alpha: float
+    tiny_models: TinyModels, tmp_path: Path, form: Form, alpha: float, is_dora: bool
 ) -> None:
     flux = load_flux(tiny_models.flux_dev, torch.float32, "cpu")
     theirs = in_diffusers(flux)
     clip, their_clip = (load_clip_l(tiny_models.clip_l, torch.float32, "cpu") for _ in range(2))
     tokens = torch.tensor([[3, 5, 7, 2]])
     plain = clip(tokens).pooler_output.detach()
-    _, state = trained(flux, clip, LoraSpec(rank=4, alpha=alpha))
+    _, state = trained(flux, clip, LoraSpec(rank=4, alpha=alpha, dora=is_dora, dora_axis="out"))
     ours = clip(tokens).pooler_output.detach()
     written, metadata, _ = converted(state, {}, form)
     save_lora(tmp_path / "lora.safetensors", written, metadata)
@@ -199,3 +215,65 @@ def test_at_the_published_sizes_diffusers_own_conversion_gives_what_we_write_for
         if key.endswith("lora_A.weight"):
             partner = key.replace("lora_A", "lora_B")
             torch.testing.assert_close(ours[partner] @ ours[key][:, :8], theirs[partner] @ tensor[:, :8])
+
+
+@pytest.mark.usefixtures("at_tiny_size")
+@pytest.mark.parametrize(
+    ("form", "spec"),
+    [
+        ("sd-scripts", LoraSpec(rank=4, alpha=3)),
+        ("diffusers", LoraSpec(rank=4, alpha=3, in_dims=EVERYWHERE)),
+        ("diffusers", LoraSpec(rank=4, alpha=3, dora=True, dora_axis="out")),
+        ("xlabs", LoraSpec(rank=4, alpha=3, type_dims=ATTENTION_ONLY)),
+    ],
+)
+def test_diffusers_gives_our_output_with_a_chroma_lora(tmp_path: Path, form: Form, spec: LoraSpec) -> None:
+    chroma = load_chroma(make_chroma(tmp_path / "chroma.safetensors"), torch.float32, "cpu")
+    theirs = chroma_in_diffusers(chroma)
+    plain, given = forward(chroma)
+    _, state = trained(chroma, None, spec)
+    ours, _ = forward(chroma)
+    written, metadata, _ = converted(state, {"ss_base_model_version": "chroma"}, form)
+    save_lora(tmp_path / "lora.safetensors", written, metadata)
+    parts: dict[str, Any] = dict.fromkeys(("scheduler", "vae", "tokenizer", "text_encoder"))
+    pipe: Any = ChromaPipeline(**parts, transformer=cast("Any", theirs))
+    pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors", adapter_name="ours")
+    output = their_output(theirs, given)
+    assert float((ours - plain).abs().max()) > 0.05, "the LoRA does something"
+    torch.testing.assert_close(output, ours, atol=1e-4, rtol=0)
+
+
+def test_a_lora_that_diffusers_saved_keeps_the_alpha_that_only_its_metadata_hold(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    """PEFT trains with an alpha beside the rank, which `save_lora_weights` puts into the metadata as JSON."""
+    flux = load_flux(tiny_models.flux_dev, torch.float32, "cpu")
+    theirs = in_diffusers(flux)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["to_k", "to_q", "to_v", "proj_mlp"],
+        alpha_pattern={"transformer_blocks.1.attn.to_q": 3},
+        use_rslora=True,
+        init_lora_weights=False,
+    )
+    cast("Any", theirs).add_adapter(config)
+    _, given = forward(flux)
+    expected = their_output(theirs, given)
+    layers = cast("dict[str, nn.Module | Tensor]", get_peft_model_state_dict(theirs))
+    FluxPipeline.save_lora_weights(tmp_path, layers, transformer_lora_adapter_metadata=config.to_dict())
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    state, metadata = read_lora_file(file)
+    published = to_published(state, metadata)
+    network = LoraNetwork.attach(
+        flux, None, spec_from_file(LoraSpec(), published.state, published.metadata, "file"), torch.Generator()
+    )
+    network.load_published(published.state, metadata=published.metadata)
+    ours, _ = forward(flux)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+    written, added = from_published(network.published_state_dict(None), "diffusers", origin=published.origin)
+    assert_same_tensors(written, state)
+    save_lora(tmp_path / "again.safetensors", written, added)
+    again = in_diffusers(load_flux(tiny_models.flux_dev, torch.float32, "cpu"))
+    pipeline(again).load_lora_weights(str(tmp_path), weight_name="again.safetensors", adapter_name="ours")
+    torch.testing.assert_close(their_output(again, given), expected, atol=1e-5, rtol=0)

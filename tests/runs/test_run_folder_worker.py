@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from fluxgui.run_state import RunState, fold
 from tests.runs.commands import start_run_folder, wait_until
 from tests.tiny import TinyModels, make_tiny_dataset
 from trainer.schema.events import EventReader
@@ -113,13 +114,18 @@ def test_a_signal_stops_like_the_command(worker: Worker) -> None:
     worker.wait_for("step", 2)
     worker.process.send_signal(signal.SIGTERM)
     assert worker.finish() == 0, worker.log()
-    assert worker.events("run_finished")[0]["outcome"] == "stopped"
+    (finished,) = worker.events("run_finished")
+    assert finished["outcome"] == "stopped"
     assert worker.events("checkpoint")
+    assert [path.name for path in worker.run.state_dir.iterdir()] == [f"step-{finished['steps']:06d}"]
 
 
 def test_a_killed_worker_leaves_no_half_file_and_frees_the_lock(worker: Worker) -> None:
     worker.wait_for("step", 2)
     worker.run.send_command("save")
+    saved = worker.wait_for("checkpoint")
+    state = worker.run.state_dir / f"step-{saved['step']:06d}"
+    wait_until(state.is_dir, what="the state that goes along with the LoRA")
     worker.process.kill()
     worker.process.wait()
     assert not worker.events("run_finished")
@@ -127,8 +133,11 @@ def test_a_killed_worker_leaves_no_half_file_and_frees_the_lock(worker: Worker) 
         assert load_file(path)
     again = Worker(worker.run)
     try:
+        assert again.wait_for("plan", 2)["first_step"] == saved["step"]
         again.wait_for("step", len(worker.events("step")) + 1)
         assert {event["attempt"] for event in again.events("run_started")} == {1, 2}
+        points = fold(RunState(), EventReader(worker.run.events_jsonl).read_new()).points
+        assert [point.step for point in points] == list(range(1, len(points) + 1)), "no gap, no double"
     finally:
         again.process.kill()
         again.process.wait()

@@ -90,6 +90,12 @@ def test_a_deviation_is_one_line_when_it_is_in_effect(values: dict[str, object],
     assert all("\n" not in line for line in lines)
 
 
+def test_going_on_is_a_deviation_only_when_it_is_asked_for() -> None:
+    for words in ({"resume": "x-state"}, {"initial_step": 3}, {"initial_epoch": 2}):
+        assert any("steps are counted on" in line for line in deviations(command(**words).options))
+    assert not any("steps are counted on" in line for line in deviations(command(initial_step=0).options))
+
+
 def test_what_is_done_as_the_reference_does_it_is_no_deviation() -> None:
     same = command(clip_l_activation="gelu", mixed_precision="bf16", round_timesteps=True, cache_latents_to_disk=True)
     assert list(deviations(same.options)) == []

@@ -14,9 +14,11 @@ from trainer.schema.checkpoint_header import read_header
 from trainer.schema.chroma_header import ChromaParams, chroma_params, chroma_shapes, read_transformer
 from trainer.schema.file_checks import check_files
 from trainer.schema.lora_spec import LoraSpec
-from trainer.schema.memory import GIB, estimate, lora_tensor_sizes, usual_models
+from trainer.schema.memory import GIB, estimate
 from trainer.schema.model_check import check_kind
 from trainer.schema.option_reading import Given, Reading, read_options
+from trainer.schema.parameter_counts import usual_models
+from trainer.schema.trained_counts import trained_sizes
 from trainer.tools.tiny_models import make_chroma
 
 PUBLISHED = ChromaParams(64, 64, 4096, 3072, 4.0, 24, 19, 38, (16, 56, 56), 10_000, True, 64, 5120, 5)
@@ -78,7 +80,7 @@ def test_a_wrong_model_type_names_the_right_one(tiny_models: TinyModels, tmp_pat
         (tiny_models.flux_schnell, "chroma", "this is a FLUX.1 schnell model", "Leave --model_type=chroma out."),
     ):
         reading = read(pretrained_model_name_or_path=str(path), model_type=model_type)
-        assert reading.options is not None
+        assert not reading.problems
         (problem,) = [p for p in check_files(reading.options) if p.field == "pretrained_model_name_or_path"]
         assert (problem.what, problem.hint) == (what, hint)
         with pytest.raises(UserError, match=what):
@@ -120,7 +122,7 @@ def test_chroma_implies_its_mask_its_guidance_and_no_clip() -> None:
 
 def test_a_guidance_that_is_given_for_chroma_is_kept_and_remarked_on() -> None:
     reading = read(model_type="chroma", guidance_scale=3.5)
-    assert reading.options is not None
+    assert not reading.problems
     assert reading.options.guidance_scale == 3.5
     assert "guidance_scale is 3.5; Chroma was made with 0" in reading.notes
 
@@ -146,7 +148,7 @@ def test_the_memory_estimate_counts_chroma_without_modulation_and_clip() -> None
 
 
 def test_lora_sizes_are_those_of_the_228_linears_without_modulation() -> None:
-    sizes = list(lora_tensor_sizes(PUBLISHED, LoraSpec(rank=16), usual_models(PUBLISHED).clip))
+    sizes = list(trained_sizes(PUBLISHED, LoraSpec(rank=16), usual_models(PUBLISHED).clip))
     assert len(sizes) == 2 * (19 * 8 + 38 * 2) == 2 * 228
     c, m = 3072, 12288
     double = 2 * (c + 3 * c + 2 * c + (c + m) * 2)

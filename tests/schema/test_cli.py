@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.schema.base import Problem, UserError
-from trainer.schema.cli import parse_command_line, to_argv, validate_options
+from trainer.schema.cli import parse_command_line, read_command_line, to_argv, validate_options, write_config
 from trainer.schema.option_status import STATUS
 from trainer.schema.options import Options
 
@@ -138,7 +138,7 @@ def test_our_options_leave_the_references_abbreviations_as_they_are() -> None:
         (["--cache_latents", "true"], '"true" belongs to no option', "--cache_latents is a switch"),
         (["stray"], '"stray" belongs to no option', "needs quotes"),
         (["--training_comment", "my", "comment"], '"comment" belongs to no option', "needs quotes"),
-        (["--validation_split=0.1"], "validation_split cannot be used", "Leave it out."),
+        (["--validation_split=1"], "validation_split is 1; it must be at least 0 and below 1", ""),
     ],
 )
 def test_a_mistake_in_the_words_is_explained(words: list[str], what: str, hint: str) -> None:
@@ -148,7 +148,7 @@ def test_a_mistake_in_the_words_is_explained(words: list[str], what: str, hint: 
 
 
 def test_all_problems_come_at_once() -> None:
-    words = ["--network_dim=0", "--learning_rat3", "5", "--optimizer_type=Lion", "--seed=x", "--loss_type=huber"]
+    words = ["--network_dim=0", "--learning_rat3", "5", "--optimizer_type=Lyon", "--seed=x", "--loss_type=huber"]
     words += ["--huber_schedule=snr"]
     assert {problem.field for problem in problems(*words)} == {
         "learning_rat3",
@@ -179,9 +179,9 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(tmp_path
 
 
 def test_a_files_values_are_checked_as_the_command_lines_are(tmp_path: Path) -> None:
-    path = write(tmp_path / "config.toml", '[train]\nnetwork_dim = 0\nmixed_precision = "fp61"\nalpha_mask = true\n')
+    path = write(tmp_path / "config.toml", '[train]\nnetwork_dim = 0\nmixed_precision = "fp61"\ndeepspeed = true\n')
     found = problems(f"--config_file={path}", "--seed=-1")
-    assert {problem.field for problem in found} == {"network_dim", "mixed_precision", "alpha_mask", "seed"}
+    assert {problem.field for problem in found} == {"network_dim", "mixed_precision", "deepspeed", "seed"}
     (dim,) = [problem for problem in found if problem.field == "network_dim"]
     assert str(dim) == f"network_dim is 0; it must be 1 to 1024 ({path}, [train])."
 
@@ -302,3 +302,43 @@ def test_the_command_line_is_ready_in_a_moment() -> None:
         for _ in range(3)
     ]
     assert min(seconds) < 0.6
+
+
+# ------------------------------------------------------------------------------------------------- writing a file
+
+
+def test_output_config_writes_what_was_given_and_gives_it_back(tmp_path: Path) -> None:
+    words = ["--network_dim=8", "--learning_rate=1e-4", "--network_args", "verbose=True", "--clip_l=a b/clip", "--sdpa"]
+    words += ["--network_module=networks.lora", "--cache_latents_to_disk"]
+    command = parse_command_line([*words, f"--config_file={tmp_path / 'sub' / 'mine'}", "--output_config"])
+    assert write_config(command.options) == tmp_path / "sub" / "mine.toml"
+    text = (tmp_path / "sub" / "mine.toml").read_text(encoding="utf-8")
+    assert "config_file" not in text
+    assert "output_config" not in text
+    again = parse_command_line([f"--config_file={tmp_path / 'sub' / 'mine'}"])
+    assert again.options == parse_command_line(words).options
+
+
+def test_output_config_leaves_a_file_alone_that_exists(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.toml", "seed = 1\n")
+    with pytest.raises(UserError, match="exists and is left as it is") as caught:
+        write_config(parse_command_line([f"--config_file={path}", "--output_config", "--seed=2"]).options)
+    assert caught.value.exit_code == 2
+    assert path.read_text(encoding="utf-8") == "seed = 1\n"
+
+
+def test_output_config_needs_a_name_and_is_nothing_for_a_file(tmp_path: Path) -> None:
+    (found,) = problems("--output_config")
+    assert (found.field, found.hint) == ("output_config", "Give its name as --config_file.")
+    path = write(tmp_path / "config.toml", "output_config = true\n")
+    command = parse_command_line([f"--config_file={path}"])
+    assert command.options.output_config is False
+    assert f"output_config in {path} has no effect: it belongs on the command line" in command.notes
+
+
+def test_right_values_beside_wrong_ones_are_kept_for_further_checks() -> None:
+    command = read_command_line(["--seed=x", "--network_dim=8", "--nonsense=1"])
+    assert {problem.field for problem in command.problems} == {"seed", "nonsense"}
+    assert (command.options.network_dim, command.options.seed) == (8, None)
+    with pytest.raises(UserError, match="nonsense"):
+        command.without_problems()

@@ -13,15 +13,18 @@ import tomlkit
 from trainer.schema.base import Problem, UserError
 from trainer.schema.cli import parse_command_line, validate_options
 from trainer.schema.dataset_file import dataset_config, dataset_to_toml, read_dataset_config
-from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec, SubsetSpec
+from trainer.schema.dataset_keys import CustomAttributes, DatasetConfig, DatasetSpec, SubsetSpec
 from trainer.schema.option_files import options_to_toml, read_config_file
 from trainer.schema.options import Options
 
 REFERENCE_DEFAULTS = SubsetSpec(
     image_dir=Path("cats"),
+    metadata_file=None,
+    conditioning_data_dir=None,
     num_repeats=1,
     caption_extension=".caption",
     class_tokens=None,
+    cache_info=False,
     is_reg=False,
     shuffle_caption=False,
     keep_tokens=0,
@@ -36,8 +39,12 @@ REFERENCE_DEFAULTS = SubsetSpec(
     caption_tag_dropout_rate=0.0,
     token_warmup_min=1,
     token_warmup_step=0.0,
+    color_aug=False,
     flip_aug=False,
     random_crop=False,
+    face_crop_aug_range=None,
+    alpha_mask=False,
+    custom_attributes=CustomAttributes(),
     resize_interpolation=None,
 )
 
@@ -115,7 +122,7 @@ def test_a_dot_in_a_files_name_is_no_ending(tmp_path: Path) -> None:
 
 def test_a_short_dataset_file_gets_the_references_defaults(tmp_path: Path) -> None:
     assert read(tmp_path, one_subset()) == DatasetConfig(
-        (DatasetSpec((512, 512), 1, False, 256, 1024, 64, False, (REFERENCE_DEFAULTS,)),)
+        (DatasetSpec((512, 512), 1, False, 256, 1024, 64, False, 1.0, (REFERENCE_DEFAULTS,)),)
     )
 
 
@@ -212,16 +219,40 @@ def test_a_json_file_is_read_the_same(tmp_path: Path) -> None:
         ("general = 3\n" + one_subset().replace("[general]", ""), "general must be a table", "[general]"),
         (one_subset("num_repeats = 0"), "no subset is left", None),
         (
-            one_subset("metadata_file = 'a.json'"),
-            "metadata_file cannot be used: metadata files are not",
-            "caption files",
+            one_subset("conditioning_data_dir = 'a'"),
+            "conditioning_data_dir needs the option masked_loss",
+            "--masked_loss",
+        ),
+        (one_subset("color_aug = 1"), "color_aug is 1; it must be true or false", None),
+        (
+            one_subset("face_crop_aug_range = [4, 2]"),
+            "face_crop_aug_range is 4 2; it must be two numbers above 0",
+            None,
+        ),
+        (one_subset("face_crop_aug_range = 3"), "face_crop_aug_range is 3; it must be two numbers such as 2,4", None),
+        (one_subset("custom_attributes = 1"), "custom_attributes is 1; it must be a table", None),
+        (
+            one_subset("custom_attributes = {diff_output_preservation = 1}"),
+            "custom_attributes is {'diff_output_preservation': 1}; it must say true or false",
+            None,
         ),
         (
-            one_subset("conditioning_data_dir = 'a'"),
-            "conditioning_data_dir cannot be used: masks are not",
-            "Leave it out.",
+            one_subset(general="alpha_mask = true"),
+            "alpha_mask cannot stand here",
+            "It belongs to [[datasets.subsets]].",
         ),
-        (one_subset("color_aug = true"), "color_aug cannot be used", "Leave it out."),
+        (one_subset(general="network_multiplier = '1'"), "network_multiplier is 1; it must be a number", None),
+        (one_subset("in_json = 'a.json'"), "in_json is not a known key", "Did you mean metadata_file?"),
+        (
+            one_subset("metadata_file = 'a.json'\nclass_tokens = 'cat'"),
+            "class_tokens cannot stand beside metadata_file",
+            "Captions come from that file.",
+        ),
+        (
+            one_subset("metadata_file = 'a.json'\n[[datasets.subsets]]\nimage_dir = 'b'"),
+            "some subsets of this dataset have a metadata_file and some have not",
+            "[[datasets]] of their own",
+        ),
         (one_subset("enable_wildcard = 1"), "enable_wildcard is 1; it must be true or false", None),
         (one_subset("token_warmup_step = -1"), "token_warmup_step is -1; it must be a number, 0 or more", None),
         (one_subset("token_warmup_step = inf"), "token_warmup_step is inf; it must be a number, 0 or more", None),
@@ -230,8 +261,8 @@ def test_a_json_file_is_read_the_same(tmp_path: Path) -> None:
             "caption_tag_dropout_rate is 2; it must be a number, 0 to 1",
             None,
         ),
-        (one_subset("custom_attributes = {a = 1}"), "custom_attributes is not supported yet", None),
-        (one_subset(general="validation_split = 0.1"), "validation_split cannot be used", None),
+        (one_subset(general="validation_split = 1"), "validation_split is 1; it must be a number, at least 0", None),
+        (one_subset("validation_split = 0.1"), "validation_split", None),
     ],
 )
 def test_a_mistake_in_a_dataset_file_is_explained(tmp_path: Path, text: str, what: str, hint: str | None) -> None:
@@ -325,7 +356,7 @@ def test_folders_named_by_repeats_and_words_are_subsets(tmp_path: Path, caplog: 
     command = f"--train_data_dir={tmp_path / 'train'} --reg_data_dir={tmp_path / 'reg'} --resolution=512 --flip_aug"
     with caplog.at_level(logging.WARNING, "trainer"):
         (dataset,) = dataset_config(options(command)).datasets
-    found = [(s.image_dir.name, s.num_repeats, s.class_tokens, s.is_reg, s.flip_aug) for s in dataset.subsets]
+    found = [(s.place.name, s.num_repeats, s.class_tokens, s.is_reg, s.flip_aug) for s in dataset.subsets]
     assert found == [
         ("10_my cat", 10, "my cat", False, True),
         ("2_dog_x", 2, "dog_x", False, True),

@@ -13,6 +13,7 @@ import torch
 from tests.tiny import TinyModels
 from trainer.model.flux import Flux
 from trainer.model.weights import load_autoencoder, load_clip_l, load_flux, load_t5xxl
+from trainer.schema.activation_counts import saved_values_per_token
 from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import (
     FluxParams,
@@ -24,31 +25,28 @@ from trainer.schema.checkpoint_header import (
 )
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.memory import (
-    CUDA_CONTEXT_BYTES,
-    GIB,
+    RESERVE_SHARE,
+    Estimate,
+    estimate,
+    pick_blocks_to_swap,
+    text_encoders_fit,
+    usable_bytes,
+)
+from trainer.schema.memory_phases import CUDA_CONTEXT_BYTES, GIB, Phase
+from trainer.schema.options import Options
+from trainer.schema.parameter_counts import (
     PUBLISHED_AUTOENCODER,
     PUBLISHED_CLIP,
     PUBLISHED_T5,
-    RESERVE_SHARE,
-    Estimate,
     OtherModels,
-    Phase,
     autoencoder_count,
     clip_count,
-    estimate,
     flux_counts,
-    lora_tensor_sizes,
-    max_blocks_to_swap,
-    optimizer_state_bytes,
-    pick_blocks_to_swap,
-    saved_values_per_token,
-    split_swap,
     t5_count,
-    text_encoders_fit,
-    usable_bytes,
     usual_models,
 )
-from trainer.schema.options import Options
+from trainer.schema.swap_counts import max_blocks_to_swap, split_swap
+from trainer.schema.trained_counts import optimizer_state_bytes, trained_sizes
 
 DEV = FluxParams(64, 64, 768, 4096, 3072, 4.0, 24, 19, 38, (16, 56, 56), 10_000, True, True)
 SCHNELL = dataclasses.replace(DEV, guidance_embed=False)
@@ -122,10 +120,10 @@ def num_values(module: torch.nn.Module) -> int:
 
 
 def test_rank_16_on_every_linear_of_dev_is_304_loras_of_76_6_million_values() -> None:
-    sizes = list(lora_tensor_sizes(DEV, LoraSpec(rank=16), None))
+    sizes = list(trained_sizes(DEV, LoraSpec(rank=16), None))
     assert len(sizes) == 2 * 304
     assert sum(sizes) == 76_578_816
-    with_clip = list(lora_tensor_sizes(DEV, LoraSpec(rank=16), PUBLISHED_CLIP))
+    with_clip = list(trained_sizes(DEV, LoraSpec(rank=16), PUBLISHED_CLIP))
     assert len(with_clip) == 2 * (304 + 72)
 
 
@@ -141,12 +139,12 @@ def test_rank_16_on_every_linear_of_dev_is_304_loras_of_76_6_million_values() ->
     ],
 )
 def test_the_network_arguments_decide_how_many_linears_get_a_lora(spec: LoraSpec, num_loras: int) -> None:
-    assert len(list(lora_tensor_sizes(DEV, spec, None))) == 2 * num_loras
+    assert len(list(trained_sizes(DEV, spec, None))) == 2 * num_loras
 
 
 def test_a_type_dim_replaces_the_rank() -> None:
     spec = LoraSpec(rank=4, train_blocks="double", double_indices=frozenset({3}), type_dims={"img_attn_dim": 8})
-    sizes = sum(lora_tensor_sizes(DEV, spec, None))
+    sizes = sum(trained_sizes(DEV, spec, None))
     c, m = 3072, 12288
     others = (c + 6 * c) * 2 + (c + 3 * c) + 2 * c + ((c + m) * 2) * 2
     assert sizes == 4 * others + 8 * (c + 3 * c + 2 * c)

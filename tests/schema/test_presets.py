@@ -108,18 +108,19 @@ def test_training_presets_use_the_settings_that_flux_was_made_for() -> None:
 def test_the_demo_preset_says_everything_a_demo_depends_on() -> None:
     demo = load_preset("demo").values
     expected = {
-        "learning_rate": 2e-3,
+        "learning_rate": 4e-3,
         "network_dim": 16,
         "network_alpha": 16.0,
         "train_batch_size": 8,
         "optimizer_type": "AdamW",
         "resolution": "96",
         "enable_bucket": False,
-        "timestep_sampling": "flux_shift",
+        "timestep_sampling": "shift",
+        "discrete_flow_shift": 3.1582,
         "t5xxl_max_token_length": 16,
         "max_train_epochs": 12,
-        "save_every_n_epochs": 6,
-        "sample_every_n_epochs": 3,
+        "save_every_n_epochs": 4,
+        "sample_every_n_epochs": 4,
         "sample_at_first": True,
         "seed": 42,
         "mixed_precision": "no",

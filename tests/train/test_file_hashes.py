@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from trainer.train.file_hashes import FileHashes
+from trainer.train.file_hashes import FileHashes, files_identity
 
 
 def never() -> bool:
@@ -60,3 +60,23 @@ def test_closing_ends_the_reading_of_a_large_file(tmp_path: Path) -> None:
     hashes.close()
     assert time.monotonic() - started < 5
     assert hashes.is_done
+
+
+def test_the_identity_of_a_model_follows_every_byte_and_no_name(tmp_path: Path) -> None:
+    data = bytearray(b"x" * 3_000_000)
+    memory, checks = tmp_path / "hashes.json", list[int]()
+
+    def identity(*names: str) -> str:
+        return files_identity([tmp_path / name for name in names], memory, lambda: checks.append(1))
+
+    (tmp_path / "a").write_bytes(data)
+    (tmp_path / "b").write_bytes(data)
+    assert identity("a") == identity("b") == hashlib.sha256(data).hexdigest()
+    num_checks = len(checks)
+    assert num_checks > 0
+    assert identity("b", "a") == f"{identity('a')}+{identity('a')}"
+    assert len(checks) == num_checks, "nothing was read again"
+    data[1_234_567] ^= 1
+    (tmp_path / "b").write_bytes(data)
+    os.utime(tmp_path / "b", ns=(5, 5))
+    assert identity("b") == hashlib.sha256(data).hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,18 +13,20 @@ from torch import Tensor, nn
 from trainer.schema.base import UserError
 from trainer.schema.events import EventReader, EventWriter
 from trainer.schema.run_folder import RunFolder
+from trainer.train.learning_rate import LearningRateSchedule
 from trainer.train.loop import (
+    DUTIES,
     MAX_SKIPPED_STEPS,
     GradientSync,
     LoopSettings,
     MeanLoss,
     NumbersLost,
+    Progress,
     StepPosition,
     TrainingLoop,
     Wishes,
     step_generator,
 )
-from trainer.train.optim import LearningRateSchedule
 from trainer.train.reporting import Reporter, StopRequested
 
 
@@ -56,6 +58,8 @@ class Course:
         *,
         rate: float = 0.1,
         sync: GradientSync | None = None,
+        validate: Callable[[], float] | None = None,
+        start: Progress | None = None,
     ) -> None:
         self.model = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.model.weight)
@@ -77,6 +81,8 @@ class Course:
             save=lambda position, kind: self.saved.append((position, kind)),
             sample=lambda position, is_epoch_end: self.sampled.append((position, is_epoch_end)),
             peak_bytes=lambda: 0,
+            validate=validate,
+            start=start,
         )
 
     def micro_batches(self, epoch: int, skipped: int) -> Iterator[Callable[[torch.Generator], Tensor]]:
@@ -134,6 +140,47 @@ def test_saves_and_samples_fall_due_as_asked() -> None:
     steps = [(position.step, kind) for position, kind in course.saved]
     assert steps == [(2, "step"), (3, "epoch"), (4, "step"), (6, "step")], "no epoch file for the last epoch"
     assert [(position.step, is_end) for position, is_end in course.sampled] == [(0, False), (4, False)]
+
+
+def test_a_resumed_loop_first_does_what_was_left_to_do_after_its_last_step() -> None:
+    due = settings(save_every_n_steps=3, save_every_n_epochs=1, sample_every_n_steps=3)
+    for num_done, saved, sampled in (
+        (0, [(3, "step"), (3, "epoch")], [3]),
+        (DUTIES.index("step sample"), [(3, "epoch")], [3]),
+        (DUTIES.index("epoch save"), [(3, "epoch")], []),
+        (len(DUTIES), [], []),
+    ):
+        course = Course(due, start=Progress(step=3, num_duties_done=num_done))
+        course.loop.run()
+        assert course.targets == [20, 21, 22], "the second epoch alone"
+        assert [(position.step, kind) for position, kind in course.saved] == [*saved, (6, "step")]
+        assert [position.step for position, _ in course.sampled] == [*sampled, 6]
+
+
+def test_a_loop_resumed_inside_an_epoch_skips_its_first_batches_and_keeps_the_mean() -> None:
+    whole = Course(settings(num_micro_steps=2, num_steps=4))
+    whole.loop.run()
+    part = Course(settings(num_micro_steps=2, num_steps=3))
+    part.loop.run()
+    rest = Course(settings(num_micro_steps=2, num_steps=4), start=part.loop.progress)
+    with torch.no_grad():
+        rest.model.weight.copy_(part.model.weight)
+    rest.loop.run()
+    assert rest.targets == [22]
+    assert rest.weight == whole.weight
+    assert rest.loop.progress == whole.loop.progress
+
+
+def test_states_are_saved_with_each_lora_and_when_one_is_due() -> None:
+    due = iter([False, True, False, False, True, False])
+    states: list[tuple[int, int, str]] = []
+    course = Course(settings(save_every_n_steps=5, save_every_n_epochs=1))
+    course.loop._save_state = lambda progress, kind: states.append(  # pyright: ignore[reportPrivateUsage]
+        (progress.step, progress.num_duties_done, kind)
+    )
+    course.loop._state_is_due = lambda: next(due)  # pyright: ignore[reportPrivateUsage]
+    course.loop.run()
+    assert states == [(2, 1, "moment"), (3, DUTIES.index("epoch save") + 1, "epoch"), (5, 1, "step")]
 
 
 def test_epochs_win_over_steps_for_samples() -> None:
@@ -314,3 +361,54 @@ def test_gradients_of_all_processes_are_averaged_in_one_reduction() -> None:
     assert parameters[0].grad.tolist() == [2.0, 2.0]
     assert parameters[1].grad is not None
     assert parameters[1].grad.tolist() == [[1.5], [1.5], [1.5]]
+
+
+def test_validation_falls_due_by_steps_and_epochs_and_is_taken_once_a_step(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run = RunFolder(tmp_path / "run")
+    reporter = Reporter(run, events=EventWriter(run.events_jsonl, 1))
+    written: list[tuple[str, float, int]] = []
+
+    class Curves:
+        def log(self, scalars: Mapping[str, float], *, place: int, step: int, epoch: int) -> None:
+            written.extend((tag, value, place) for tag, value in scalars.items())
+
+        def picture(self, path: Path, *, index: int, prompt: str, step: int, epoch: int) -> None: ...
+
+        def close(self) -> None: ...
+
+    reporter.use_trackers([Curves()])
+    losses = iter((0.5, 0.25, 0.125, 0.1))
+    course = Course(settings(validate_every_n_steps=2), reporter, validate=lambda: next(losses))
+    course.loop.run()
+    found = [e for e in EventReader(run.events_jsonl).read_new() if e["kind"] == "validation"]
+    # Three steps an epoch: the sixth step is taken once and ends an epoch as well.
+    assert [(e["step"], e["loss"], e["is_epoch_end"]) for e in found] == [
+        (2, 0.5, False),
+        (3, 0.25, True),
+        (4, 0.125, False),
+        (6, 0.1, False),
+        (6, 0.1, True),
+    ]
+    validation = [(tag, place) for tag, _, place in written if "validation" in tag and tag.endswith("average")]
+    assert validation == [
+        ("loss/validation/step_average", 2),
+        ("loss/validation/epoch_average", 1),
+        ("loss/validation/step_average", 4),
+        ("loss/validation/step_average", 6),
+        ("loss/validation/epoch_average", 2),
+    ]
+    by_tag = {(tag, place): value for tag, value, place in written}
+    mean = by_tag["loss/epoch_average", 2]
+    assert by_tag["loss/validation/epoch_divergence", 2] == pytest.approx(0.1 - mean)
+
+
+def test_the_plateau_sees_the_mean_loss_of_each_epoch_when_nothing_is_validated() -> None:
+    course = Course(settings(num_epochs=3, num_steps=9), rate=1e-9)
+    optimizer = course.loop._optimizer  # pyright: ignore[reportPrivateUsage]
+    # The targets grow from epoch to epoch and the weight stays: the loss rises.
+    course.loop._schedule = LearningRateSchedule(  # pyright: ignore[reportPrivateUsage]
+        optimizer, "reduce_lr_on_plateau", num_steps=9, arguments={"patience": 0, "factor": 0.5, "eps": 0.0}
+    )
+    course.loop.run()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.25e-9)

@@ -14,21 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from trainer.schema.base import UserError
-from trainer.train.metadata import (
-    DatasetFacts,
-    ModelFileFacts,
-    ModelSpecFacts,
-    SubsetFacts,
-    TrainingFacts,
-    file_sha256,
-    legacy_file_hash,
-    lora_metadata,
-    model_file_facts,
-    tag_frequency,
-    tensor_hashes,
-    thumbnail_data_url,
-    used_settings,
-)
+from trainer.train.metadata import lora_metadata, used_settings
+from trainer.train.metadata_datasets import tag_frequency
+from trainer.train.metadata_facts import DatasetFacts, ModelFileFacts, ModelSpecFacts, SubsetFacts, TrainingFacts
+from trainer.train.model_hashes import file_sha256, legacy_file_hash, model_file_facts, tensor_hashes
+from trainer.train.model_spec import thumbnail_data_url
 
 CAPTIONS = (
     "a photo of a red square on a blue background",
@@ -38,7 +28,7 @@ CAPTIONS = (
     "colourful gradient, smooth shading",
     "dotted texture with soft noise and blur",
 )
-SUBSET = SubsetFacts(image_dir=Path("data/images"), captions=CAPTIONS, num_repeats=2)
+SUBSET = SubsetFacts(place=Path("data/images"), captions=CAPTIONS, num_repeats=2)
 DATASET = DatasetFacts(
     subsets=(SUBSET,),
     resolution=(256, 256),
@@ -125,7 +115,7 @@ def test_the_same_run_writes_what_the_reference_wrote(golden: Path) -> None:
 
 
 def test_without_a_dataset_file_the_folder_keys_are_written() -> None:
-    reg = replace(SUBSET, image_dir=Path("reg/1_thing"), captions=("a thing",), num_repeats=3, is_reg=True)
+    reg = replace(SUBSET, place=Path("reg/1_thing"), captions=("a thing",), num_repeats=3, is_reg=True)
     dataset = replace(DATASET, subsets=(replace(SUBSET, flip_aug=True), reg), batch_size=2, resolution=(512, 768))
     ours = metadata_of(
         replace(FACTS, uses_dataset_config=False, datasets=(dataset,), num_processes=2, gradient_accumulation_steps=4)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -33,7 +35,7 @@ def test_a_sample_is_drawn_without_the_loras_dropout(tiny_models: TinyModels, tm
         parameter.data.normal_(std=0.3)
     ae = load_autoencoder(tiny_models.ae, torch.float32, "cpu")
     maker = SampleMaker(
-        [SamplePrompt("x", width=64, height=64, seed=3, num_steps=2)],
+        lambda: [SamplePrompt("x", width=64, height=64, seed=3, num_steps=2)],
         model=model,
         network=network,
         autoencoder=lambda: ae,
@@ -50,3 +52,42 @@ def test_a_sample_is_drawn_without_the_loras_dropout(tiny_models: TinyModels, tm
         maker(StepPosition(step, 1), False)
     first, second = (np.asarray(Image.open(path)) for path in sorted(tmp_path.glob("*.png")))
     assert np.array_equal(first, second)
+
+
+def test_a_picture_that_fails_is_a_warning_and_the_others_are_made(
+    tiny_models: TinyModels, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load_flux(tiny_models.flux_dev, torch.float32, "cpu")
+    network = LoraNetwork.attach(model, None, LoraSpec(rank=4, alpha=4), torch.Generator().manual_seed(0))
+    ae = load_autoencoder(tiny_models.ae, torch.float32, "cpu")
+    asked: list[str] = []
+    freed: list[bool] = []
+
+    def failing_text(captions: Sequence[str]) -> TextInputs:
+        if "broken" in captions:
+            raise torch.OutOfMemoryError("no room")
+        return text(captions)
+
+    prompts = [SamplePrompt(name, width=64, height=64, num_steps=1) for name in ("broken", "good")]
+    maker = SampleMaker(
+        lambda: prompts,
+        model=model,
+        network=network,
+        autoencoder=lambda: ae,
+        text=failing_text,
+        autocast=contextlib.nullcontext,
+        autocast_in=lambda _dtype: contextlib.nullcontext(),
+        device=torch.device("cpu"),
+        folder=tmp_path,
+        output_name="x",
+        reporter=Reporter(),
+        prepare_texts=asked.extend,
+        free_memory=lambda: freed.append(True),
+    )
+    with caplog.at_level("WARNING", logger="trainer"):
+        maker(StepPosition(3, 1), False)
+    assert asked == ["broken", "good"]
+    assert freed == [True]
+    (path,) = tmp_path.glob("*.png")
+    assert re.fullmatch(r"x_000003_01_\d{14}\.png", path.name), "a seed that was not asked for is not in the name"
+    assert [record.message for record in caplog.records] == ["sample 1 was not made: OutOfMemoryError: no room"]

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from tests.tiny import TinyModels, make_tiny_dataset
 from trainer.__main__ import main
 from trainer.data.batches import epoch_batches
-from trainer.data.cache import CACHE_FOLDER
+from trainer.data.cache_files import CACHE_FOLDER
 from trainer.schema.cli import parse_command_line
 from trainer.schema.events import EventReader, EventWriter
 from trainer.schema.model_kinds import format_bytes
@@ -57,7 +57,7 @@ def words(models: TinyModels, folder: Path, *more: str) -> list[str]:
 
 
 def checked_run(models: TinyModels, folder: Path, *more: str) -> CheckedRun:
-    return check_run(parse_command_line(words(models, folder, *more)).options, Reporter(is_main=False))
+    return check_run(parse_command_line(words(models, folder, *more)), Reporter(is_main=False))
 
 
 @pytest.mark.parametrize(("mask", "precision"), [((), "no"), (("--apply_t5_attn_mask",), "bf16")])
@@ -126,7 +126,7 @@ def test_live_text_has_no_limit_of_variants(tiny_models: TinyModels, tmp_path: P
     arguments = words(tiny_models, tmp_path, "--shuffle_caption", "--caption_variants=2")
     command = parse_command_line([word for word in arguments if word != "--cache_text_encoder_outputs"])
     assert any(note.startswith("caption_variants has no effect") for note in command.notes)
-    checked = check_run(command.options, Reporter(is_main=False))
+    checked = check_run(command, Reporter(is_main=False))
     assert plan_texts(checked, seed=5) is None
     assert caption_course(checked.options, checked.schedule, 1).num_variants is None
 

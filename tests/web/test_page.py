@@ -2,130 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
-import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, expect
 from safetensors import safe_open
 
 from tests.fluxgui.sparse_flux import make_sparse_flux
+from tests.web.page_process import ROOT, RUN_SECONDS, App, chip, steps_done, wait_until
+from trainer.tools.demo_page import samples_by_moment
+from trainer.tools.emblem import RECOGNISED, emblem_likeness
 from trainer.tools.tiny_pictures import make_images
 
-pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(300)]
-
-ROOT = Path(__file__).parents[2]
-RUN_SECONDS = 240
-
-
-@dataclass
-class App:
-    """`app.py` as a process of its own, which a test may end and start again at the same address."""
-
-    home: Path
-    port: int
-    processes: list[subprocess.Popen[str]] = field(default_factory=list)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/"
-
-    def start(self) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "app.py", "--no-browser", "--port", str(self.port)],
-            cwd=ROOT,
-            env={**os.environ, "FLUXGUI_HOME": str(self.home), "OMP_NUM_THREADS": "2"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.processes.append(process)
-        assert process.stdout is not None
-        assert "FluxGUI is at" in process.stdout.readline()
-
-    def kill(self) -> None:
-        process = self.processes.pop()
-        process.kill()
-        process.communicate()
-
-    def runs(self) -> list[Path]:
-        return sorted((self.home / "runs").glob("2*"))
-
-    def events(self, run: Path) -> list[dict[str, object]]:
-        file = run / "events.jsonl"
-        return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-
-    def worker_pids(self) -> list[int]:
-        started = [event for run in self.runs() for event in self.events(run) if event["kind"] == "run_started"]
-        return [int(str(event["pid"])) for event in started]
-
-
-@pytest.fixture
-def app(tmp_path: Path) -> Iterator[App]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    app = App(tmp_path / "home", port)
-    app.start()
-    yield app
-    for process in app.processes:
-        process.kill()
-        process.communicate()
-    for pid in app.worker_pids():
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser, app: App) -> Iterator[Page]:
-    """A page that fails the test when a script fails on it or when it asks another machine for anything."""
-    context = browser.new_context(accept_downloads=True, viewport={"width": 1280, "height": 1000})
-    page = context.new_page()
-    page.set_default_timeout(20_000)
-    # A busy machine with two cores answers late; what never comes fails all the same.
-    expect.set_options(timeout=15_000)
-    failures: list[str] = []
-    page.on("pageerror", lambda error: failures.append(str(error)))
-    page.on(
-        "request",
-        lambda r: failures.append(r.url) if not r.url.startswith((app.url, "data:", "blob:", "about:")) else None,
-    )
-    yield page
-    context.close()
-    assert failures == []
+pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(480)]
 
 
 def box(page: Page, name: str) -> Locator:
     return page.locator(f"#field-{name}").locator("input, textarea").first
-
-
-def chip(page: Page) -> Locator:
-    return page.locator("#run-header .chip")
-
-
-def wait_until(what: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.2)
 
 
 def choose(page: Page, dropdown: str, text: str) -> None:
@@ -133,10 +31,6 @@ def choose(page: Page, dropdown: str, text: str) -> None:
     page.get_by_role("option", name=text, exact=True).click()
     # gradio's list fades out, and fails when its choices become fewer meanwhile.
     expect(page.get_by_role("option")).to_have_count(0)
-
-
-def steps_done(app: App, run: Path) -> int:
-    return sum(event["kind"] == "step" for event in app.events(run))
 
 
 def use_demo_files(page: Page, app: App) -> None:
@@ -184,6 +78,13 @@ def test_the_demo_from_the_first_visit_to_the_downloaded_file(app: App, page: Pa
     pictures.last.scroll_into_view_if_needed()
     wait_until(lambda: bool(pictures.evaluate_all("all => all.length > 1 && all.every(i => i.naturalWidth == 96)")))
 
+    # The concept appears: the first two sample prompts have its trigger word, the others have not.
+    moments = samples_by_moment(run / "samples")
+    before, *_, after = [[emblem_likeness(picture) for picture in row] for row in moments.values()]
+    assert max(before[:4]) < RECOGNISED
+    assert min(after[:2]) > RECOGNISED
+    assert max(after[2:]) < RECOGNISED
+
     final = page.locator("#run-checkpoints li", has_text="final").locator("a.download")
     with page.expect_download() as waiting:
         final.click()
@@ -211,21 +112,6 @@ def test_a_killed_worker_is_shown_as_crashed_with_its_log(app: App, page: Page) 
     expect(page.locator("#run-stop")).to_be_hidden()
     page.reload()
     expect(chip(page)).to_have_text("crashed")
-
-
-def test_stopping_asks_once_and_says_stopped(app: App, page: Page) -> None:
-    use_demo_files(page, app)
-    box(page, "max_train_epochs").fill("500")
-    page.locator("#start").click()
-    expect(page.locator("#run-header .doing")).to_contain_text("Training, step", timeout=60_000)
-    page.locator("#run-stop").click()
-    expect(page.locator("#run-stop-question")).to_contain_text("Stop demo at step")
-    page.locator("#run-stop-no").click()
-    expect(page.locator("#run-stop-question")).to_be_hidden()
-    expect(chip(page)).to_have_text("running")
-    page.locator("#run-stop").click()
-    page.locator("#run-stop-yes").click()
-    expect(chip(page)).to_have_text("stopped")
 
 
 def test_a_preset_is_the_same_after_a_restart(app: App, page: Page) -> None:

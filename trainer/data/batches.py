@@ -10,26 +10,43 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trainer.data.augment import ColourChange, draw_colour, draw_face_crop
 from trainer.data.buckets import Size, centre_crop, random_crop
 from trainer.data.captions import CaptionCourse, Moment, draw_caption
 from trainer.data.images import Picture
 from trainer.data.index import DatasetIndex, Item
+from trainer.data.masks import Mask
 
 
 @dataclass(frozen=True)
 class PlannedItem:
-    """One draw of an item with everything that is random about it decided. `crop` is (left, top) in pixels."""
+    """One draw of an item with everything that is random about it decided.
+
+    `resized` is the size of the whole picture from which the bucket is cut at `crop` (left, top), in pixels.
+    """
 
     item: Item
     caption: str
     is_flipped: bool
+    resized: Size
     crop: Size
+    colour: ColourChange | None
     loss_weight: float
 
     @property
     def picture(self) -> Picture:
         """The pixels to train on."""
-        return self.item.picture(self.crop, is_flipped=self.is_flipped)
+        return self.item.picture(self.crop, is_flipped=self.is_flipped, resized=self.resized, colour=self.colour)
+
+    @property
+    def mask(self) -> Mask | None:
+        """What of them counts in the loss; None for all."""
+        return self.item.mask(self.crop, is_flipped=self.is_flipped, resized=self.resized)
+
+    @property
+    def is_preserved(self) -> bool:
+        """Whether the model is held to its own prediction without the network instead of learning the picture."""
+        return self.item.subset.custom_attributes.diff_output_preservation
 
 
 @dataclass(frozen=True)
@@ -89,10 +106,23 @@ def _plan(
     rng = random.Random(f"draw {seed}")
     # A generator of its own: the words of a caption must not decide how its picture is cut.
     words = random.Random(f"caption {seed}")
+    is_flipped = item.subset.flip_aug and rng.random() < 0.5
+    resized, crop = _draw_cut(item, rng)
     return PlannedItem(
         item=item,
-        is_flipped=item.subset.flip_aug and rng.random() < 0.5,
-        crop=random_crop(item.fit, rng) if item.subset.random_crop else centre_crop(item.fit),
+        is_flipped=is_flipped,
+        resized=resized,
+        crop=crop,
+        colour=draw_colour(random.Random(f"colour {seed}")) if item.subset.color_aug else None,
         caption=draw_caption(item.caption, item.subset, words, moment, num_variants=num_variants),
         loss_weight=prior_loss_weight if item.is_reg else 1.0,
     )
+
+
+def _draw_cut(item: Item, rng: random.Random) -> tuple[Size, Size]:
+    """(resized, crop) of a draw."""
+    subset, fit = item.subset, item.fit
+    if item.face is not None and subset.face_crop_aug_range is not None:
+        sizes = subset.face_crop_aug_range
+        return draw_face_crop(item.size, item.face, fit.bucket, sizes, rng, is_random=subset.random_crop)
+    return fit.resized, random_crop(fit, rng) if subset.random_crop else centre_crop(fit)

@@ -9,39 +9,31 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeAlias, TypeVar
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
+from trainer.data.buckets import centre_crop
+from trainer.data.cache_files import KEY_DIGITS, Entry, entry_path, mark_used, read_entry, write_entry
 from trainer.data.images import Picture, map_ahead, read_pixels
 from trainer.data.index import DatasetIndex, Progress
+from trainer.data.masks import Mask, read_mask
 from trainer.schema.base import Problem, UserError
+from trainer.schema.options_data import CHANGES_PIXELS
 
 T = TypeVar("T")
-Entry = dict[str, Tensor]
-
-CACHE_FOLDER = ".flux_cache"
-"""Folder of the cached files, inside the pictures' folder. It may be deleted at any time."""
-
-FORMAT_VERSION = 1
+PictureOrMask = TypeVar("PictureOrMask", Picture, Mask)
+FORMAT_VERSION = 2
 """Part of every key; raised when the same inputs begin to give another result."""
 
-_SEAL = "fluxgui_cache"
-"""The file's metadata field."""
 
-_SAMPLED_BLOCKS = 64
-_BLOCK_BYTES = 65_536
-_START_BYTES = 1_048_576
+Encode: TypeAlias = Callable[[list[str], list[T]], Sequence[Entry]]
+"""Computes the entries of some inputs, given with their keys."""
 
 
 @dataclass(frozen=True)
@@ -57,36 +49,11 @@ class CacheRequest(Generic[T]):
     load: Callable[[], T]
 
 
-def files_identity(files: Sequence[Path]) -> str:
-    """The identity of a model in one or more files."""
-    return "+".join(file_identity(path) for path in files)
-
-
-def file_identity(path: Path) -> str:
-    """A short hash that tells an encoder's file from others: its size, its first MiB and 64 blocks spread over it.
-
-    A checkpoint of ten gigabytes is identified in milliseconds; copies and renamed files are the same.
-    """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_START_BYTES))
-        for block in range(_SAMPLED_BLOCKS):
-            file.seek(size * block // _SAMPLED_BLOCKS)
-            digest.update(file.read(_BLOCK_BYTES))
-    return digest.hexdigest()[:32]
-
-
 def latent_key(picture: Picture, *, encoder: str) -> str:
     """The key of a picture's latents. `encoder` says which autoencoder, in which precision."""
     return _key(
         "latents",
-        picture.digest,
-        picture.resized,
-        picture.bucket,
-        picture.crop,
-        picture.is_flipped,
-        picture.resize_interpolation,
+        *picture.identity,
         encoder,
     )
 
@@ -97,22 +64,50 @@ def text_key(caption: str, *, encoder: str, max_length: int, apply_mask: bool) -
 
 
 def _key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps([FORMAT_VERSION, *parts]).encode()).hexdigest()[:40]
+    return hashlib.sha256(json.dumps([FORMAT_VERSION, *parts]).encode()).hexdigest()[:KEY_DIGITS]
 
 
 def latent_requests(index: DatasetIndex, *, encoder: str) -> list[CacheRequest[Tensor]]:
     """Every picture to encode, both ways round where it may be flipped; `load` gives (3, height, width).
 
-    Raises `UserError` for subsets with random crops: there is no end of them.
+    Raises `UserError` for subsets with random crops or colours: there is no end of them.
     """
-    _refuse_random_crops(index)
+    for name in CHANGES_PIXELS:
+        _refuse(index, name)
     return [
         CacheRequest(
-            latent_key(picture, encoder=encoder), picture.path.parent, picture.bucket, partial(read_pixels, picture)
+            latent_key(picture, encoder=encoder),
+            picture.path.parent,
+            picture.bucket,
+            partial(_read_unchanged, picture, read_pixels),
         )
-        for item in index.items
-        for picture in item.centre_pictures()
+        for picture in (
+            *(picture for item in index.items for picture in item.centre_pictures()),
+            *(item.picture(centre_crop(item.fit), is_flipped=False) for item in index.validation),
+        )
     ]
+
+
+def mask_key(mask: Mask) -> str:
+    """The key of a mask at the size of the latents."""
+    return _key("mask", *mask.identity)
+
+
+def mask_requests(index: DatasetIndex) -> list[CacheRequest[Tensor]]:
+    """The masks of all pictures in `latent_requests`; `load` gives (h, w)."""
+    return [
+        CacheRequest(mask_key(mask), mask.path.parent, mask.bucket, partial(_read_unchanged, mask, read_mask))
+        for item in (*index.items, *index.validation)
+        for mask in item.centre_masks()
+    ]
+
+
+def _read_unchanged(source: PictureOrMask, read: Callable[[PictureOrMask], Tensor]) -> Tensor:
+    """What `read` makes of the file. An entry made from other bytes than its key names would be wrong for ever after."""
+    values = read(source)
+    if hashlib.sha256(source.path.read_bytes()).hexdigest() != source.digest:
+        raise UserError(f"{source.path} was changed after the start of the run", hint="Start again.")
+    return values
 
 
 def text_requests(
@@ -123,12 +118,10 @@ def text_requests(
     return [CacheRequest(key(text), folder, (), partial(str, text)) for text, folder in texts.items()]
 
 
-def _refuse_random_crops(index: DatasetIndex) -> None:
-    folders = dict.fromkeys(item.subset.image_dir for item in index.items if item.subset.random_crop)
+def _refuse(index: DatasetIndex, name: str) -> None:
+    folders = dict.fromkeys(item.subset.place for item in index.items if getattr(item.subset, name))
     problems = [
-        Problem(
-            "random_crop cannot be used together with cache_latents", where=str(folder), hint="Turn one of them off."
-        )
+        Problem(f"{name} cannot be used together with cache_latents", where=str(folder), hint="Turn one of them off.")
         for folder in folders
     ]
     if problems:
@@ -138,13 +131,14 @@ def _refuse_random_crops(index: DatasetIndex) -> None:
 class TensorCache:
     """Entries by key. With `on_disk` they are files and are read when asked for; otherwise they stay in host memory.
 
-    A folder that cannot be written is reported once through `warn`, and its entries stay in memory. `skip_check` takes
-    existing files for whole without reading them at the start; they are checked when used all the same.
+    Several processes may fill one folder: each takes over what another one has written meanwhile. A folder that cannot be
+    written is reported once through `warn`, and its entries stay in memory. `skip_check` takes existing files for whole
+    without reading them at the start; they are checked when used all the same.
     """
 
     def __init__(
         self,
-        kind: Literal["latents", "text"],
+        kind: Literal["latents", "masks", "text"],
         *,
         on_disk: bool,
         warn: Callable[[str], None],
@@ -157,6 +151,8 @@ class TensorCache:
         self._memory: dict[str, Entry] = {}
         self._files: dict[str, Path] = {}
         self._unwritable: set[Path] = set()
+        self._recover: Callable[[list[str]], None] | None = None
+        self._recovering = threading.Lock()
 
     def __contains__(self, key: str) -> bool:
         return key in self._memory or key in self._files
@@ -165,17 +161,39 @@ class TensorCache:
         return len(self._memory) + len(self._files)
 
     def __getitem__(self, key: str) -> Entry:
-        """The entry, on the host. Raises `KeyError` when it was never filled, `UserError` when its file is damaged."""
-        if key in self._memory:
-            return self._memory[key]
-        path = self._files[key]
-        entry = _read(path, key)
+        """The entry, on the host. Raises `KeyError` when it was never filled.
+
+        One whose file vanished or was damaged is computed anew if the cache knows how, else it is a `UserError`.
+        """
+        entry = self._get(key)
+        if entry is None and self._recover is not None:
+            # One of the threads that read ahead computes everything that is gone; the others wait for it.
+            with self._recovering:
+                entry = self._get(key)
+                if entry is None:
+                    self._recover_lost(key, self._recover)
+                    entry = self._get(key)
         if entry is None:
             raise UserError(
-                f"the cached file {path} vanished or was damaged during the run",
+                f"the cached file {self._files[key]} vanished or was damaged during the run",
                 hint="Start again; it is computed anew.",
             )
         return entry
+
+    def recover_with(self, requests: Sequence[CacheRequest[T]], load_encoder: Callable[[], Encode[T]]) -> None:
+        """From now on entries of `requests` that get lost are computed anew, one by one.
+
+        `load_encoder` is called each time that some were lost, from any thread, while a step is waiting for them.
+        """
+        by_key = {request.key: request for request in requests}
+
+        def recover(keys: list[str]) -> None:
+            encode = load_encoder()
+            for request in (by_key[key] for key in keys):
+                (entry,) = encode([request.key], [request.load()])
+                self.store(request, entry)
+
+        self._recover = recover
 
     def missing(self, requests: Sequence[CacheRequest[T]]) -> list[CacheRequest[T]]:
         """The requests that nothing usable is cached for, each key once. When none are, no encoder is needed."""
@@ -193,7 +211,7 @@ class TensorCache:
     def fill(
         self,
         requests: Sequence[CacheRequest[T]],
-        encode: Callable[[list[str], list[T]], Sequence[Entry]],
+        encode: Encode[T],
         *,
         batch_size: int = 1,
         progress: Progress | None = None,
@@ -211,20 +229,26 @@ class TensorCache:
             for batch in _batched(missing, batch_size):
                 if check_commands is not None:
                     check_commands()
-                keys = [request.key for request in batch]
-                for request, entry in zip(batch, encode(keys, [next(inputs) for _ in batch]), strict=True):
-                    self._store(request.key, request.folder, entry)
+                loaded = [(request, next(inputs)) for request in batch]
+                # Another process that fills the same folder may have been faster.
+                wanted = [(request, value) for request, value in loaded if not self._takes_over(request)]
+                if wanted:
+                    entries = encode([request.key for request, _ in wanted], [value for _, value in wanted])
+                    for (request, _), entry in zip(wanted, entries, strict=True):
+                        self.store(request, entry)
                 done += len(batch)
                 if progress is not None:
                     progress(done, len(missing))
 
-    def _store(self, key: str, folder: Path | None, entry: Entry) -> None:
+    def store(self, request: CacheRequest[T], entry: Entry) -> None:
+        """Keeps the entry of a request, on disk where it belongs there."""
         # Clones: an entry may be a row of a batch, which would otherwise stay in memory as a whole.
         own = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in entry.items()}
+        key, folder = request.key, request.folder
         if self._on_disk and folder is not None and folder not in self._unwritable:
-            path = self._path(folder, key)
+            path = entry_path(folder, self._kind, key)
             try:
-                _write(path, key, own)
+                write_entry(path, key, own)
             except OSError as error:
                 self._unwritable.add(folder)
                 reason = (error.strerror or str(error)).lower()
@@ -234,16 +258,33 @@ class TensorCache:
                 return
         self._memory[key] = own
 
+    def _get(self, key: str) -> Entry | None:
+        if key in self._memory:
+            return self._memory[key]
+        return read_entry(self._files[key], key)
+
+    def _recover_lost(self, key: str, recover: Callable[[list[str]], None]) -> None:
+        gone = [each for each, path in self._files.items() if each != key and not path.is_file()]
+        self._warn(
+            f"{len(gone) + 1} cached {self._kind} vanished or were damaged during the run, such as "
+            f"{self._files[key]}; they are computed anew, which takes time"
+        )
+        recover([key, *gone])
+
+    def _takes_over(self, request: CacheRequest[T]) -> bool:
+        path = self._usable_file(request) if self._on_disk else None
+        if path is not None:
+            self._files[request.key] = path
+        return path is not None
+
     def _usable_file(self, request: CacheRequest[T]) -> Path | None:
         if request.folder is None:
             return None
-        path = self._path(request.folder, request.key)
-        if not path.is_file():
+        path = entry_path(request.folder, self._kind, request.key)
+        if not path.is_file() or not (self._skip_check or read_entry(path, request.key) is not None):
             return None
-        return path if self._skip_check or _read(path, request.key) is not None else None
-
-    def _path(self, folder: Path, key: str) -> Path:
-        return folder / CACHE_FOLDER / f"{self._kind}-{key}.safetensors"
+        mark_used(path)
+        return path
 
 
 def _load(request: CacheRequest[T]) -> T:
@@ -260,37 +301,3 @@ def _batched(requests: Sequence[CacheRequest[T]], batch_size: int) -> Iterable[l
         batch.append(request)
     if batch:
         yield batch
-
-
-def _seal(key: str, entry: Entry) -> str:
-    """The key and a checksum of everything in the entry. One value, since the order of several is not fixed."""
-    value = 0
-    for name in sorted(entry):
-        tensor = entry[name]
-        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
-        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, value)
-    return f"{key} {value:08x}"
-
-
-def _write(path: Path, key: str, entry: Entry) -> None:
-    """Writes beside the file and renames. Not synced: a file that a power cut breaks is found and computed anew."""
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_name(f"{path.stem}.{os.getpid()}.{threading.get_ident()}.part")
-    try:
-        part.write_bytes(save(entry, metadata={_SEAL: _seal(key, entry)}))
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _read(path: Path, key: str) -> Entry | None:
-    """The entry with one read of the file, or None when there is none or it is not what was written."""
-    try:
-        data = path.read_bytes()
-        header_bytes = int.from_bytes(data[:8], "little")
-        seal: str = json.loads(data[8 : 8 + header_bytes])["__metadata__"][_SEAL]
-        entry: Entry = load(data)
-        return entry if seal == _seal(key, entry) else None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return None

@@ -6,27 +6,38 @@ import contextlib
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar, cast
 
 from trainer.data import buckets
+from trainer.data.augment import ColourChange, Face, face_of
 from trainer.data.buckets import Fit, Size
 from trainer.data.captions import tag_frequency
-from trainer.data.images import DECODE_ERRORS, ImageFacts, Picture, check_image, decode_failure, map_ahead
+from trainer.data.decoding import DECODE_ERRORS, ImageFacts, UnfitPicture, check_image, decode_failure, load_red
+from trainer.data.images import Picture, map_ahead
+from trainer.data.listing import Found, all_masks, find_pictures, names, system_reason
+from trainer.data.masks import Mask, has_shape_of
+from trainer.data.picture_notes import picture_notes
+from trainer.data.validation_split import split_validation
 from trainer.schema.base import Problem, UserError
 from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec, SubsetSpec
 
-IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"))
-"""Endings of picture files, in any case. The reference takes .avif only where a plugin is installed."""
-
-OTHER_PICTURE_SUFFIXES = frozenset((".gif", ".tif", ".tiff", ".jxl", ".heic", ".heif"))
-"""Picture files that are not read; a folder that holds some gets a warning."""
-
-NUM_NAMES_SHOWN = 5
+T = TypeVar("T")
 
 Progress = Callable[[int, int], None]
 """Told (done, total) after each piece of work; may raise to interrupt it."""
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """A picture's mask in a file of its own. `is_black` says that nothing of the picture would be learnt."""
+
+    path: Path
+    digest: str
+    size: Size
+    is_black: bool
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class Item:
 
     `caption` is the stored text, before prefix, dropout and shuffling. `num_repeats` is how often it is drawn in an
     epoch, which for regularisation pictures is set by the balance. `dataset` is the dataset's place in the file.
+    `face` is known where crops are to show it.
     """
 
     path: Path
@@ -47,23 +59,56 @@ class Item:
     is_reg: bool
     dataset: int
     fit: Fit
+    is_transparent: bool = False
+    mask_file: MaskFile | None = None
+    face: Face | None = None
 
     @property
     def bucket(self) -> Size:
         """Width and height in pixels of the picture that is trained on."""
         return self.fit.bucket
 
-    def picture(self, crop: Size, *, is_flipped: bool) -> Picture:
-        """This item's pixels with the bucket cut out at `crop` (left, top)."""
+    @property
+    def size(self) -> Size:
+        """Width and height of the file as displayed."""
+        return self.width, self.height
+
+    def picture(
+        self, crop: Size, *, is_flipped: bool, resized: Size | None = None, colour: ColourChange | None = None
+    ) -> Picture:
+        """This item's pixels with the bucket cut out at `crop` (left, top), of its size `resized` if not the usual one."""
         return Picture(
             self.path,
             self.digest,
-            self.fit.resized,
+            resized or self.fit.resized,
             self.fit.bucket,
             crop,
             is_flipped,
             self.subset.resize_interpolation,
+            # With a mask of its own, or without any, transparency is what it is everywhere else.
+            self._is_masked_by_alpha,
+            colour,
         )
+
+    def mask(self, crop: Size, *, is_flipped: bool, resized: Size | None = None) -> Mask | None:
+        """The mask that belongs to the same `picture`; None where everything counts."""
+        if self.mask_file is not None:
+            path, digest, channel = self.mask_file.path, self.mask_file.digest, "red"
+        elif self._is_masked_by_alpha:
+            path, digest, channel = self.path, self.digest, "alpha"
+        else:
+            return None
+        cut = resized or self.fit.resized, self.fit.bucket, crop, is_flipped
+        return Mask(path, digest, channel, *cut, self.subset.resize_interpolation)
+
+    @property
+    def _is_masked_by_alpha(self) -> bool:
+        return self.subset.alpha_mask and self.is_transparent and self.mask_file is None
+
+    def centre_masks(self) -> tuple[Mask, ...]:
+        """The masks of `centre_pictures`."""
+        masks = (self.mask(each.crop, is_flipped=each.is_flipped) for each in self.centre_pictures())
+        return tuple(mask for mask in masks if mask is not None)
 
     def centre_pictures(self) -> tuple[Picture, ...]:
         """The pictures to encode beforehand: cut from the middle, and mirrored too when the subset flips."""
@@ -110,6 +155,8 @@ class DatasetIndex:
     datasets: tuple[DatasetSummary, ...]
     missing_captions: tuple[Path, ...]
     warnings: tuple[str, ...]
+    validation: tuple[Item, ...] = ()
+    """What is held back; no picture of it is among the items."""
 
     @property
     def num_images(self) -> int:
@@ -130,15 +177,6 @@ class _Caption:
     is_empty_file: bool = False
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A subset and its picture files."""
-
-    dataset: int
-    spec: SubsetSpec
-    paths: tuple[Path, ...]
-
-
 def index_dataset(config: DatasetConfig, *, progress: Progress | None = None) -> DatasetIndex:
     """Finds, decodes and measures every picture of `config`.
 
@@ -147,19 +185,22 @@ def index_dataset(config: DatasetConfig, *, progress: Progress | None = None) ->
     """
     problems: list[Problem] = []
     warnings: list[str] = []
-    found: list[_Found] = []
+    found: list[Found] = []
     for position, dataset in enumerate(config.datasets):
         problems.extend(_limit_problems(dataset))
-        found.extend(_find_pictures(position, dataset, problems, warnings))
-    paths = tuple(dict.fromkeys(path for subset in found for path in subset.paths))
-    facts = _check_images(paths, problems, progress)
+        found.extend(find_pictures(position, dataset, problems, warnings))
+    facts, masks = _check_files(found, problems, progress)
     captions = {subset: _read_captions(subset, problems) for subset in found}
-    items = _make_items(config, found, facts, captions, problems)
+    items = _make_items(config, found, facts, masks, captions, problems)
     if problems:
         raise UserError.many(problems, exit_code=3)
+    split = split_validation(items, config)
+    warnings.extend(split.warnings)
+    items = list(split.training)
     drawn = [_balance(position, items, warnings) for position in range(len(config.datasets))]
     missing = tuple(dict.fromkeys(path for subset in found for path in _missing(subset, captions[subset])))
     warnings.extend(_caption_warnings(found, captions, missing))
+    warnings.extend(picture_notes(items, facts, config.datasets))
     return DatasetIndex(
         items=tuple(item for dataset in drawn for item in dataset),
         datasets=tuple(
@@ -168,73 +209,50 @@ def index_dataset(config: DatasetConfig, *, progress: Progress | None = None) ->
         ),
         missing_captions=missing,
         warnings=tuple(warnings),
+        validation=split.validation,
     )
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
 
 
-def _find_pictures(
-    position: int, dataset: DatasetSpec, problems: list[Problem], warnings: list[str]
-) -> Iterable[_Found]:
-    """The dataset's subsets with their files, sorted by name, folders inside them left out as in the reference."""
-    seen: set[Path] = set()
-    for subset in dataset.subsets:
-        folder = subset.image_dir
-        if subset.num_repeats < 1:
-            warnings.append(f"{folder} is left out: its num_repeats is {subset.num_repeats}")
-            continue
-        if not folder.is_dir():
-            what = "is not a folder" if folder.exists() else "does not exist"
-            problems.append(Problem(f"the picture folder {folder} {what}", hint="Correct image_dir."))
-            continue
-        if folder.resolve() in seen:
-            warnings.append(f"{folder} is given twice in one dataset; only the first one is used")
-            continue
-        seen.add(folder.resolve())
-        try:
-            entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-        except OSError as error:
-            problems.append(Problem(f"the picture folder {folder} cannot be read ({_reason(error)})"))
-            continue
-        files = [path for path in entries if path.is_file()]
-        paths = tuple(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
-        others = [path.name for path in files if path.suffix.lower() in OTHER_PICTURE_SUFFIXES]
-        if others:
-            warnings.append(f"{folder}: {len(others)} pictures of other formats are left out: {_names(others)}")
-        if paths:
-            yield _Found(position, subset, paths)
-        else:
-            problems.append(_no_pictures(folder, [path for path in entries if path.is_dir()]))
-
-
-def _no_pictures(folder: Path, inside: Sequence[Path]) -> Problem:
-    hint = f"Put pictures there ({', '.join(sorted(IMAGE_SUFFIXES))})."
-    if inside:
-        hint = f"Folders inside it, such as {inside[0].name}, are not searched; name each as a subset of its own."
-    return Problem(f"the picture folder {folder} holds no pictures", hint=hint)
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
-
-
-def _check_images(paths: Sequence[Path], problems: list[Problem], progress: Progress | None) -> dict[Path, ImageFacts]:
+def _check_files(
+    found: Sequence[Found], problems: list[Problem], progress: Progress | None
+) -> tuple[dict[Path, ImageFacts], dict[Path, MaskFile]]:
+    """What is known of every picture and every mask; those that do not decode are problems."""
+    paths = tuple(dict.fromkeys(path for subset in found for path in subset.paths))
+    masks = tuple(all_masks(found))
+    checks = [
+        *(functools.partial(check_image, path) for path in paths),
+        *(functools.partial(_check_mask, path) for path in masks),
+    ]
     facts: dict[Path, ImageFacts] = {}
-    with contextlib.closing(map_ahead(_facts_or_problem, paths)) as results:
-        for done, (path, result) in enumerate(zip(paths, results, strict=True), start=1):
+    mask_files: dict[Path, MaskFile] = {}
+    with contextlib.closing(map_ahead(_result_or_problem, zip((*paths, *masks), checks, strict=True))) as results:
+        for done, (path, result) in enumerate(zip((*paths, *masks), results, strict=True), start=1):
             if isinstance(result, Problem):
                 problems.append(result)
+            elif isinstance(result, MaskFile):
+                mask_files[path] = result
             else:
                 facts[path] = result
             if progress is not None:
-                progress(done, len(paths))
-    return facts
+                progress(done, len(checks))
+    return facts, mask_files
 
 
-def _facts_or_problem(path: Path) -> ImageFacts | Problem:
+def _check_mask(path: Path) -> MaskFile:
+    facts = check_image(path)
+    brightest = cast("tuple[int, int]", load_red(path).getextrema())[1]
+    return MaskFile(path, facts.digest, (facts.width, facts.height), brightest == 0)
+
+
+def _result_or_problem(check: tuple[Path, Callable[[], T]]) -> T | Problem:
+    path, work = check
     try:
-        return check_image(path)
+        return work()
+    except UnfitPicture as error:
+        return Problem(f"{path}: {error}", hint=error.hint)
     except DECODE_ERRORS as error:
         return Problem(f"{path}: cannot be decoded ({decode_failure(error)})", hint="Replace it or remove it.")
 
@@ -242,7 +260,9 @@ def _facts_or_problem(path: Path) -> ImageFacts | Problem:
 # ---- captions --------------------------------------------------------------------------------------------------
 
 
-def _read_captions(subset: _Found, problems: list[Problem]) -> tuple[_Caption, ...]:
+def _read_captions(subset: Found, problems: list[Problem]) -> tuple[_Caption, ...]:
+    if subset.captions is not None:
+        return tuple(_Caption(text) for text in subset.captions)
     captions: list[_Caption] = []
     for path in subset.paths:
         file = _caption_file(path, subset.spec.caption_extension)
@@ -251,7 +271,7 @@ def _read_captions(subset: _Found, problems: list[Problem]) -> tuple[_Caption, .
                 _Caption(None) if file is None else _read_caption(file, all_lines=subset.spec.enable_wildcard)
             )
         except (UnicodeError, OSError) as error:
-            reason = "not UTF-8 text" if isinstance(error, UnicodeError) else _reason(error)
+            reason = "not UTF-8 text" if isinstance(error, UnicodeError) else system_reason(error)
             hint = "Save it as UTF-8." if isinstance(error, UnicodeError) else None
             problems.append(Problem(f"{file}: the caption cannot be read ({reason})", hint=hint))
             captions.append(_Caption(""))
@@ -280,12 +300,12 @@ def _read_caption(file: Path, *, all_lines: bool) -> _Caption:
     return _Caption(lines[0].strip(), has_more_lines=any(line.strip() for line in lines[1:]))
 
 
-def _missing(subset: _Found, captions: Sequence[_Caption]) -> list[Path]:
+def _missing(subset: Found, captions: Sequence[_Caption]) -> list[Path]:
     return [path for path, caption in zip(subset.paths, captions, strict=True) if caption.text is None]
 
 
 def _caption_warnings(
-    found: Sequence[_Found], captions: Mapping[_Found, Sequence[_Caption]], missing: Sequence[Path]
+    found: Sequence[Found], captions: Mapping[Found, Sequence[_Caption]], missing: Sequence[Path]
 ) -> list[str]:
     """One warning for each kind, with names."""
     warnings: list[str] = []
@@ -295,7 +315,7 @@ def _caption_warnings(
         extensions = sorted({subset.spec.caption_extension for subset in found})
         text = (
             f"{len(missing)} of {num_paths} pictures have no caption file ({', '.join(extensions)}) and train with "
-            f"their class tokens, or with an empty caption where there are none: {_names(p.name for p in missing)}"
+            f"their class tokens, or with an empty caption where there are none: {names([p.name for p in missing])}"
         )
         num_other = sum(1 for path in missing if any(path.with_suffix(end).is_file() for end in (".txt", ".caption")))
         if num_other:
@@ -303,18 +323,11 @@ def _caption_warnings(
         warnings.append(text)
     empty = list(dict.fromkeys(path.name for path, caption in pairs if caption.is_empty_file))
     if empty:
-        warnings.append(f"{len(empty)} caption files are empty: {_names(empty)}")
+        warnings.append(f"{len(empty)} caption files are empty: {names(empty)}")
     longer = list(dict.fromkeys(path.name for path, caption in pairs if caption.has_more_lines))
     if longer:
-        warnings.append(f"{len(longer)} caption files have several lines; the first one is used: {_names(longer)}")
+        warnings.append(f"{len(longer)} caption files have several lines; the first one is used: {names(longer)}")
     return warnings
-
-
-def _names(names: Iterable[str]) -> str:
-    every = list(names)
-    shown = ", ".join(every[:NUM_NAMES_SHOWN])
-    rest = len(every) - NUM_NAMES_SHOWN
-    return f"{shown} and {rest} more" if rest > 0 else shown
 
 
 # ---- items -----------------------------------------------------------------------------------------------------
@@ -348,35 +361,53 @@ def _limits(dataset: DatasetSpec) -> Size:
     return buckets.side_limits(dataset.min_bucket_reso, dataset.max_bucket_reso, dataset.bucket_reso_steps)
 
 
-def _fitter(dataset: DatasetSpec) -> Callable[[Size], Fit]:
+def _fitter(dataset: DatasetSpec) -> Callable[[Size, SubsetSpec], Fit]:
     """What gives a picture of the dataset its bucket."""
     if not dataset.enable_bucket:
-        return functools.partial(buckets.fit_to_nearest, sizes=(dataset.resolution,))
+        return functools.partial(_fit_without_buckets, dataset.resolution)
     if dataset.bucket_no_upscale:
-        return functools.partial(
-            buckets.fit_without_upscale, resolution=dataset.resolution, step=dataset.bucket_reso_steps
-        )
+        return lambda size, _: buckets.fit_without_upscale(size, dataset.resolution, dataset.bucket_reso_steps)
     shortest, longest = _limits(dataset)
     sizes = buckets.bucket_sizes(dataset.resolution, shortest, longest, dataset.bucket_reso_steps)
-    return functools.partial(buckets.fit_to_nearest, sizes=sizes)
+    return lambda size, _: buckets.fit_to_nearest(size, sizes)
+
+
+def _fit_without_buckets(resolution: Size, size: Size, subset: SubsetSpec) -> Fit:
+    """All get the resolution. A random crop is cut from the picture in its own size where that is large enough, as in
+    the reference; otherwise it is resized to cover the resolution, which the reference does beside a cache only."""
+    if subset.random_crop and size[0] >= resolution[0] and size[1] >= resolution[1]:
+        return Fit(size, resolution)
+    return buckets.fit_to_nearest(size, (resolution,))
+
+
+def _by(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def _make_items(
     config: DatasetConfig,
-    found: Sequence[_Found],
+    found: Sequence[Found],
     facts: Mapping[Path, ImageFacts],
-    captions: Mapping[_Found, Sequence[_Caption]],
+    masks: Mapping[Path, MaskFile],
+    captions: Mapping[Found, Sequence[_Caption]],
     problems: list[Problem],
 ) -> list[Item]:
     fitters = [_fitter(dataset) for dataset in config.datasets]
     items: list[Item] = []
     for subset in found:
-        for path, caption in zip(subset.paths, captions[subset], strict=True):
+        has_buckets = config.datasets[subset.dataset].enable_bucket
+        mask_paths = subset.masks or [None] * len(subset.paths)
+        for path, caption, mask_path in zip(subset.paths, captions[subset], mask_paths, strict=True):
             fact = facts.get(path)
             if fact is None:
                 continue
+            mask = None if mask_path is None else masks.get(mask_path)
+            if mask is not None and not has_shape_of(mask.size, (fact.width, fact.height)):
+                what = f"{mask.path}: this mask is {_by(mask.size)}, but its picture {_by((fact.width, fact.height))}"
+                problems.append(Problem(what, hint="Make the mask of the picture's size."))
+                continue
             try:
-                fit = fitters[subset.dataset]((fact.width, fact.height))
+                fit = fitters[subset.dataset]((fact.width, fact.height), subset.spec)
             except ValueError as error:
                 hint = "Turn off bucket_no_upscale, lower bucket_reso_steps, or remove the picture."
                 problems.append(Problem(f"{path}: {fact.width}x{fact.height} fits no bucket ({error})", hint=hint))
@@ -394,6 +425,9 @@ def _make_items(
                     is_reg=subset.spec.is_reg,
                     dataset=subset.dataset,
                     fit=fit,
+                    is_transparent=fact.is_transparent,
+                    mask_file=mask,
+                    face=None if has_buckets or subset.spec.face_crop_aug_range is None else face_of(path),
                 )
             )
     for position in range(len(config.datasets)):
@@ -439,23 +473,23 @@ def _balance(position: int, items: Sequence[Item], warnings: list[str]) -> list[
 
 
 def _summarise(
-    spec: DatasetSpec, found: Sequence[_Found], items: Sequence[Item], drawn: Sequence[Item]
+    spec: DatasetSpec, found: Sequence[Found], items: Sequence[Item], drawn: Sequence[Item]
 ) -> DatasetSummary:
     counts: Counter[Size] = Counter()
     for item in drawn:
         counts[item.bucket] += item.num_repeats
     errors = [abs(item.bucket[0] / item.bucket[1] - item.width / item.height) for item in drawn]
 
-    def captions(subset: _Found) -> list[str]:
+    def captions(subset: Found) -> list[str]:
         return [item.caption for item in items if item.subset is subset.spec and item.dataset == subset.dataset]
 
     return DatasetSummary(
         spec=spec,
         subsets=tuple(
-            SubsetSummary(subset.spec, len(subset.paths), tag_frequency(captions(subset))) for subset in found
+            SubsetSummary(subset.spec, len(captions(subset)), tag_frequency(captions(subset))) for subset in found
         ),
-        num_train_images=sum(len(s.paths) * s.spec.num_repeats for s in found if not s.spec.is_reg),
-        num_reg_images=sum(len(s.paths) * s.spec.num_repeats for s in found if s.spec.is_reg),
+        num_train_images=sum(len(captions(s)) * s.spec.num_repeats for s in found if not s.spec.is_reg),
+        num_reg_images=sum(len(captions(s)) * s.spec.num_repeats for s in found if s.spec.is_reg),
         bucket_counts={size: counts[size] for size in sorted(counts)},
         mean_aspect_error=sum(errors) / len(errors) if errors else 0.0,
     )

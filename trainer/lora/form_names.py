@@ -16,20 +16,20 @@ from trainer.lora.layer_names import (
     diffusers_norm,
     is_flux_path,
     is_norm_path,
-    layer_name,
     layer_of,
-    module_of_joined,
     published_of_module,
     published_of_norm,
 )
+from trainer.lora.naming import published_name
 
 Form = Literal["sd-scripts", "diffusers", "bfl", "xlabs"]
-Role = Literal["down", "up", "alpha", "bias"]
+Role = Literal["down", "up", "alpha", "bias", "magnitude"]
 
 QKV_OF_LINEAR1: Final = -1
 """The part of a single block's linear1 that XLabs knows: q, k and v, without the MLP."""
 
-_PREFIXES: Final = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
+_DIFFUSERS_PREFIX: Final = "transformer."
+_PREFIXES: Final = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", _DIFFUSERS_PREFIX)
 _SUFFIXES: Final[tuple[tuple[str, Role], ...]] = (
     (".lora_A.default.weight", "down"),
     (".lora_B.default.weight", "up"),
@@ -45,6 +45,10 @@ _SUFFIXES: Final[tuple[tuple[str, Role], ...]] = (
     (".down.weight", "down"),
     (".up.weight", "up"),
     (".alpha", "alpha"),
+    (".dora_scale", "magnitude"),
+    (".lora_magnitude_vector.default.weight", "magnitude"),
+    (".lora_magnitude_vector.weight", "magnitude"),
+    (".lora_magnitude_vector", "magnitude"),
 )
 """Longer ends stand before those they end with."""
 
@@ -94,24 +98,28 @@ def place_of(module: str) -> Place | None:
                 path = module.removeprefix(prefix)
                 for old, new in _OLD_CLIP.items():
                     path = path.removesuffix(old) + new if path.endswith(old) else path
-                name = layer_name("te1" if part == "te1" else "te3", path)
+                name = published_name("te1" if part == "te1" else "te3", path)
                 return None if layer_of(name) is None else Place("diffusers", name)
+    if module.startswith(_DIFFUSERS_PREFIX):
+        # Some layers have the same name in both layouts; only this tells them apart.
+        place = _place_of_diffusers(module.removeprefix(_DIFFUSERS_PREFIX))
+        if place is not None:
+            return place
     for prefix in _PREFIXES:
         module = module.removeprefix(prefix)
     found = _XLABS.fullmatch(module)
     if found is not None:
         return _place_of_xlabs(*found.groups())
     if is_flux_path(module):
-        return Place("bfl", layer_name("unet", module))
+        return Place("bfl", published_name("unet", module))
     return _place_of_diffusers(module)
 
 
 def _place_of_joined(module: str) -> Place | None:
     if module.startswith("lora_transformer_"):
-        dotted = module_of_joined(module.removeprefix("lora_transformer_"))
-        return None if dotted is None else _place_of_diffusers(dotted)
+        return _place_of_diffusers(module.removeprefix("lora_transformer_"))
     layer = layer_of(module)
-    return None if layer is None else Place("sd-scripts", layer_name(*layer))
+    return None if layer is None else Place("sd-scripts", published_name(*layer))
 
 
 def _place_of_diffusers(module: str) -> Place | None:
@@ -119,15 +127,17 @@ def _place_of_diffusers(module: str) -> Place | None:
     if found is None:
         return None
     path, index = found
-    return Place("diffusers", layer_name("unet", path), index, len(diffusers_modules(path)))
+    return Place("diffusers", published_name("unet", path), index, len(diffusers_modules(path)))
 
 
 def _place_of_xlabs(kind: str, block: str, own: str) -> Place | None:
     if kind == "double":
         part = _XLABS_DOUBLE.get(own)
-        return None if part is None else Place("xlabs", layer_name("unet", f"double_blocks.{block}.{part}"))
+        return None if part is None else Place("xlabs", published_name("unet", f"double_blocks.{block}.{part}"))
     place = _XLABS_SINGLE.get(own)
-    return None if place is None else Place("xlabs", layer_name("unet", f"single_blocks.{block}.{place[0]}"), place[1])
+    return (
+        None if place is None else Place("xlabs", published_name("unet", f"single_blocks.{block}.{place[0]}"), place[1])
+    )
 
 
 def norm_of(key: str) -> str | None:
@@ -161,7 +171,12 @@ def form_of(keys: Iterable[str]) -> Form | None:
 def module_keys(form: Form, module: str) -> dict[Role, str]:
     """The keys of an adapter on `module`, in the order in which they are written."""
     if form == "sd-scripts":
-        return {"alpha": f"{module}.alpha", "down": f"{module}.lora_down.weight", "up": f"{module}.lora_up.weight"}
+        return {
+            "alpha": f"{module}.alpha",
+            "down": f"{module}.lora_down.weight",
+            "up": f"{module}.lora_up.weight",
+            "magnitude": f"{module}.dora_scale",
+        }
     if form == "xlabs":
         return {"down": f"{module}.down.weight", "up": f"{module}.up.weight"}
     return {
@@ -169,6 +184,8 @@ def module_keys(form: Form, module: str) -> dict[Role, str]:
         "up": f"{module}.lora_B.weight",
         "bias": f"{module}.lora_B.bias",
         "alpha": f"{module}.alpha",
+        # PEFT takes it without ".weight" too, transformers' loader for the text encoders does not.
+        "magnitude": f"{module}.lora_magnitude_vector.weight",
     }
 
 

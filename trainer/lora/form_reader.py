@@ -10,9 +10,12 @@ from typing import Final, cast
 import torch
 from torch import Tensor
 
+from trainer.lora.adapter_config import AdapterConfig
 from trainer.lora.form_names import QKV_OF_LINEAR1, Form, Place, Role, form_of, norm_of, place_of, split_suffix
-from trainer.lora.layer_names import HALVES_SWAPPED, layer_name, layer_of
+from trainer.lora.layer_names import HALVES_SWAPPED
 from trainer.lora.lora_tensors import Adapter, LoraTensors, fuse, matching_alpha, part_sizes, unfold_alpha
+from trainer.lora.naming import foreign_format, published_name
+from trainer.lora.split import read_as_trained
 from trainer.schema.base import UserError
 
 ALPHA_KEY: Final = "fluxgui_alpha"
@@ -20,18 +23,15 @@ ALPHA_KEY: Final = "fluxgui_alpha"
 TRAINED_KEY: Final = "fluxgui_trained_layers"
 """Metadata: the layers that a whole BFL file really adapts; the others are there because loaders demand them."""
 
-SPLIT_ALPHA_KEY: Final = "ss_split_qkv_alpha"
-"""Metadata: fused layers that were trained in parts have the alpha of the whole when its value is `merged`."""
-MERGED: Final = "merged"
-
 _MLP_RATIO: Final = 4
-_SWAPPED_NAME: Final = layer_name("unet", HALVES_SWAPPED)
+_SWAPPED_NAME: Final = published_name("unet", HALVES_SWAPPED)
 
 
 @dataclass(frozen=True)
 class OwnKeys:
-    """The keys under which a file holds one adapter, and its rank and alpha there."""
+    """The file's name of the module of one adapter, the keys under which it is held, and its rank and alpha there."""
 
+    module: str
     keys: Mapping[Role, str]
     rank: int
     alpha: Tensor | None
@@ -41,12 +41,14 @@ class OwnKeys:
 class Origin:
     """How the file was written that adapters came from: lets them be written just so again.
 
-    `modules` are the file's keys by published name and number of the part; `norms` those of the norms by path.
+    `modules` are the file's keys by published name and number of the part; `norms` those of the norms by path; `config`
+    is what diffusers keeps in the metadata.
     """
 
     form: Form
     modules: Mapping[tuple[str, int], OwnKeys]
     norms: Mapping[str, str]
+    config: AdapterConfig | None = None
 
 
 def read_lora(
@@ -58,13 +60,15 @@ def read_lora(
     """
     form = form_of(state)
     if form is None:
+        kind = foreign_format(state)
         raise UserError(
-            "this is no LoRA for FLUX.1 in a form that is known here",
+            "this is no LoRA for FLUX.1 in a form that is known here" + ("" if kind is None else f", but {kind}"),
             where,
             f"Its first tensor is {next(iter(state), 'missing')}. Known are sd-scripts, diffusers, BFL and XLabs.",
             field="network_weights",
         )
     places: dict[Place, dict[Role, str]] = {}
+    own_names: dict[Place, str] = {}
     norms: dict[str, str] = {}
     strange: list[str] = []
     for key in state:
@@ -73,6 +77,7 @@ def read_lora(
         norm = norm_of(key) if place is None else None
         if split is not None and place is not None:
             places.setdefault(place, {})[split[1]] = key
+            own_names[place] = split[0]
         elif norm is not None:
             norms[norm] = key
         else:
@@ -84,14 +89,18 @@ def read_lora(
             "Only LoRA weights for FLUX, CLIP-L and T5 can be taken over, and nothing is left out silently.",
             field="network_weights",
         )
-    parts = {place: _adapter(state, keys, where) for place, keys in places.items()}
+    config = AdapterConfig.of(metadata) if form == "diffusers" else None
+    parts = {
+        place: _with_configured_alpha(_adapter(state, keys, where), config, own_names[place])
+        for place, keys in places.items()
+    }
     modules = {
-        (place.name, place.index): OwnKeys(keys, parts[place].rank, parts[place].alpha)
+        (place.name, place.index): OwnKeys(own_names[place], keys, parts[place].rank, parts[place].alpha)
         for place, keys in places.items()
     }
     tensors = LoraTensors(_assembled(parts, where), {path: state[key] for path, key in norms.items()})
     tensors = _with_known_alpha(_at_trained_strength(tensors, form, metadata), metadata)
-    return _without_filling(tensors, metadata), Origin(form, modules, norms)
+    return _without_filling(tensors, metadata), Origin(form, modules, norms, config)
 
 
 def listed(names: Sequence[str]) -> str:
@@ -112,7 +121,27 @@ def _adapter(state: Mapping[str, Tensor], keys: Mapping[Role, str], where: str) 
             field="network_weights",
         )
     alpha = state[keys["alpha"]].reshape(()) if "alpha" in keys else None
-    return Adapter(down, up, alpha, state[keys["bias"]] if "bias" in keys else None)
+    bias = state[keys["bias"]] if "bias" in keys else None
+    magnitude = _magnitude(state, keys["magnitude"], down, up, where) if "magnitude" in keys else None
+    return Adapter(down, up, alpha, bias, magnitude)
+
+
+def _magnitude(state: Mapping[str, Tensor], key: str, down: Tensor, up: Tensor, where: str) -> Tensor:
+    """(1, I) or (O, 1); PEFT's vectors are always of the rows."""
+    tensor = state[key] if key.endswith(".dora_scale") else state[key].reshape(-1, 1)
+    if tuple(tensor.shape) not in ((1, down.shape[1]), (up.shape[0], 1)):
+        raise UserError(
+            f"{key} {list(state[key].shape)} is no magnitude of a Linear of {up.shape[0]} x {down.shape[1]}",
+            where,
+            "The file is damaged or of another kind.",
+            field="network_weights",
+        )
+    return tensor
+
+
+def _with_configured_alpha(adapter: Adapter, config: AdapterConfig | None, module: str) -> Adapter:
+    alpha = None if config is None or adapter.alpha is not None else config.alpha_of(module, adapter.rank)
+    return adapter if alpha is None else replace(adapter, alpha=torch.tensor(alpha))
 
 
 def _assembled(parts: Mapping[Place, Adapter], where: str) -> dict[str, Adapter]:
@@ -131,7 +160,15 @@ def _assembled(parts: Mapping[Place, Adapter], where: str) -> dict[str, Adapter]
             mlp = first.up.new_zeros(_mlp_width(groups, name, first.down.shape[1]), first.rank)
             adapters[name] = replace(first, up=torch.cat((first.up, mlp)))
         elif place.num_parts > 1:
-            adapters[name] = _fused(groups, name)
+            try:
+                adapters[name] = _fused(groups, name)
+            except ValueError:
+                raise UserError(
+                    f"only some parts of {name} have a magnitude (DoRA); what the others have depends on the model",
+                    where,
+                    "Merge this file into the model instead.",
+                    field="network_weights",
+                ) from None
         elif name == _SWAPPED_NAME and place.form == "diffusers":
             adapters[name] = with_halves_swapped(first)
         else:
@@ -164,44 +201,28 @@ def with_halves_swapped(adapter: Adapter) -> Adapter:
     """The last modulation's adapter with its output's halves in the other order, as diffusers has them."""
     first, second = adapter.up.chunk(2)
     bias = None if adapter.bias is None else torch.cat(adapter.bias.chunk(2)[::-1])
-    return replace(adapter, up=torch.cat((second, first)), bias=bias)
+    magnitude = adapter.magnitude
+    if magnitude is not None and adapter.has_row_magnitude:
+        magnitude = torch.cat(magnitude.chunk(2)[::-1])
+    return replace(adapter, up=torch.cat((second, first)), bias=bias, magnitude=magnitude)
 
 
 # --------------------------------------------------------------------------------------------------------------- alpha
 
 
-def was_saved_too_weak(metadata: Mapping[str, str]) -> bool:
-    """Whether sd-scripts wrote the file with `split_qkv`: the alpha of one part for the larger rank of all parts."""
-    if metadata.get(SPLIT_ALPHA_KEY) == MERGED:
-        return False
-    arguments = _read_json(metadata, "ss_network_args")
-    return isinstance(arguments, dict) and cast("dict[str, object]", arguments).get("split_qkv") == "True"
-
-
-def stands_on_diagonal(adapter: Adapter, num_parts: int) -> bool:
-    """Whether `up` is block-diagonal: `num_parts` adapters of one rank beside one another."""
-    sizes = part_sizes(num_parts, adapter.down.shape[1], adapter.up.shape[0])
-    rank = adapter.rank // num_parts
-    blocks = torch.block_diag(*(torch.ones(size, rank, dtype=torch.bool) for size in sizes))
-    return blocks.shape == adapter.up.shape and not bool((adapter.up.cpu() != 0)[~blocks].any())
-
-
-def num_fused_parts(name: str) -> int:
-    """How many layers of one training in parts the adapter called `name` may hold; 1 for a layer that is not fused."""
-    return 3 if name.endswith("_attn_qkv") else 4 if name.endswith("_linear1") else 1
-
-
 def _at_trained_strength(tensors: LoraTensors, form: Form, metadata: Mapping[str, str]) -> LoraTensors:
-    if form != "sd-scripts" or not was_saved_too_weak(metadata):
+    if form != "sd-scripts":
         return tensors
-    adapters = {name: _times_parts(adapter, num_fused_parts(name)) for name, adapter in tensors.adapters.items()}
-    return replace(tensors, adapters=adapters)
+    layers = {name: split_layer(adapter) for name, adapter in tensors.adapters.items()}
+    corrected, _ = read_as_trained(layers, metadata)
+    alphas = {name: layer.get("alpha") for name, layer in corrected.items()}
+    return replace(tensors, adapters={name: replace(a, alpha=alphas[name]) for name, a in tensors.adapters.items()})
 
 
-def _times_parts(adapter: Adapter, num_parts: int) -> Adapter:
-    if num_parts == 1 or adapter.alpha is None or not stands_on_diagonal(adapter, num_parts):
-        return adapter
-    return replace(adapter, alpha=adapter.alpha * num_parts)
+def split_layer(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's parts as a published file calls them."""
+    alpha = {} if adapter.alpha is None else {"alpha": adapter.alpha}
+    return {**alpha, "lora_down.weight": adapter.down, "lora_up.weight": adapter.up}
 
 
 def _with_known_alpha(tensors: LoraTensors, metadata: Mapping[str, str]) -> LoraTensors:
@@ -268,10 +289,6 @@ def published_tensors(tensors: LoraTensors, *, where: str) -> dict[str, Tensor]:
         state[f"{name}.alpha"] = matching_alpha(adapter.rank, adapter.down) if adapter.alpha is None else adapter.alpha
         state[f"{name}.lora_down.weight"] = adapter.down
         state[f"{name}.lora_up.weight"] = adapter.up
+        if adapter.magnitude is not None:
+            state[f"{name}.dora_scale"] = adapter.magnitude
     return state
-
-
-def is_flux_name(name: str) -> bool:
-    """Whether a published name is that of FLUX's adapter, not of a text encoder's."""
-    layer = layer_of(name)
-    return layer is not None and layer[0] == "unet"

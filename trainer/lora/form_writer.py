@@ -12,13 +12,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from trainer.lora.adapter_config import CONFIG_KEY
+from trainer.lora.form_limits import refuse_inexpressible
 from trainer.lora.form_names import (
     QKV_OF_LINEAR1,
     Form,
     Role,
     bfl_name,
     diffusers_names,
-    inexpressible,
     module_keys,
     norm_key,
     xlabs_name,
@@ -27,21 +28,17 @@ from trainer.lora.form_reader import (
     ALPHA_KEY,
     TRAINED_KEY,
     Origin,
+    OwnKeys,
     listed,
     published_tensors,
     with_halves_swapped,
 )
-from trainer.lora.layer_names import HALVES_SWAPPED, layer_name, layer_of
+from trainer.lora.layer_names import HALVES_SWAPPED, layer_of
 from trainer.lora.lora_tensors import Adapter, LoraTensors, cut, fold_alpha, folds_exactly, part_sizes
+from trainer.lora.naming import published_name
 from trainer.schema.base import UserError
 
-_FORM_NOUNS: Final[Mapping[Form, str]] = {
-    "sd-scripts": "sd-scripts' form",
-    "diffusers": "the diffusers form",
-    "bfl": "Black Forest Labs' form",
-    "xlabs": "XLabs' form",
-}
-_SWAPPED_NAME: Final = layer_name("unet", HALVES_SWAPPED)
+_SWAPPED_NAME: Final = published_name("unet", HALVES_SWAPPED)
 
 _FILLING_RANK: Final = 2
 """diffusers cuts the last modulation's lora_A in two halves, which a single row has not."""
@@ -68,14 +65,19 @@ def write_lora(
     `origin` is followed where it is of the same form. With `base` a BFL file is made whole: ComfyUI and diffusers take
     that form only with every layer and norm of the model. Raises `UserError` that names what the form cannot hold.
     """
-    refuse_inexpressible(tensors, form, where)
     if origin is not None and origin.form != form:
         origin = None
+    refuse_inexpressible(tensors, form, where, is_as_it_was=origin is not None)
     if form == "sd-scripts":
         return _published(tensors, origin, where), {}
     written, filled = tensors, {}
     if form == "bfl" and base is not None:
         written, filled = _made_whole(tensors, base, where)
+    if origin is not None and origin.config is not None:
+        if _is_configured(tensors, origin):
+            filled = {CONFIG_KEY: origin.config.text}
+        else:
+            origin = replace(origin, config=None)
     keeps_alpha = {part: form == "diffusers" and _keeps_alpha(tensors, part, origin) for part in ("unet", "te1", "te3")}
     if form == "bfl" and origin is not None:
         keeps_alpha["unet"] = _had_alpha(origin, "unet")
@@ -87,7 +89,7 @@ def write_lora(
             known = origin.modules.get((name, number)) if origin is not None else None
             keys: dict[Role, str] = {**module_keys(form, module), **(known.keys if known is not None else {})}
             state |= _tensors_of(part, keys)
-            if is_beside:
+            if is_beside and CONFIG_KEY not in filled:
                 state[keys["alpha"]] = _alpha_beside(part, None if known is None else known.alpha)
     for path, tensor in written.norms.items():
         known = origin.norms.get(path) if origin is not None else None
@@ -104,27 +106,6 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         apart[key] = tensor.clone() if place in seen else tensor
         seen.add(place)
     return apart
-
-
-def refuse_inexpressible(tensors: LoraTensors, form: Form, where: str) -> None:
-    """Raises `UserError` when `form` has no place for an adapter or a norm."""
-    touches_mlp = [name for name, a in tensors.adapters.items() if name.endswith("_linear1") and _adapts_mlp(a)]
-    refused = inexpressible(form, tensors.adapters, is_linear1_whole=False)
-    if form == "xlabs":
-        refused += touches_mlp
-        refused += [f"the bias of {name}" for name, a in tensors.adapters.items() if a.bias is not None]
-        refused += list(tensors.norms)
-    if refused:
-        raise UserError(
-            f"{_FORM_NOUNS[form]} has no place for {len(refused)} layers of this LoRA: {listed(refused)}",
-            where,
-            "It holds FLUX's attention only." if form == "xlabs" else "It holds FLUX's layers only.",
-            field="lora_form",
-        )
-
-
-def _adapts_mlp(adapter: Adapter) -> bool:
-    return bool(adapter.up[3 * adapter.down.shape[1] :].any())
 
 
 def _model_part(name: str) -> str:
@@ -156,7 +137,18 @@ def _parts(name: str, adapter: Adapter, form: Form, origin: Origin | None) -> It
             zip(modules, cut(adapter, sizes, _known_ranks(origin, name, len(modules))), strict=True)
         ):
             if part is not None:
-                yield number, module, part
+                known = None if origin is None else origin.modules.get((name, number))
+                yield number, module, part if known is None else _as_it_stood(part, known)
+
+
+def _as_it_stood(part: Adapter, known: OwnKeys) -> Adapter:
+    """With the scale that it had in its file, where fusing gave it that of the first part."""
+    if part.alpha is None or known.alpha is None or part.rank != known.rank:
+        return part
+    scale = float(known.alpha) / known.rank
+    if scale == 0 or math.isclose(scale, part.scale, rel_tol=1e-6):
+        return part
+    return replace(part, up=part.up * (part.scale / scale), alpha=known.alpha)
 
 
 def _known_ranks(origin: Origin | None, name: str, num_parts: int) -> list[int | None] | None:
@@ -170,6 +162,8 @@ def _tensors_of(adapter: Adapter, keys: Mapping[Role, str]) -> dict[str, Tensor]
     tensors = {keys["down"]: adapter.down, keys["up"]: adapter.up}
     if adapter.bias is not None:
         tensors[keys["bias"]] = adapter.bias
+    if adapter.magnitude is not None:
+        tensors[keys["magnitude"]] = adapter.magnitude.reshape(-1)
     return tensors
 
 
@@ -191,7 +185,8 @@ def _published(tensors: LoraTensors, origin: Origin | None, where: str) -> dict[
         usual = module_keys("sd-scripts", name)
         known = origin.modules.get((name, 0))
         for role, key in (known.keys if known is not None else usual).items():
-            renamed[key] = state[usual[role]]
+            if usual[role] in state:
+                renamed[key] = state[usual[role]]
     return renamed
 
 
@@ -204,12 +199,26 @@ def _keeps_alpha(tensors: LoraTensors, part: str, origin: Origin | None) -> bool
     diffusers takes the one most frequent alpha for adapters without their own, so a mixture would be applied wrongly.
     """
     adapters = [adapter for name, adapter in tensors.adapters.items() if _model_part(name) == part]
-    if origin is not None and _had_alpha(origin, part):
+    if origin is not None and (origin.config is not None or _had_alpha(origin, part)):
         return True
     if all(folds_exactly(adapter) for adapter in adapters):
         return False
     # diffusers mixes up the alphas of a text encoder's layers when they differ: rounding is the smaller harm then.
     return part != "te1" or len({None if a.alpha is None else float(a.alpha) for a in adapters}) == 1
+
+
+def _is_configured(tensors: LoraTensors, origin: Origin) -> bool:
+    """Whether every adapter still has the alpha that the metadata of the file it came from give it."""
+    for name, adapter in tensors.adapters.items():
+        for number, _, part in _parts(name, adapter, origin.form, origin):
+            own = origin.modules.get((name, number))
+            if own is None or origin.config is None or "alpha" in own.keys:
+                return False
+            alpha = origin.config.alpha_of(own.module, part.rank)
+            known = part.rank if alpha is None else alpha
+            if not math.isclose(known, part.rank * part.scale, rel_tol=1e-6):
+                return False
+    return True
 
 
 def _had_alpha(origin: Origin, part: str) -> bool:
@@ -252,7 +261,7 @@ def _made_whole(tensors: LoraTensors, base: BaseLayers, where: str) -> tuple[Lor
     like = next(iter(tensors.adapters.values())).down
     adapters: dict[str, Adapter] = {}
     for path, (out_features, in_features) in base.linears.items():
-        name = layer_name("unet", path)
+        name = published_name("unet", path)
         nothing = Adapter(like.new_zeros(_FILLING_RANK, in_features), like.new_zeros(out_features, _FILLING_RANK))
         adapters[name] = tensors.adapters.get(name, nothing)
     norms = {path: tensor.detach().cpu() for path, tensor in base.norms.items()}

@@ -20,20 +20,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from trainer.lora.adapter_config import CONFIG_KEY
+from trainer.lora.form_limits import refuse_chroma
 from trainer.lora.form_names import Form, form_of
 from trainer.lora.form_reader import (
     ALPHA_KEY,
-    MERGED,
-    SPLIT_ALPHA_KEY,
     TRAINED_KEY,
     Origin,
-    num_fused_parts,
     published_tensors,
     read_lora,
-    stands_on_diagonal,
+    split_layer,
 )
 from trainer.lora.form_writer import BaseLayers, write_lora
 from trainer.lora.lora_tensors import LoraTensors
+from trainer.lora.split import MERGED, SPLIT_ALPHA_KEY, num_own_parts
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,22 @@ def converted(
     base: BaseLayers | None = None,
     where: str = "the LoRA file",
 ) -> tuple[dict[str, Tensor], dict[str, str], Form]:
-    """A file's tensors in `form`, its metadata brought up to date, and the form that it had."""
+    """A file's tensors in `form`, its metadata brought up to date, and the form that it had.
+
+    Raises `UserError` (exit code 3) that names what cannot be read, or has no place in `form`.
+    """
     tensors, origin = read_lora(state, metadata, where=where)
+    if form == "bfl" and origin.form != "bfl":
+        refuse_chroma(tensors.adapters, metadata, where)
     written, added = write_lora(tensors, form, origin=origin, base=base, where=where)
     return written, {**_kept(metadata), **_marks(tensors, form), **added}, origin.form
 
 
 def _kept(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in metadata.items() if key not in (ALPHA_KEY, TRAINED_KEY)}
+    return {key: value for key, value in metadata.items() if key not in (ALPHA_KEY, TRAINED_KEY, CONFIG_KEY)}
 
 
 def _marks(tensors: LoraTensors, form: Form) -> dict[str, str]:
     """Says of fused layers on a diagonal that their alpha is right, so that none takes them for those of old files."""
-    counts = {name: num_fused_parts(name) for name in tensors.adapters}
-    has_parts = any(count > 1 and stands_on_diagonal(tensors.adapters[name], count) for name, count in counts.items())
+    has_parts = any(num_own_parts(name, split_layer(adapter)) > 1 for name, adapter in tensors.adapters.items())
     return {SPLIT_ALPHA_KEY: MERGED} if form == "sd-scripts" and has_parts else {}

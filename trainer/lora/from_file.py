@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -13,7 +13,7 @@ from trainer.lora.adapter import wrong_part
 from trainer.lora.naming import foreign_format, layers_of
 from trainer.lora.split import is_block_diagonal, read_as_trained
 from trainer.schema.lora_spec import LoraSpec
-from trainer.schema.network_args import fused_parts
+from trainer.schema.network_args import DoraAxis, fused_parts
 
 
 def spec_from_file(spec: LoraSpec, state: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> LoraSpec:
@@ -27,6 +27,7 @@ def spec_from_file(spec: LoraSpec, state: Mapping[str, Tensor], metadata: Mappin
     if not layers:
         raise wrong_part(f"this is {foreign_format(state) or 'no LoRA of this format'}", where)
     split_qkv = spec.split_qkv or any(is_block_diagonal(name, tensors) for name, tensors in layers.items())
+    scales = [tensors["dora_scale"] for tensors in layers.values() if "dora_scale" in tensors]
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for name, tensors in layers.items():
@@ -50,6 +51,12 @@ def spec_from_file(spec: LoraSpec, state: Mapping[str, Tensor], metadata: Mappin
         file_ranks=MappingProxyType(ranks),
         file_alphas=MappingProxyType(alphas),
         split_qkv=split_qkv,
-        dora=spec.dora or any("dora_scale" in tensors for tensors in layers.values()),
+        dora=spec.dora or bool(scales),
+        dora_axis=_axis(scales) or spec.dora_axis,
         train_t5xxl=any(name.startswith("lora_te3_") for name in ranks),
     )
+
+
+def _axis(scales: Sequence[Tensor]) -> DoraAxis | None:
+    """What the magnitudes of a file belong to; None when it has none."""
+    return None if not scales else "in" if all(scale.shape[0] == 1 for scale in scales) else "out"

@@ -1,95 +1,73 @@
-"""Which layer a name stands for: published adapter names, module paths of FLUX, and the names of diffusers' modules.
+"""Which layer a name stands for: published adapter names, module paths of the models, and the names of diffusers' modules.
 
-Source of the names: the state dicts of the published FLUX.1 model, of `FluxTransformer2DModel` in diffusers, of
-`CLIPTextModel` and of `T5EncoderModel`.
+Source of the names: the state dicts of the published FLUX.1 and Chroma1 models, of `FluxTransformer2DModel` and
+`ChromaTransformer2DModel` in diffusers, of `CLIPTextModel` and of `T5EncoderModel`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Final, Literal
+from dataclasses import dataclass
+from typing import Final
 
-ModelPart = Literal["unet", "te1", "te3"]
-"""FLUX, CLIP-L and T5-XXL, as published names call them."""
-
-CLIP_ROOT: Final = "text_model."
-
-_QKV: Final = ("attn.to_q", "attn.to_k", "attn.to_v")
-_TXT_QKV: Final = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-
-_DOUBLE: Final[Mapping[str, tuple[str, ...]]] = {
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
-    "img_attn.qkv": _QKV,
-    "txt_attn.qkv": _TXT_QKV,
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-}
-_SINGLE: Final[Mapping[str, tuple[str, ...]]] = {
-    "linear1": (*_QKV, "proj_mlp"),
-    "linear2": ("proj_out",),
-    "modulation.lin": ("norm.linear",),
-}
-_OUTER: Final[Mapping[str, str]] = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaLN_modulation.1": "norm_out.linear",
-}
-_DOUBLE_NORMS: Final[Mapping[str, str]] = {
-    "img_attn.norm.query_norm": "attn.norm_q",
-    "img_attn.norm.key_norm": "attn.norm_k",
-    "txt_attn.norm.query_norm": "attn.norm_added_q",
-    "txt_attn.norm.key_norm": "attn.norm_added_k",
-}
-_SINGLE_NORMS: Final[Mapping[str, str]] = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k"}
+from trainer.lora.naming import CLIP_ROOT, Component, published_name
+from trainer.schema.key_names import FLUX_DOUBLE, FLUX_OUTER, FLUX_SINGLE
 
 HALVES_SWAPPED: Final = "final_layer.adaLN_modulation.1"
 """The layer whose output is (shift, scale) in the published model and (scale, shift) in diffusers."""
 
+APPROXIMATOR: Final = "distilled_guidance_layer"
+"""The module that only Chroma has, in both layouts."""
 
-def _joined(parts: Mapping[str, object]) -> dict[str, str]:
-    return {part.replace(".", "_"): part for part in parts}
+_OUTER: Final[Mapping[str, str]] = {
+    **FLUX_OUTER,
+    HALVES_SWAPPED: "norm_out.linear",
+    **{f"{APPROXIMATOR}.{own}": f"{APPROXIMATOR}.{own}" for own in ("in_proj", "out_proj")},
+}
+"""Linears that are not in a numbered block, and their modules in diffusers."""
 
 
-_DOUBLE_BY_NAME: Final = _joined(_DOUBLE)
-_SINGLE_BY_NAME: Final = _joined(_SINGLE)
-_OUTER_BY_NAME: Final = _joined(_OUTER)
-_DOUBLE_BY_MODULE: Final = {m: (part, i) for part, modules in _DOUBLE.items() for i, m in enumerate(modules)}
-_SINGLE_BY_MODULE: Final = {m: (part, i) for part, modules in _SINGLE.items() for i, m in enumerate(modules)}
-_OUTER_BY_MODULE: Final = {module: path for path, module in _OUTER.items()}
-_DOUBLE_BY_JOINED: Final = {module.replace(".", "_"): module for module in _DOUBLE_BY_MODULE}
-_SINGLE_BY_JOINED: Final = {module.replace(".", "_"): module for module in _SINGLE_BY_MODULE}
-_OUTER_BY_JOINED: Final = {module.replace(".", "_"): module for module in _OUTER_BY_MODULE}
+@dataclass(frozen=True)
+class _Blocks:
+    """Numbered blocks: where they are in the model and in diffusers, and what each holds there.
 
-_BLOCK_NAME: Final = re.compile(r"(double|single)_blocks_(\d+)_(.+)")
-_BLOCK_PATH: Final = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
-_BLOCK_MODULE: Final = re.compile(r"(single_)?transformer_blocks\.(\d+)\.(.+)")
-_JOINED_BLOCK_MODULE: Final = re.compile(r"(single_)?transformer_blocks_(\d+)_(.+)")
+    `linears` are the modules in diffusers that make up each Linear, in the order of its output features.
+    """
+
+    path: str
+    module: str
+    linears: Mapping[str, tuple[str, ...]]
+    norms: Mapping[str, str]
+
+
+def _blocks(path: str, module: str, layers: Mapping[str, tuple[str, ...]]) -> _Blocks:
+    norms = {part: modules[0] for part, modules in layers.items() if part.endswith("_norm")}
+    return _Blocks(path, module, {part: modules for part, modules in layers.items() if part not in norms}, norms)
+
+
+_KINDS: Final = (
+    _blocks("double_blocks", "transformer_blocks", FLUX_DOUBLE),
+    _blocks("single_blocks", "single_transformer_blocks", FLUX_SINGLE),
+    _blocks(
+        f"{APPROXIMATOR}.layers",
+        f"{APPROXIMATOR}.layers",
+        {"in_layer": ("linear_1",), "out_layer": ("linear_2",)},
+    ),
+)
+
+
+def _joined(dotted: str) -> str:
+    return dotted.replace(".", "_")
+
+
 _CLIP_NAME: Final = re.compile(r"(?:text_model_)?encoder_layers_(\d+)_(self_attn|mlp)_(\w+)")
 _T5_NAME: Final = re.compile(r"encoder_block_(\d+)_layer_(\d+)_(SelfAttention|DenseReluDense)_(\w+)")
 _NAME: Final = re.compile(r"lora_(unet|te1|te3|te)_(.+)")
+_NUMBERED: Final = re.compile(r"(\d+)[._](.+)")
 
 
-def layer_name(part: ModelPart, path: str) -> str:
-    """The published adapter name of the layer at the dotted `path`; CLIP-L's paths may lack their root."""
-    if part == "te1":
-        path = CLIP_ROOT + path.removeprefix(CLIP_ROOT)
-    return f"lora_{part}_{path.replace('.', '_')}"
-
-
-def layer_of(name: str) -> tuple[ModelPart, str] | None:
+def layer_of(name: str) -> tuple[Component, str] | None:
     """The model and the dotted path that a published adapter name stands for; None when there is no such layer."""
     found = _NAME.fullmatch(name)
     if found is None:
@@ -102,12 +80,21 @@ def layer_of(name: str) -> tuple[ModelPart, str] | None:
 
 
 def _flux_path(rest: str) -> str | None:
-    found = _BLOCK_NAME.fullmatch(rest)
-    if found is None:
-        return _OUTER_BY_NAME.get(rest)
-    kind, index, part = found.groups()
-    path = (_DOUBLE_BY_NAME if kind == "double" else _SINGLE_BY_NAME).get(part)
-    return None if path is None else f"{kind}_blocks.{index}.{path}"
+    for path in _OUTER:
+        if _joined(path) == rest:
+            return path
+    for blocks in _KINDS:
+        found = _inside(rest, f"{_joined(blocks.path)}_")
+        for part in blocks.linears if found is not None else ():
+            if found is not None and _joined(part) == found[1]:
+                return f"{blocks.path}.{found[0]}.{part}"
+    return None
+
+
+def _inside(name: str, prefix: str) -> tuple[str, str] | None:
+    """Number and rest of what follows `prefix`."""
+    found = _NUMBERED.fullmatch(name.removeprefix(prefix)) if name.startswith(prefix) else None
+    return None if found is None else (found[1], found[2])
 
 
 def _clip_path(rest: str) -> str | None:
@@ -121,70 +108,68 @@ def _t5_path(rest: str) -> str | None:
 
 
 def is_flux_path(path: str) -> bool:
-    """Whether `path` is a Linear of the published FLUX model that an adapter may stand on."""
-    return _flux_path(path.replace(".", "_")) == path
+    """Whether `path` is a Linear of the published FLUX or Chroma model that an adapter may stand on."""
+    return _flux_path(_joined(path)) == path
+
+
+def is_flux_name(name: str) -> bool:
+    """Whether a published name is that of the transformer's adapter, not of a text encoder's."""
+    layer = layer_of(name)
+    return layer is not None and layer[0] == "unet"
+
+
+def is_chroma_only(name: str) -> bool:
+    """Whether a published name is that of an adapter on what Chroma has and FLUX.1 has not."""
+    return name.startswith(published_name("unet", f"{APPROXIMATOR}."))
 
 
 def diffusers_modules(path: str) -> tuple[str, ...]:
     """The modules of diffusers that make up the Linear at `path` of FLUX, in the order of its output features."""
-    found = _BLOCK_PATH.fullmatch(path)
-    if found is None:
-        return (_OUTER[path],)
-    kind, index, part = found.groups()
-    if kind == "double":
-        return tuple(f"transformer_blocks.{index}.{module}" for module in _DOUBLE[part])
-    return tuple(f"single_transformer_blocks.{index}.{module}" for module in _SINGLE[part])
+    for blocks in _KINDS:
+        found = _inside(path, f"{blocks.path}.")
+        if found is not None:
+            return tuple(f"{blocks.module}.{found[0]}.{module}" for module in blocks.linears[found[1]])
+    return (_OUTER[path],)
 
 
 def published_of_module(module: str) -> tuple[str, int] | None:
-    """The Linear of FLUX that a module of diffusers is part of, and which part; None for any other module."""
-    found = _BLOCK_MODULE.fullmatch(module)
-    if found is None:
-        path = _OUTER_BY_MODULE.get(module)
-        return None if path is None else (path, 0)
-    is_single, index, rest = found.groups()
-    place = (_SINGLE_BY_MODULE if is_single else _DOUBLE_BY_MODULE).get(rest)
-    return None if place is None else (f"{'single' if is_single else 'double'}_blocks.{index}.{place[0]}", place[1])
+    """The Linear of FLUX that a module of diffusers is part of, and which part; None for any other module.
 
-
-def module_of_joined(joined: str) -> str | None:
-    """The module of diffusers whose path, with underscores for dots, is `joined`."""
-    found = _JOINED_BLOCK_MODULE.fullmatch(joined)
-    if found is None:
-        return _OUTER_BY_JOINED.get(joined)
-    is_single, index, rest = found.groups()
-    module = (_SINGLE_BY_JOINED if is_single else _DOUBLE_BY_JOINED).get(rest)
-    return None if module is None else f"{is_single or ''}transformer_blocks.{index}.{module}"
+    The module's path may have underscores for dots, as in keys that begin with `lora_transformer_`.
+    """
+    for path, own in _OUTER.items():
+        if module in (own, _joined(own)):
+            return path, 0
+    for blocks in _KINDS:
+        found = _inside(module, f"{blocks.module}.") or _inside(module, f"{_joined(blocks.module)}_")
+        if found is not None:
+            for part, modules in blocks.linears.items():
+                for index, own in enumerate(modules):
+                    if found[1] in (own, _joined(own)):
+                        return f"{blocks.path}.{found[0]}.{part}", index
+    return None
 
 
 def diffusers_norm(path: str) -> str:
     """The norm of diffusers that is the one at `path` of FLUX (without `.scale`)."""
-    kind, index, part = _split_block(path)
-    if kind == "double":
-        return f"transformer_blocks.{index}.{_DOUBLE_NORMS[part]}"
-    return f"single_transformer_blocks.{index}.{_SINGLE_NORMS[part]}"
+    for blocks in _KINDS:
+        found = _inside(path, f"{blocks.path}.")
+        if found is not None:
+            return f"{blocks.module}.{found[0]}.{blocks.norms[found[1]]}"
+    raise ValueError(f"{path} is not in a block")
 
 
 def published_of_norm(module: str) -> str | None:
     """The path in FLUX of a query or key norm of diffusers."""
-    found = _BLOCK_MODULE.fullmatch(module)
-    if found is None:
-        return None
-    is_single, index, rest = found.groups()
-    for part, name in (_SINGLE_NORMS if is_single else _DOUBLE_NORMS).items():
-        if name == rest:
-            return f"{'single' if is_single else 'double'}_blocks.{index}.{part}"
+    for blocks in _KINDS:
+        found = _inside(module, f"{blocks.module}.")
+        for part, own in blocks.norms.items() if found is not None else ():
+            if found is not None and own == found[1]:
+                return f"{blocks.path}.{found[0]}.{part}"
     return None
 
 
 def is_norm_path(path: str) -> bool:
     """Whether `path` is a query or key norm of FLUX."""
-    found = _BLOCK_PATH.fullmatch(path)
-    return found is not None and found[3] in (_DOUBLE_NORMS if found[1] == "double" else _SINGLE_NORMS)
-
-
-def _split_block(path: str) -> tuple[str, str, str]:
-    found = _BLOCK_PATH.fullmatch(path)
-    if found is None:
-        raise ValueError(f"{path} is not in a block")
-    return found[1], found[2], found[3]
+    found = [_inside(path, f"{blocks.path}.") for blocks in _KINDS]
+    return any(inside is not None and inside[1] in blocks.norms for inside, blocks in zip(found, _KINDS, strict=True))

@@ -17,12 +17,16 @@ _NOTHING: Final[Mapping[str, Tensor]] = {}
 
 @dataclass(frozen=True)
 class Adapter:
-    """`down` (R, I) and `up` (O, R). `alpha` (0-d) None stands for alpha = R; `bias` (O) is added as it is."""
+    """`down` (R, I) and `up` (O, R). `alpha` (0-d) None stands for alpha = R; `bias` (O) is added as it is.
+
+    `magnitude` makes it a DoRA: the norms of the adapted weight's columns (1, I), or of its rows (O, 1).
+    """
 
     down: Tensor
     up: Tensor
     alpha: Tensor | None = None
     bias: Tensor | None = None
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -32,6 +36,11 @@ class Adapter:
     def scale(self) -> float:
         """What up(down(x)) is multiplied with."""
         return 1.0 if self.alpha is None else float(self.alpha) / self.rank
+
+    @property
+    def has_row_magnitude(self) -> bool:
+        """Whether it is a DoRA with a magnitude for each out feature, which can be cut with its layer."""
+        return self.magnitude is not None and tuple(self.magnitude.shape) == (self.up.shape[0], 1)
 
 
 @dataclass(frozen=True)
@@ -70,17 +79,18 @@ def fuse(parts: Sequence[Adapter | None], sizes: Sequence[int]) -> Adapter:
 
     Parts that share one `down` and one scale keep it and the rank, their `up` below one another. Others stand on the
     diagonal of a larger adapter, whose rank is the sum of theirs and whose scale is the first part's. At least one part
-    must be there; `sizes` are the parts' out features.
+    must be there; `sizes` are the parts' out features. Raises `ValueError` when only some parts have a magnitude.
     """
     present = [part for part in parts if part is not None]
     first = present[0]
+    magnitude = _fused_magnitude(parts)
     is_shared = all(torch.equal(part.down, first.down) and part.scale == first.scale for part in present)
     if is_shared:
         ups = [
             first.up.new_zeros(size, first.rank) if part is None else part.up
             for part, size in zip(parts, sizes, strict=True)
         ]
-        return Adapter(first.down, torch.cat(ups), first.alpha, _fused_bias(parts, sizes))
+        return Adapter(first.down, torch.cat(ups), first.alpha, _fused_bias(parts, sizes), magnitude)
     rank = sum(part.rank for part in present)
     up = first.up.new_zeros(sum(sizes), rank)
     row = column = 0
@@ -93,7 +103,16 @@ def fuse(parts: Sequence[Adapter | None], sizes: Sequence[int]) -> Adapter:
     alpha = None
     if first.alpha is not None:
         alpha = _alpha_like(first.alpha, first.scale * rank)
-    return Adapter(torch.cat([part.down for part in present]), up, alpha, _fused_bias(parts, sizes))
+    return Adapter(torch.cat([part.down for part in present]), up, alpha, _fused_bias(parts, sizes), magnitude)
+
+
+def _fused_magnitude(parts: Sequence[Adapter | None]) -> Tensor | None:
+    """The rows' magnitudes below one another. What a part without one has depends on the model's own weight."""
+    given = [None if part is None else part.magnitude for part in parts]
+    found = [magnitude for magnitude in given if magnitude is not None]
+    if found and len(found) < len(given):
+        raise ValueError("only some parts have a magnitude")
+    return torch.cat(found) if found else None
 
 
 def _fused_bias(parts: Sequence[Adapter | None], sizes: Sequence[int]) -> Tensor | None:
@@ -116,7 +135,8 @@ def cut(adapter: Adapter, sizes: Sequence[int], ranks: Sequence[int | None] | No
     Where every column of `up` serves one part only, the parts get their own columns and rows of `down`; else each has
     all of `down`. A part on which the adapter does nothing, while it does something on another, gets None. `ranks` are
     the parts' ranks in the file that the adapter came from (None for a part that was not in it): followed as long as
-    the weights still allow it, which makes reading and writing lose nothing even where weights are zero.
+    the weights still allow it, which makes reading and writing lose nothing even where weights are zero. A magnitude
+    must be one of rows: the norms of columns run through all parts.
     """
     ups = list(adapter.up.split(list(sizes)))
     columns = _columns_from_ranks(ups, ranks) if ranks is not None else None
@@ -129,25 +149,29 @@ def cut(adapter: Adapter, sizes: Sequence[int], ranks: Sequence[int | None] | No
         is_idle = [not bool(up.any()) for up in ups]
         columns = [None if idle and not all(is_idle) else (0, adapter.rank) for idle in is_idle]
     biases: list[Tensor | None] = [None] * len(ups)
+    magnitudes: list[Tensor | None] = [None] * len(ups)
     if adapter.bias is not None:
         biases = list(adapter.bias.split(list(sizes)))
+    if adapter.magnitude is not None:
+        magnitudes = list(adapter.magnitude.split(list(sizes)))
+    if adapter.bias is not None or adapter.magnitude is not None:
         columns = [span or (0, adapter.rank) for span in columns]
     return [
-        None if span is None else _part(adapter, up, span, bias)
-        for up, span, bias in zip(ups, columns, biases, strict=True)
+        None if span is None else replace(_part(adapter, up, span), bias=bias, magnitude=magnitude)
+        for up, span, bias, magnitude in zip(ups, columns, biases, magnitudes, strict=True)
     ]
 
 
 _Columns: TypeAlias = "list[tuple[int, int] | None]"
 
 
-def _part(adapter: Adapter, up: Tensor, span: tuple[int, int], bias: Tensor | None) -> Adapter:
+def _part(adapter: Adapter, up: Tensor, span: tuple[int, int]) -> Adapter:
     start, stop = span
     alpha = adapter.alpha
     if alpha is not None and stop - start != adapter.rank:
         alpha = _alpha_like(alpha, float(alpha) / adapter.rank * (stop - start))
     down = adapter.down if stop - start == adapter.rank else adapter.down[start:stop].contiguous()
-    return Adapter(down, up[:, start:stop].contiguous(), alpha, bias)
+    return Adapter(down, up[:, start:stop].contiguous(), alpha)
 
 
 def _columns_from_ranks(ups: Sequence[Tensor], ranks: Sequence[int | None]) -> _Columns | None:

@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Final, Literal
 
 from torch import Tensor
 
-Part = Literal["lora_down.weight", "lora_up.weight", "alpha"]
 Component = Literal["unet", "te1", "te3"]
 """FLUX, CLIP-L and T5. There is no te2: ComfyUI keeps that name for another model's encoder."""
 
-PARTS: tuple[Part, ...] = ("alpha", "lora_down.weight", "lora_up.weight")
+PARTS: Final = ("alpha", "lora_down.weight", "lora_up.weight", "dora_scale")
+CLIP_ROOT: Final = "text_model."
 
-_CLIP_ROOT = "text_model."
-
-
-_MORE_PARTS: tuple[str, ...] = ("dora_scale",)
 _OFT_BLOCKS = re.compile(r"(oft_unet_.+)\.(alpha|oft_blocks\.\d+)")
 
 
@@ -31,7 +27,7 @@ def published_name(component: Component, path: str, kind: Literal["lora", "oft"]
     releases have dropped the `text_model.` root from CLIP's module paths; published names keep it.
     """
     if component == "te1":
-        path = _CLIP_ROOT + path.removeprefix(_CLIP_ROOT)
+        path = CLIP_ROOT + path.removeprefix(CLIP_ROOT)
     return f"{kind}_{component}_{path.replace('.', '_')}"
 
 
@@ -44,26 +40,17 @@ def layers_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors of a file of this format by layer: name -> part -> tensor. Other keys are left out."""
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
-        split = split_any_key(key)
+        split = split_key(key)
         if split is not None:
             layers.setdefault(split[0], {})[split[1]] = tensor
     return layers
 
 
-def split_any_key(key: str) -> tuple[str, str] | None:
-    """As `split_key`, and also for the parts of DoRA and OFT."""
+def split_key(key: str) -> tuple[str, str] | None:
+    """The adapter's name and the part that `key` stands for, or None when it is no key of this format."""
     found = _OFT_BLOCKS.fullmatch(key)
     if found is not None:
         return found[1], found[2]
-    for part in _MORE_PARTS:
-        name = key.removesuffix(f".{part}")
-        if name != key and name.startswith("lora_"):
-            return name, part
-    return split_key(key)
-
-
-def split_key(key: str) -> tuple[str, Part] | None:
-    """The adapter's name and the part that `key` stands for, or None when it is no key of this format."""
     for part in PARTS:
         name = key.removesuffix(f".{part}")
         if name != key and name.startswith("lora_"):

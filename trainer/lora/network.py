@@ -16,7 +16,7 @@ from trainer.lora.lora_file import read_lora_file
 from trainer.lora.max_norm import NormReport, hold_norms
 from trainer.lora.naming import Component, foreign_format, layers_of, published_key
 from trainer.lora.oft import OftLinear
-from trainer.lora.split import SPLIT_ALPHA_KEY, read_as_trained
+from trainer.lora.split import MERGED, SPLIT_ALPHA_KEY, read_as_trained
 from trainer.lora.targets import flux_targets, text_encoder_targets, wrap
 from trainer.schema.base import UserError
 from trainer.schema.lora_spec import LoraSpec
@@ -87,7 +87,7 @@ class LoraNetwork(nn.Module):
     @property
     def file_metadata(self) -> dict[str, str]:
         """What a file of this network says about its tensors beside the training's details."""
-        return {SPLIT_ALPHA_KEY: "merged"} if self._spec.split_qkv else {}
+        return {SPLIT_ALPHA_KEY: MERGED} if self._spec.split_qkv else {}
 
     def ranks(self) -> dict[str, int]:
         """Published name -> rank (LoRA) or number of blocks (OFT)."""
@@ -212,13 +212,17 @@ class LoraNetwork(nn.Module):
     def published_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """The tensors of a file, on the host: alpha, down and up of every LoRA, and what other kinds have.
 
-        `dtype` None keeps float32, and alpha an int64 where it was given as a whole number.
+        `dtype` None keeps float32, and alpha an int64 where it was given as a whole number. An alpha that `dtype` cannot
+        hold exactly is float32.
         """
         state: dict[str, Tensor] = {}
         for name, adapter in self._adapters.items():
             for part, tensor in adapter.published().items():
                 host = tensor.detach().cpu()
-                state[published_key(name, part)] = host.clone() if dtype is None else host.to(dtype, copy=True)
+                saved = host.clone() if dtype is None else host.to(dtype, copy=True)
+                # A rounded alpha would change the strength of the whole LoRA.
+                is_rounded = part == "alpha" and float(saved) != float(host)
+                state[published_key(name, part)] = host.float() if is_rounded else saved
         return state
 
     def load_file(self, path: Path) -> LoadReport:

@@ -17,7 +17,8 @@ from torch import Tensor
 from trainer.schema.network_args import SWITCHED_ON, fused_parts
 
 SPLIT_ALPHA_KEY: Final = "ss_split_qkv_alpha"
-"""Metadata key of files whose split layers have the alpha that belongs to their rank; its value is `merged`."""
+"""Metadata key of files whose split layers have the alpha that belongs to their rank; its value is `MERGED`."""
+MERGED: Final = "merged"
 
 
 def part_slices(sizes: Sequence[int]) -> tuple[slice, ...]:
@@ -61,11 +62,11 @@ def read_as_trained(
     file when its fused layers are block-diagonal and either the metadata name split_qkv, or, as metadata get lost, the
     fused layers have the very alpha of the file's other layers, which every layer of one training shares.
     """
-    split = {name: count for name, tensors in layers.items() if (count := _split_count(name, tensors)) > 1}
+    split = {name: count for name, tensors in layers.items() if (count := num_own_parts(name, tensors)) > 1}
     # Zeros, as an untrained file has them, are block-diagonal too; one layer that is not must be there to tell.
     is_told = any(bool(layers[name]["lora_up.weight"].any()) for name in split)
     metadata = metadata or {}
-    if not split or metadata.get(SPLIT_ALPHA_KEY) == "merged":
+    if not split or metadata.get(SPLIT_ALPHA_KEY) == MERGED:
         return dict(layers), 0
     named = _names_split(metadata)
     if not (named or (is_told and _shares_alpha(layers, split))):
@@ -79,11 +80,11 @@ def read_as_trained(
 
 def is_block_diagonal(name: str, tensors: Mapping[str, Tensor]) -> bool:
     """Whether this fused layer was trained in parts."""
-    return _split_count(name, tensors) > 1 and bool(tensors["lora_up.weight"].any())
+    return num_own_parts(name, tensors) > 1 and bool(tensors["lora_up.weight"].any())
 
 
-def _split_count(name: str, tensors: Mapping[str, Tensor]) -> int:
-    """The number of parts of a fused layer whose up is block-diagonal; 1 for every other layer."""
+def num_own_parts(name: str, tensors: Mapping[str, Tensor]) -> int:
+    """The number of parts of a fused layer whose up is block-diagonal, as zeros are too; 1 for every other layer."""
     down, up = tensors.get("lora_down.weight"), tensors.get("lora_up.weight")
     if down is None or up is None or down.dim() != 2 or up.dim() != 2:
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -102,7 +103,8 @@ def wrap(root: nn.Module, target: Target, spec: LoraSpec, generator: torch.Gener
 
 
 def _make_lora(base: nn.Linear, target: Target, spec: LoraSpec, generator: torch.Generator) -> LoraLinear:
-    adapter = (DoraLinear if spec.dora else LoraLinear)(
+    make = partial(DoraLinear, axis=spec.dora_axis) if spec.dora else LoraLinear
+    adapter = make(
         base,
         target.rank,
         spec.alpha_of(target.name, target.rank),

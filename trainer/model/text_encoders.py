@@ -11,16 +11,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from trainer.model.hub import first_line, unreachable_reason
 from trainer.schema.base import UserError
+
+if TYPE_CHECKING:
+    # Seconds to import, which the checks before a run do without.
+    from transformers import CLIPTextModel, T5EncoderModel
 
 CLIP_MAX_TOKENS: Final = 77
 
@@ -179,6 +182,8 @@ def _read_folder(kind: _TokenizerKind, folder: Path) -> Tokenizer:
         return _parse_tokenizer((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if not all((folder / name).is_file() for name in kind.vocabulary_files):
         raise ValueError(f"the folder holds neither tokenizer.json nor {' and '.join(kind.vocabulary_files)}")
+    from transformers import CLIPTokenizer, T5Tokenizer  # noqa: PLC0415 - seconds that few tokenizers need
+
     tokenizer_class = CLIPTokenizer if kind is _CLIP else T5Tokenizer
     tokenizer = cast("_FastTokenizer", tokenizer_class.from_pretrained(str(folder), local_files_only=True))
     return tokenizer.backend_tokenizer

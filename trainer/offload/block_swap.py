@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from trainer.offload.mover import Mover
 from trainer.schema.base import UserError
 from trainer.schema.chroma_header import TransformerParams
-from trainer.schema.memory import max_blocks_to_swap, split_swap
+from trainer.schema.swap_counts import max_blocks_to_swap, split_swap
 
 NUM_SLOTS = 2
 

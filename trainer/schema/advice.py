@@ -39,6 +39,11 @@ def deviations(options: Options, *, is_schnell: bool = False, num_processes: int
             yield "samples are drawn without the LoRA's dropout; sd-scripts leaves it on"
         if is_schnell:
             yield "samples use schnell's own schedule; sd-scripts uses dev's"
+    if options.resume is not None or options.initial_step or (options.initial_epoch or 1) > 1:
+        yield (
+            "steps are counted on, and schedule and data go on from there; sd-scripts counts from 0 again, which repeats "
+            "file names, and begins the epoch anew"
+        )
     if num_processes > 1:
         yield f"each of the {num_processes} processes draws its own noise; in sd-scripts all draw the same"
         if options.lr_warmup_steps >= 1:

@@ -11,22 +11,34 @@ from typing import Final, cast
 from trainer.schema.base import Problem, UserError, nearest, shown
 from trainer.schema.cli_help import help_text
 from trainer.schema.file_checks import check_files as check_files
-from trainer.schema.option_files import non_default_values, read_config_sections
+from trainer.schema.option_files import non_default_values, options_path, options_to_toml, read_config_sections
 from trainer.schema.option_reading import Given, read_options
 from trainer.schema.option_status import STATUS
 from trainer.schema.options import Options
 
 _HELP: Final = ("-h", "--help")
 _EXIT_OPTIONS: Final = 2
+_NOT_WRITTEN: Final = {"config_file", "output_config", "run_dir", "wandb_api_key", "huggingface_token"}
+"""What an options file does not hold: what belongs to one command, and secrets."""
 
 
 @dataclass(frozen=True)
 class ParsedCommand:
-    """Checked options. `explicit` holds the names that were given; `notes` are lines for the user, in order."""
+    """Checked options. `explicit` holds the names that were given; `notes` are lines for the user, in order.
+
+    With `problems` the options are those that are right, for further checks; nothing may run on them.
+    """
 
     options: Options
     explicit: frozenset[str]
     notes: tuple[str, ...]
+    problems: tuple[Problem, ...] = ()
+
+    def without_problems(self) -> ParsedCommand:
+        """This command. Raises `UserError` (exit code 2) with every problem where there are some."""
+        if self.problems:
+            raise UserError.many(self.problems, exit_code=_EXIT_OPTIONS)
+        return self
 
 
 def parse_command_line(argv: Sequence[str]) -> ParsedCommand:
@@ -35,6 +47,11 @@ def parse_command_line(argv: Sequence[str]) -> ParsedCommand:
     As in the reference trainer names may be shortened while they stay unambiguous, and the last of repeated options
     counts. `--help` writes the help and exits. Raises `UserError` (exit code 2) with every problem.
     """
+    return read_command_line(argv).without_problems()
+
+
+def read_command_line(argv: Sequence[str]) -> ParsedCommand:
+    """The same with the problems inside, so that more can be checked before they are reported."""
     words = list(argv)
     problems: list[Problem] = []
     given, asks_for_help = _split_words(words, problems)
@@ -42,14 +59,24 @@ def parse_command_line(argv: Sequence[str]) -> ParsedCommand:
         sys.stdout.write(help_text())
         raise SystemExit(0)
     notes: list[str] = []
-    config_file = given.pop("config_file", None)
-    if config_file is not None and config_file.value != "":
+    config_file = given.get("config_file")
+    if config_file is None or config_file.value == "":
+        if "output_config" in given:
+            what, hint = "output_config needs the file to write", "Give its name as --config_file."
+            problems.append(Problem(what, "--output_config", hint, "output_config"))
+    elif "output_config" not in given:
+        del given["config_file"]
         given = {**_config_values(Path(str(config_file.value)), problems, notes), **given}
     return _finished(given, problems, notes)
 
 
 def validate_options(values: Mapping[str, object], *, where: str) -> ParsedCommand:
     """The same checks for values by name, which `where` names the place of. An unknown name is an error here."""
+    return read_values(values, where=where).without_problems()
+
+
+def read_values(values: Mapping[str, object], *, where: str) -> ParsedCommand:
+    """The same with the problems inside."""
     problems: list[Problem] = []
     given: dict[str, Given] = {}
     for name, value in values.items():
@@ -76,12 +103,32 @@ def to_argv(options: Options) -> list[str]:
     return words
 
 
+def write_config(options: Options) -> Path:
+    """Writes the options to their `config_file`, without itself and without secrets. Gives the path.
+
+    Raises `UserError` when the file exists or cannot be written.
+    """
+    if options.config_file is None:
+        raise ValueError("these options name no file")
+    path = options_path(options.config_file)
+    left_out = {name: Options.model_fields[name].get_default() for name in _NOT_WRITTEN & set(Options.model_fields)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(options_to_toml(options.model_copy(update=left_out)))
+    except FileExistsError:
+        what, hint = "this file exists and is left as it is", "Give another --config_file, or remove it."
+        raise UserError(what, str(path), hint, field="config_file", exit_code=_EXIT_OPTIONS) from None
+    except OSError as error:
+        what = f"this file cannot be written ({error.strerror or error})"
+        raise UserError(what, str(path), "Give another --config_file.", field="config_file") from None
+    return path
+
+
 def _finished(given: Mapping[str, Given], problems: Sequence[Problem], notes: Iterable[str]) -> ParsedCommand:
     reading = read_options(given)
-    found = [*problems, *reading.problems]
-    if found or reading.options is None:
-        raise UserError.many(found, exit_code=_EXIT_OPTIONS)
-    return ParsedCommand(reading.options, reading.explicit, (*notes, *reading.notes))
+    found = (*problems, *reading.problems)
+    return ParsedCommand(reading.options, reading.explicit, (*notes, *reading.notes), found)
 
 
 def _unknown(name: str, where: str, *, dashes: str = "") -> Problem:
@@ -101,8 +148,8 @@ def _config_values(path: Path, problems: list[Problem], notes: list[str]) -> dic
     for section, values in sections:
         where = f"{path}, [{section}]" if section else str(path)
         for name, value in values.items():
-            if name == "config_file":
-                notes.append(f"config_file in {where} has no effect: only the command line can name an options file")
+            if name in ("config_file", "output_config"):
+                notes.append(f"{name} in {where} has no effect: it belongs on the command line")
             elif name in STATUS:
                 given[name] = Given(value, where)
             else:

@@ -13,6 +13,7 @@ from trainer.schema.base import Problem, UserError, nearest, shown
 from trainer.schema.dataset_keys import (
     DATASET_KEYS,
     KEYS,
+    NOT_WITH_METADATA,
     REFUSED_KEYS,
     RENAMED,
     SUBSET_KEYS,
@@ -25,7 +26,7 @@ from trainer.schema.dataset_keys import (
 from trainer.schema.file_checks import missing_folder, no_dataset
 from trainer.schema.option_status import refusal
 from trainer.schema.options import Options
-from trainer.schema.options_data import parse_resolution
+from trainer.schema.options_data import CHANGES_PIXELS
 from trainer.schema.toml_table import read_table
 
 logger = logging.getLogger("trainer")
@@ -148,6 +149,9 @@ class _DatasetReader:
         if found["enable_bucket"] and shortest > longest:
             what = f"min_bucket_reso {shortest} is above max_bucket_reso {longest}"
             self._complain(what, place, "Lower the one or raise the other.")
+        if len({subset.metadata_file is None for subset in subsets}) > 1:
+            what = "some subsets of this dataset have a metadata_file and some have not"
+            self._complain(what, place, "Put those with one into a [[datasets]] of their own.")
         if len(self._problems) > num_problems or found["resolution"] is None:
             return None
         if not subsets:
@@ -164,10 +168,15 @@ class _DatasetReader:
         found = {name: self._value(name, own, dataset, general) for name in SUBSET_KEYS}
         for what in _cache_conflicts(found, self._options):
             self._complain(what, place, "Turn one of the two off.")
+        if found["metadata_file"] is not None:
+            for name in (name for name in NOT_WITH_METADATA if name in own):
+                self._complain(f"{name} cannot stand beside metadata_file", place, "Captions come from that file.")
+        if found["conditioning_data_dir"] is not None and not self._options.masked_loss:
+            self._complain("conditioning_data_dir needs the option masked_loss", place, "Add --masked_loss.")
         if found["num_repeats"] == 0:
             logger.warning("%s, %s is left out: its num_repeats is 0", self._where, place)
             return None
-        if found["image_dir"] is None:
+        if found["image_dir"] is None and found["metadata_file"] is None:
             return None
         return SubsetSpec(**cast("dict[str, Any]", found))
 
@@ -185,13 +194,14 @@ def _fallback(name: str, options: Options) -> object:
     if key.option is None:
         return key.default
     value = cast("object", getattr(options, key.option))
-    return parse_resolution(value) if name == "resolution" and value is not None else value
+    return key.read(value) if key.reads_option and value is not None else value
 
 
 def _cache_conflicts(subset: Mapping[str, object], options: Options) -> Iterator[str]:
     """What a subset asks for that the caches rule out."""
-    if options.cache_latents and subset["random_crop"]:
-        yield "random_crop cuts pictures anew in every step, which cache_latents rules out"
+    for name, effect in CHANGES_PIXELS.items():
+        if options.cache_latents and subset[name]:
+            yield f"{name} {effect} in every step, which cache_latents rules out"
 
 
 # ------------------------------------------------------------------------------------------------------------ folders
@@ -201,11 +211,16 @@ def dataset_config_from_folders(options: Options) -> DatasetConfig:
     """One dataset from `train_data_dir` and `reg_data_dir`: each folder `N_words` in them is a subset with N repeats.
 
     The words are the caption of pictures without one. Other folders, and those with 0 repeats, are left out with a
-    warning. Raises `UserError`: exit code 3 for folders, 2 for a missing resolution.
+    warning. With `in_json`, that metadata file is the one subset and `train_data_dir` the folder of its pictures. Raises
+    `UserError`: exit code 3 for folders, 2 for a missing resolution.
     """
     subsets: list[SubsetSpec] = []
     problems: list[Problem] = []
-    for field, is_reg in (("train_data_dir", False), ("reg_data_dir", True)):
+    kinds = (("train_data_dir", False), ("reg_data_dir", True))
+    if options.in_json is not None:
+        subsets.append(_subset_from_options(options, image_dir=options.train_data_dir, metadata_file=options.in_json))
+        kinds = ()
+    for field, is_reg in kinds:
         folder: Path | None = getattr(options, field)
         if folder is None:
             continue
@@ -234,9 +249,15 @@ def _folder_subset(folder: Path, is_reg: bool, options: Options) -> SubsetSpec |
     if not separator or not repeats.isascii() or not repeats.isdigit() or int(repeats) < 1:
         logger.warning("%s is left out: its name is not repeats, _ and words, such as 10_mycat", folder)
         return None
+    return _subset_from_options(
+        options, image_dir=folder, num_repeats=int(repeats), class_tokens=words or None, is_reg=is_reg
+    )
+
+
+def _subset_from_options(options: Options, **known: object) -> SubsetSpec:
+    """A subset of which no file says more than `known`."""
     values = {name: _fallback(name, options) for name in SUBSET_KEYS}
-    values |= {"image_dir": folder, "num_repeats": int(repeats), "class_tokens": words or None, "is_reg": is_reg}
-    return SubsetSpec(**cast("dict[str, Any]", values))
+    return SubsetSpec(**cast("dict[str, Any]", {**values, **known}))
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

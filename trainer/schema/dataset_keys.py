@@ -9,19 +9,37 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal, cast
 
-from trainer.schema.option_table import NOT_SUPPORTED
-from trainer.schema.options_data import SIZE_STEP, parse_resolution
+from trainer.schema.options_data import SIZE_STEP, parse_face_crop_range, parse_resolution
+
+
+@dataclass(frozen=True)
+class CustomAttributes:
+    """What a subset says of its pictures beyond the keys.
+
+    With `diff_output_preservation` they are not learnt: the network is held to what the model makes of them without
+    it. `unknown` are the names of other attributes, which mean nothing here nor in the reference's trainer.
+    """
+
+    diff_output_preservation: bool = False
+    unknown: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class SubsetSpec:
-    """One folder of pictures. `class_tokens` is the caption of pictures without one; `resize_interpolation` None means
-    area to shrink and lanczos to enlarge."""
+    """One folder of pictures, or the pictures that a metadata file lists.
 
-    image_dir: Path
+    `image_dir` is None only beside a `metadata_file` that holds whole paths. `conditioning_data_dir` holds a mask for
+    each picture. `class_tokens` is the caption of pictures without one; `resize_interpolation` None means area to shrink
+    and lanczos to enlarge; `face_crop_aug_range` is how many times longer than the face the crop's short side is.
+    """
+
+    image_dir: Path | None
+    metadata_file: Path | None
+    conditioning_data_dir: Path | None
     num_repeats: int
     caption_extension: str
     class_tokens: str | None
+    cache_info: bool
     is_reg: bool
     shuffle_caption: bool
     keep_tokens: int
@@ -36,14 +54,34 @@ class SubsetSpec:
     caption_tag_dropout_rate: float
     token_warmup_min: int
     token_warmup_step: float
+    color_aug: bool
     flip_aug: bool
     random_crop: bool
+    face_crop_aug_range: tuple[float, float] | None
+    alpha_mask: bool
+    custom_attributes: CustomAttributes
     resize_interpolation: str | None
+
+    @property
+    def place(self) -> Path:
+        """What messages call the subset: its folder, or its metadata file."""
+        place = self.image_dir or self.metadata_file
+        if place is None:
+            raise AssertionError("a subset has a folder or a metadata file")
+        return place
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether its pictures may come with a mask for the loss."""
+        return self.alpha_mask or self.conditioning_data_dir is not None
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Subsets that are trained at one resolution (width, height), in pixels, and one batch size."""
+    """Subsets that are trained at one resolution (width, height), in pixels, and one batch size.
+
+    `network_multiplier` is read and has no effect, in the reference neither.
+    """
 
     resolution: tuple[int, int]
     batch_size: int
@@ -52,7 +90,10 @@ class DatasetSpec:
     max_bucket_reso: int
     bucket_reso_steps: int
     bucket_no_upscale: bool
+    network_multiplier: float
     subsets: tuple[SubsetSpec, ...]
+    validation_split: float = 0.0
+    validation_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +107,7 @@ Level = Literal["general", "dataset", "subset"]
 TITLES: Final[Mapping[Level, str]] = MappingProxyType(
     {"general": "[general]", "dataset": "[[datasets]]", "subset": "[[datasets.subsets]]"}
 )
+_PRESERVATION: Final = "diff_output_preservation"
 RESIZE_CHOICES: Final = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box")
 
 
@@ -112,6 +154,13 @@ def _part(value: object) -> float:
     return float(value)
 
 
+def _part_below_one(value: object) -> float:
+    part = _part(value)
+    if part == 1:
+        raise ValueError("must be a number, at least 0 and below 1")
+    return part
+
+
 def _steps(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError("must be a number, 0 or more")
@@ -130,39 +179,65 @@ def _resizing(value: object) -> str:
     return cast("str", value)
 
 
-def _folder(value: object) -> Path:
+def _path(value: object) -> Path:
     return Path(_filled_text(value))
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError("must be a number")
+    return float(value)
+
+
+def _attributes(value: object) -> CustomAttributes:
+    if not isinstance(value, dict):
+        raise ValueError("must be a table, such as {diff_output_preservation = true}")
+    given = dict(cast("dict[str, object]", value))
+    preserves = given.pop(_PRESERVATION, False)
+    if not isinstance(preserves, bool):
+        raise ValueError(f"must say true or false for {_PRESERVATION}")
+    return CustomAttributes(preserves, tuple(given))
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a dataset file: the tables that it may stand in, how it is read, and the option below the file."""
+    """A key of a dataset file: the tables that it may stand in, how it is read, and the option below the file.
+
+    `reads_option` says that the option's value is text, to be read as the file's is.
+    """
 
     levels: tuple[Level, ...]
     read: Callable[[object], object]
     option: str | None = None
     default: object = None
+    reads_option: bool = False
 
 
 _UPPER: Final[tuple[Level, ...]] = ("general", "dataset")
 _ALL: Final[tuple[Level, ...]] = (*_UPPER, "subset")
 DATASET_KEYS: Final[Mapping[str, Key]] = MappingProxyType(
     {
-        "resolution": Key(_UPPER, parse_resolution, "resolution"),
+        "resolution": Key(_UPPER, parse_resolution, "resolution", reads_option=True),
         "batch_size": Key(_UPPER, _whole(1), "train_batch_size"),
         "enable_bucket": Key(_UPPER, _switch, "enable_bucket"),
         "min_bucket_reso": Key(_UPPER, _whole(SIZE_STEP), "min_bucket_reso"),
         "max_bucket_reso": Key(_UPPER, _whole(SIZE_STEP), "max_bucket_reso"),
         "bucket_reso_steps": Key(_UPPER, _side_steps, "bucket_reso_steps"),
         "bucket_no_upscale": Key(_UPPER, _switch, "bucket_no_upscale"),
+        "validation_split": Key(_UPPER, _part_below_one, "validation_split"),
+        "validation_seed": Key(_UPPER, _whole(0), "validation_seed"),
+        "network_multiplier": Key(_UPPER, _number, default=1.0),
     }
 )
 SUBSET_KEYS: Final[Mapping[str, Key]] = MappingProxyType(
     {
-        "image_dir": Key(("subset",), _folder),
+        "image_dir": Key(("subset",), _path),
+        "metadata_file": Key(("subset",), _path),
+        "conditioning_data_dir": Key(("subset",), _path),
         "num_repeats": Key(_ALL, _whole(0), "dataset_repeats"),
         "caption_extension": Key(_ALL, _ending, "caption_extension"),
         "class_tokens": Key(_ALL, _text),
+        "cache_info": Key(_ALL, _switch, default=False),
         "is_reg": Key(("subset",), _switch, default=False),
         "shuffle_caption": Key(_ALL, _switch, "shuffle_caption"),
         "keep_tokens": Key(_ALL, _whole(0), "keep_tokens"),
@@ -177,32 +252,18 @@ SUBSET_KEYS: Final[Mapping[str, Key]] = MappingProxyType(
         "caption_tag_dropout_rate": Key(_ALL, _part, "caption_tag_dropout_rate"),
         "token_warmup_min": Key(_ALL, _whole(0), "token_warmup_min"),
         "token_warmup_step": Key(_ALL, _steps, "token_warmup_step"),
+        "color_aug": Key(_ALL, _switch, "color_aug"),
         "flip_aug": Key(_ALL, _switch, "flip_aug"),
         "random_crop": Key(_ALL, _switch, "random_crop"),
+        "face_crop_aug_range": Key(_ALL, parse_face_crop_range, "face_crop_aug_range", reads_option=True),
+        "alpha_mask": Key(("subset",), _switch, "alpha_mask"),
+        "custom_attributes": Key(_ALL, _attributes, default=CustomAttributes()),
         "resize_interpolation": Key(_ALL, _resizing, "resize_interpolation"),
     }
 )
 KEYS: Final[Mapping[str, Key]] = MappingProxyType({**DATASET_KEYS, **SUBSET_KEYS})
 
-REFUSED_KEYS: Final[Mapping[str, tuple[object, str]]] = MappingProxyType(
-    {
-        **{
-            name: (NOT_SUPPORTED[name].default, NOT_SUPPORTED[name].reason)
-            for name in (
-                "color_aug",
-                "face_crop_aug_range",
-                "cache_info",
-                "alpha_mask",
-                "validation_split",
-                "validation_seed",
-            )
-        },
-        "network_multiplier": (1.0, "it has no effect, in sd-scripts either; leave it out"),
-        "custom_attributes": ({}, "it is not supported yet; leave it out"),
-        "metadata_file": (None, NOT_SUPPORTED["in_json"].reason),
-        "conditioning_data_dir": (None, NOT_SUPPORTED["masked_loss"].reason),
-    }
-)
+REFUSED_KEYS: Final[Mapping[str, tuple[object, str]]] = MappingProxyType({})
 """Keys of the reference's dataset files that are not carried out: the value that changes nothing, and the reason."""
 
 RENAMED: Final[Mapping[str, str]] = MappingProxyType(
@@ -211,6 +272,10 @@ RENAMED: Final[Mapping[str, str]] = MappingProxyType(
         "dataset_repeats": "num_repeats",
         "caption_extention": "caption_extension",
         "train_data_dir": "image_dir",
+        "in_json": "metadata_file",
     }
 )
 """Names that are options, and what they are called in a dataset file."""
+
+NOT_WITH_METADATA: Final = ("caption_extension", "class_tokens", "cache_info", "is_reg")
+"""Keys of subsets of folders alone, which no subset with a metadata file may have itself."""

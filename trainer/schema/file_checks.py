@@ -65,7 +65,7 @@ def check_files(options: Options) -> list[Problem]:
 
 def no_dataset(options: Options) -> Problem | None:
     """The problem that no pictures are given, if so."""
-    if options.dataset_config is not None or options.train_data_dir is not None:
+    if any(path is not None for path in (options.dataset_config, options.train_data_dir, options.in_json)):
         return None
     hint = "Give a dataset file, or --train_data_dir with folders named like 10_mycat."
     return Problem("no pictures are given", "--dataset_config", hint, "dataset_config")
@@ -120,7 +120,10 @@ def _dataset_problems(options: Options) -> Iterator[Problem]:
     elif options.dataset_config is not None:
         yield from _file_problems(options.dataset_config, "dataset_config")
     else:
-        for name in ("train_data_dir", "reg_data_dir"):
+        if options.in_json is not None:
+            yield from _file_problems(options.in_json, "in_json")
+        names = ("train_data_dir",) if options.in_json is not None else ("train_data_dir", "reg_data_dir")
+        for name in names:
             folder: Path | None = getattr(options, name)
             if folder is not None and not _is_dir(folder):
                 yield missing_folder(folder, name)

@@ -29,6 +29,11 @@ def runs_dir() -> Path:
     return data_home() / "runs"
 
 
+def bin_dir() -> Path:
+    """Where what is deleted on the page goes; emptied by the user alone."""
+    return data_home() / "bin"
+
+
 def demo_dir() -> Path:
     """The demo's small models and pictures."""
     return data_home() / "demo"

@@ -24,7 +24,7 @@ Parts = tuple[Part, ...]
 
 NameParts = Callable[[str], Parts]
 
-_FLUX_DIRECT: Final[Mapping[str, str]] = {
+FLUX_OUTER: Final[Mapping[str, str]] = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
     "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
@@ -35,7 +35,7 @@ _FLUX_DIRECT: Final[Mapping[str, str]] = {
     "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
     "final_layer.linear": "proj_out",
 }
-_FLUX_DOUBLE: Final[Mapping[str, tuple[str, ...]]] = {
+FLUX_DOUBLE: Final[Mapping[str, tuple[str, ...]]] = {
     "img_mod.lin": ("norm1.linear",),
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "img_attn.norm.query_norm": ("attn.norm_q",),
@@ -51,16 +51,17 @@ _FLUX_DOUBLE: Final[Mapping[str, tuple[str, ...]]] = {
     "txt_mlp.0": ("ff_context.net.0.proj",),
     "txt_mlp.2": ("ff_context.net.2",),
 }
-_FLUX_SINGLE: Final[Mapping[str, tuple[str, ...]]] = {
+FLUX_SINGLE: Final[Mapping[str, tuple[str, ...]]] = {
     "modulation.lin": ("norm.linear",),
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     "linear2": ("proj_out",),
     "norm.query_norm": ("attn.norm_q",),
     "norm.key_norm": ("attn.norm_k",),
 }
+"""Layers outside of the blocks, of a double and of a single block -> their modules in diffusers."""
 _FLUX_BLOCKS: Final[Mapping[str, tuple[str, Mapping[str, tuple[str, ...]]]]] = {
-    "double_blocks": ("transformer_blocks", _FLUX_DOUBLE),
-    "single_blocks": ("single_transformer_blocks", _FLUX_SINGLE),
+    "double_blocks": ("transformer_blocks", FLUX_DOUBLE),
+    "single_blocks": ("single_transformer_blocks", FLUX_SINGLE),
 }
 
 
@@ -77,8 +78,8 @@ def flux_in_diffusers(name: str) -> Parts:
         # Published: shift, then scale; diffusers: scale, then shift.
         tensor = f"norm_out.linear.{leaf}"
         return Part(tensor, 1), Part(tensor, 0)
-    if path in _FLUX_DIRECT:
-        return (Part(f"{_FLUX_DIRECT[path]}.{leaf}"),)
+    if path in FLUX_OUTER:
+        return (Part(f"{FLUX_OUTER[path]}.{leaf}"),)
     blocks, index, layer = path.split(".", 2)
     block, layers = _FLUX_BLOCKS[blocks]
     return tuple(Part(f"{block}.{index}.{part}.{leaf}") for part in layers[layer])

@@ -15,9 +15,11 @@ from trainer.schema.network_args import (
     KINDS,
     LORAPLUS_KEYS,
     TYPE_DIMS,
+    DoraAxis,
     NetworkKind,
     TrainBlocks,
     parse_count,
+    parse_dora_axis,
     parse_in_dims,
     parse_indices,
     parse_number,
@@ -75,6 +77,7 @@ class LoraSpec:
     ggpo_sigma: float | None = None
     ggpo_beta: float | None = None
     dora: bool = False
+    dora_axis: DoraAxis = "in"
     rslora: bool = False
     pissa: bool = False
     pissa_niter: int = DEFAULT_PISSA_NITER
@@ -207,6 +210,7 @@ def spec_from_network_args(
         ggpo_sigma=get("ggpo_sigma", parse_number, None),
         ggpo_beta=get("ggpo_beta", parse_number, None),
         dora=get("dora", parse_switch, False),
+        dora_axis=get("dora_axis", parse_dora_axis, "in"),
         rslora=get("rslora", parse_switch, False),
         pissa=get("pissa", parse_switch, False),
         pissa_niter=get("pissa_niter", lambda raw: parse_count(raw, DEFAULT_PISSA_NITER), DEFAULT_PISSA_NITER),
@@ -214,6 +218,8 @@ def spec_from_network_args(
     )
     for what, hint in _contradictions(spec):
         complain(what, hint)
+    if "dora_axis" in values and not spec.dora:
+        complain("dora_axis belongs to DoRA, which is not switched on", "Add dora=True, or leave it out.")
     if problems:
         raise UserError.many(problems, exit_code=2)
     return spec

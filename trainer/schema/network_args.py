@@ -12,6 +12,7 @@ from trainer.schema.base import nearest
 
 NetworkKind = Literal["lora", "oft", "lycoris"]
 TrainBlocks = Literal["all", "single", "double"]
+DoraAxis = Literal["in", "out"]
 
 IN_LAYERS: tuple[str, ...] = ("img_in", "time_in", "vector_in", "guidance_in", "txt_in")
 """The layers in front of the blocks, in the order of `in_dims`."""
@@ -61,6 +62,7 @@ _LORA_KEYS: Final = (
     *LORAPLUS_KEYS,
     # Ours.
     "dora",
+    "dora_axis",
     "rslora",
     "pissa",
     "pissa_niter",
@@ -210,6 +212,14 @@ def parse_train_blocks(raw: str | None) -> TrainBlocks:
         return "all"
     if raw not in ("all", "single", "double"):
         raise ValueError(f"is {raw}; it must be all, single or double")
+    return raw
+
+
+def parse_dora_axis(raw: str | None) -> DoraAxis:
+    if raw is None:
+        return "in"
+    if raw not in ("in", "out"):
+        raise ValueError(f"is {raw}; it must be in or out")
     return raw
 
 

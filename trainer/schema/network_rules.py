@@ -14,16 +14,21 @@ if TYPE_CHECKING:
 _SELECTION = ("train_blocks", "train_double_block_indices", "train_single_block_indices", "in_dims", "network_reg_dims")
 
 
+def spec_of(options: Options) -> LoraSpec:
+    """The spec of the network options. Raises `UserError` (exit code 2) with every problem."""
+    return spec_from_network_args(
+        options.network_args or (),
+        network_dim=options.network_dim,
+        network_alpha=options.network_alpha,
+        network_dropout=options.network_dropout,
+        network_module=options.network_module,
+    )
+
+
 def options_spec(options: Options) -> LoraSpec | None:
     """The spec of the network options; None when they are wrong, which is told elsewhere."""
     try:
-        return spec_from_network_args(
-            options.network_args or (),
-            network_dim=options.network_dim,
-            network_alpha=options.network_alpha,
-            network_dropout=options.network_dropout,
-            network_module=options.network_module,
-        )
+        return spec_of(options)
     except UserError:
         return None
 

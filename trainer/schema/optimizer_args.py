@@ -1,69 +1,14 @@
-"""The texts of `optimizer_args`, `key=value` each, as values for the optimizer."""
+"""The texts of `optimizer_args` and `lr_scheduler_args`, `key=value` each, as keyword arguments."""
 
 from __future__ import annotations
 
 import ast
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, cast
 
 from trainer.schema.base import Problem, UserError, nearest
-
-
-def _is_switch(value: object) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_switch_or_none(value: object) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _is_positive_count(value: object) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _is_amount(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-
-
-def _is_betas(value: object) -> bool:
-    if not isinstance(value, (tuple, list)):
-        return False
-    betas = cast("Sequence[object]", value)
-    return len(betas) == 2 and all(_is_amount(beta) and cast("float", beta) < 1 for beta in betas)
-
-
-_Check = tuple[Callable[[object], bool], str]
-_SWITCH: Final[_Check] = (_is_switch, "must be True or False")
-_SWITCH_OR_NONE: Final[_Check] = (_is_switch_or_none, "must be True, False or None")
-_AMOUNT: Final[_Check] = (_is_amount, "must be a number, 0 or more")
-_COMMON: Final[Mapping[str, _Check]] = {
-    "betas": (_is_betas, "must be two numbers below 1, such as (0.9,0.999)"),
-    "eps": _AMOUNT,
-    "weight_decay": _AMOUNT,
-}
-OPTIMIZER_SETTINGS: Final[Mapping[str, Mapping[str, _Check]]] = MappingProxyType(
-    {
-        "AdamW": MappingProxyType(
-            {
-                **_COMMON,
-                "amsgrad": _SWITCH,
-                "maximize": _SWITCH,
-                "foreach": _SWITCH_OR_NONE,
-                "fused": _SWITCH_OR_NONE,
-            }
-        ),
-        "AdamW8bit": MappingProxyType(
-            {
-                **_COMMON,
-                "min_8bit_size": (_is_positive_count, "must be a whole number, 1 or more"),
-                "is_paged": _SWITCH,
-            }
-        ),
-    }
-)
-"""Optimizer -> its settings, each with what its value must be."""
+from trainer.schema.optimizers import OPTIMIZERS, Settings
 
 _BETTER_PLACE: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -78,34 +23,43 @@ _BETTER_PLACE: Final[Mapping[str, str]] = MappingProxyType(
 def parse_optimizer_args(optimizer_args: Sequence[str] | None, optimizer_type: str | None = None) -> dict[str, object]:
     """`["weight_decay=0.1", "betas=(0.9,0.99)"]` as keyword arguments; values are Python literals.
 
-    With `optimizer_type` (`AdamW` or `AdamW8bit`) names and values are held against what that optimizer takes. Raises
-    `UserError` (exit code 2) with every problem.
+    For an `optimizer_type` that is known by name, names and values are held against what it takes; those of other
+    classes are held against the class when it is made. Raises `UserError` (exit code 2) with every problem.
     """
+    kind = OPTIMIZERS.get(optimizer_type) if optimizer_type is not None else None
+    settings = None if kind is None else kind.settings
+    return parse_arguments(optimizer_args, settings, "optimizer_args", optimizer_type or "the optimizer")
+
+
+def parse_arguments(
+    pairs: Sequence[str] | None, settings: Settings | None, field: str, owner: str
+) -> dict[str, object]:
+    """`key=value` texts of the option `field` as keyword arguments of `owner`; with `settings` names and values are checked."""
     problems: list[Problem] = []
     values: dict[str, object] = {}
 
     def complain(what: str, hint: str | None = None) -> None:
-        problems.append(Problem(what, "--optimizer_args", hint, "optimizer_args"))
+        problems.append(Problem(what, f"--{field}", hint, field))
 
-    known = OPTIMIZER_SETTINGS[optimizer_type] if optimizer_type is not None else None
-    for pair in optimizer_args or ():
+    for pair in pairs or ():
         name, equals, text = (piece.strip() for piece in pair.partition("="))
         if not equals or not name:
             complain(f'"{pair}" is not of the form key=value', "Write it without spaces, such as weight_decay=0.01.")
             continue
-        if known is not None and name not in known:
-            near = nearest(name, known)
-            hint = f"Did you mean {near}?" if near else f"It takes {', '.join(known)}."
-            complain(f"{optimizer_type} has no setting {name}", _BETTER_PLACE.get(name, hint))
+        if settings is not None and name not in settings:
+            near = nearest(name, settings)
+            takes = f"It takes {', '.join(settings)}." if settings else "It takes none."
+            hint = f"Did you mean {near}?" if near else takes
+            complain(f"{owner} has no setting {name}", _BETTER_PLACE.get(name, hint))
             continue
         try:
             value = cast("object", ast.literal_eval(text))
         except (ValueError, SyntaxError, MemoryError, RecursionError):
-            value = text
-            if known is None:
+            value = float("inf") if text == "inf" else text
+            if settings is None and value is text:
                 complain(f"{name} is {text}; it must be a number, True, False, None or a tuple")
-        if known is not None:
-            is_right, expected = known[name]
+        if settings is not None:
+            is_right, expected = settings[name]
             if not is_right(value):
                 complain(f"{name} is {text}; it {expected}")
         values[name] = tuple(cast("list[object]", value)) if isinstance(value, list) else value

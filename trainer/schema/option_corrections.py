@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from trainer.schema.network_rules import network_advice
+from trainer.schema.optimizer_rules import optimizer_advice, optimizer_corrections
 from trainer.schema.option_rules import needs_huber_schedule
 from trainer.schema.options import Options
 
@@ -25,12 +26,8 @@ def corrected(options: Options, explicit: frozenset[str]) -> tuple[Options, list
             "networks.lora is taken for FLUX's LoRA; its name is networks.lora_flux",
             network_module="networks.lora_flux",
         )
-    if options.use_8bit_adam:
-        change(
-            "use_8bit_adam is an old name of --optimizer_type=AdamW8bit",
-            use_8bit_adam=False,
-            optimizer_type="AdamW8bit",
-        )
+    for note, values in optimizer_corrections(options, explicit):
+        change(note, **values)
     if needs_huber_schedule(options) and options.huber_schedule == "snr":
         # Of the two that exist for FLUX it is the one with snr's form: from 1 without noise down to huber_c.
         change(
@@ -80,9 +77,11 @@ def _chroma_settings(options: Options, explicit: frozenset[str]) -> Iterator[tup
 def option_advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
     """One line for each setting that has no effect beside others."""
     if options.dataset_config is not None:
-        for name in ("train_data_dir", "reg_data_dir"):
+        for name in ("train_data_dir", "reg_data_dir", "in_json"):
             if name in explicit and getattr(options, name) is not None:
                 yield f"{name} has no effect beside dataset_config"
+    elif options.in_json is not None and options.reg_data_dir is not None:
+        yield "reg_data_dir has no effect beside in_json"
     if {"max_train_epochs", "max_train_steps"} <= explicit and options.max_train_epochs is not None:
         yield f"max_train_steps has no effect: max_train_epochs {options.max_train_epochs} wins"
     every_epochs, every_steps = options.sample_every_n_epochs, options.sample_every_n_steps
@@ -95,4 +94,17 @@ def option_advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
         yield "caption_variants has no effect: without cache_text_encoder_outputs every step encodes its own texts"
     if options.model_type == "chroma" and options.guidance_scale != 0:
         yield f"guidance_scale is {options.guidance_scale:g}; Chroma was made with 0"
+    if options.huggingface_repo_id is None:
+        for name in ("repo_type", "path_in_repo", "token", "repo_visibility"):
+            if getattr(options, f"huggingface_{name}") is not None:
+                yield f"huggingface_{name} has no effect: huggingface_repo_id is not given"
+        if options.async_upload:
+            yield "async_upload has no effect: huggingface_repo_id is not given"
+    if options.log_with not in ("wandb", "all"):
+        for name in ("wandb_run_name", "wandb_api_key"):
+            if getattr(options, name) is not None:
+                yield f"{name} has no effect: log_with is not wandb"
+    if options.log_with is None and options.logging_dir is None and (options.log_config or options.log_tracker_config):
+        yield "log_config and log_tracker_config have no effect: there is no tracker (log_with, logging_dir)"
     yield from network_advice(options, explicit)
+    yield from optimizer_advice(options, explicit)

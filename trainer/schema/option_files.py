@@ -8,7 +8,7 @@ from typing import cast
 
 import tomlkit
 
-from trainer.schema.options import GROUPS, Options
+from trainer.schema.options import GROUPS, SECRET_OPTIONS, Options
 from trainer.schema.toml_table import read_table
 
 
@@ -25,9 +25,10 @@ def non_default_values(options: Options) -> dict[str, object]:
 
 
 def options_to_toml(options: Options) -> str:
-    """An options file that gives exactly these options; only what is not at its default is written."""
+    """An options file that gives exactly these options; only what is not at its default is written,
+    and no secret."""
     document = tomlkit.document()
-    values = non_default_values(options)
+    values = {name: value for name, value in non_default_values(options).items() if name not in SECRET_OPTIONS}
     for title, group in GROUPS.items():
         chosen = {name: _toml_value(values[name]) for name in group.model_fields if name in values}
         if chosen:
@@ -53,8 +54,7 @@ def read_config_file(path: Path) -> dict[str, object]:
 
 def read_config_sections(path: Path) -> list[tuple[str, dict[str, object]]]:
     """The same with the section of each value; "" stands for the part before the first section."""
-    if path.suffix != ".toml":
-        path = path.parent / f"{path.name}.toml"
+    path = options_path(path)
     parsed = read_table(path, "options file", "config_file")
     top: dict[str, object] = {}
     sections: list[tuple[str, dict[str, object]]] = []
@@ -64,3 +64,8 @@ def read_config_sections(path: Path) -> list[tuple[str, dict[str, object]]]:
         else:
             top[name] = value
     return [("", top), *sections]
+
+
+def options_path(path: Path) -> Path:
+    """The file that is meant by `path`: `.toml` may be left off."""
+    return path if path.suffix == ".toml" else path.parent / f"{path.name}.toml"

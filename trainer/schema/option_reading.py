@@ -27,9 +27,12 @@ class Given:
 
 @dataclass(frozen=True)
 class Reading:
-    """`options` is None exactly when there are problems. `explicit` holds the supported options that were given."""
+    """`options` holds everything that is right; nothing may run on them while there are problems.
 
-    options: Options | None
+    `explicit` holds the supported options that were given.
+    """
+
+    options: Options
     explicit: frozenset[str]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
@@ -76,13 +79,10 @@ def read_options(given: Mapping[str, Given]) -> Reading:
         if not bad & set(names):
             place = next((given[name].where for name in names if name in given), problem.where)
             problems.append(Problem(problem.what, place, problem.hint, problem.field))
-    if problems:
-        return Reading(None, explicit, tuple(problems), ())
     options, corrections = corrected(options, explicit)
-    notes = [*corrections, *notes, *option_advice(options, explicit)]
-    if "use_8bit_adam" in explicit:
+    if explicit & {"use_8bit_adam", "use_lion_optimizer"}:
         explicit |= {"optimizer_type"}
-    return Reading(options, explicit, (), tuple(notes))
+    return Reading(options, explicit, tuple(problems), (*corrections, *notes, *option_advice(options, explicit)))
 
 
 def _plain(status: OptionStatus, value: object) -> object:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Final
 
 from trainer.schema.base import Problem, UserError
 from trainer.schema.lora_spec import spec_from_network_args
-from trainer.schema.memory import max_blocks_to_swap
 from trainer.schema.network_rules import network_contradictions
-from trainer.schema.optimizer_args import parse_optimizer_args
+from trainer.schema.optimizer_rules import optimizer_problems
 from trainer.schema.options import Options
-from trainer.schema.options_data import SIZE_STEP
+from trainer.schema.options_data import CHANGES_PIXELS, SIZE_STEP
+from trainer.schema.swap_counts import max_blocks_to_swap
 
 # The published transformer's depth; a pruned one has less.
 _FLUX_DEPTH: Final = (19, 38)
@@ -32,28 +33,16 @@ def broken_rules(options: Options, explicit: frozenset[str]) -> Iterator[tuple[t
             )
         except UserError as error:
             yield from ((("network_args", "network_module"), problem) for problem in error.problems)
-    if options.optimizer_args:
-        kind = "AdamW8bit" if options.use_8bit_adam else options.optimizer_type
-        try:
-            parse_optimizer_args(options.optimizer_args, kind)
-        except UserError as error:
-            yield from ((("optimizer_args", "optimizer_type"), problem) for problem in error.problems)
+    yield from optimizer_problems(options, explicit)
 
 
 def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tuple[tuple[str, ...], str, str]]:
     """(names, what, hint) of each contradiction. The first name is the option to change."""
-    if (options.cache_latents or options.cache_latents_to_disk) and options.random_crop:
-        yield (
-            ("random_crop", "cache_latents"),
-            "random_crop cuts pictures anew in every step, which cache_latents rules out",
-            "Turn one of the two off.",
-        )
-    if options.lr_scheduler == "constant" and options.lr_warmup_steps:
-        yield (
-            ("lr_warmup_steps", "lr_scheduler"),
-            "lr_scheduler constant has no warm-up",
-            "Use constant_with_warmup, or leave lr_warmup_steps at 0.",
-        )
+    if options.cache_latents or options.cache_latents_to_disk:
+        for name, effect in CHANGES_PIXELS.items():
+            if getattr(options, name):
+                what = f"{name} {effect} in every step, which cache_latents rules out"
+                yield (name, "cache_latents"), what, "Turn one of the two off."
     if needs_huber_schedule(options) and options.huber_schedule == "snr" and "huber_schedule" in explicit:
         yield (
             ("huber_schedule", "loss_type"),
@@ -67,14 +56,20 @@ def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tupl
             f"min_timestep is {lowest}, which is not below max_timestep {highest}",
             "They are the ends of the range that is trained, of 1000.",
         )
-    if options.use_8bit_adam and "optimizer_type" in explicit and options.optimizer_type != "AdamW8bit":
-        yield (
-            ("use_8bit_adam", "optimizer_type"),
-            f"use_8bit_adam contradicts optimizer_type {options.optimizer_type}",
-            "Leave use_8bit_adam out.",
-        )
-    if options.log_with is not None and options.logging_dir is None:
+    if options.log_with in ("tensorboard", "all") and options.logging_dir is None:
         yield ("logging_dir", "log_with"), f"log_with {options.log_with} needs logging_dir", "Give the log folder."
+    if options.huggingface_repo_type not in (None, "model", "dataset", "space"):
+        yield (
+            ("huggingface_repo_type",),
+            f"huggingface_repo_type is {options.huggingface_repo_type}; it must be model, dataset or space",
+            "Leave it out for a LoRA.",
+        )
+    if options.huggingface_repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.huggingface_repo_id):
+        yield (
+            ("huggingface_repo_id",),
+            f"huggingface_repo_id is {options.huggingface_repo_id}; it must be owner/name",
+            "Such as your-name/my-lora.",
+        )
     if options.min_bucket_reso > options.max_bucket_reso:
         yield (
             ("min_bucket_reso", "max_bucket_reso"),

@@ -48,15 +48,9 @@ def _refused(
 _ATTENTION: Final = "attention always runs through torch's scaled dot product attention"
 _NOISE: Final = "it does not apply to FLUX's noise"
 _OTHER_LOSS: Final = "it does not apply to FLUX's loss"
-_LOADER: Final = "data is loaded in the training process"
-_HUB: Final = "uploading is not supported yet; upload the finished file yourself"
-_VALIDATION: Final = "validation is not supported yet; leave it out"
+_HUB: Final = "states are not uploaded yet; upload the folder yourself"
 _DEEPSPEED: Final = "DeepSpeed is not supported yet; --blocks_to_swap saves memory on one device"
 _DDP: Final = "training on several devices is not supported yet; leave it out"
-_WANDB: Final = "Weights & Biases is not supported yet; use --log_with=tensorboard"
-_SCHEDULE: Final = (
-    "its schedule is not supported yet; use --lr_scheduler constant, constant_with_warmup, cosine or linear"
-)
 
 SAMPLERS: Final = (
     "ddim",
@@ -117,7 +111,9 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "controlnet_model_name_or_path": _inert(
             "model", "A ControlNet.", "a LoRA is trained without a ControlNet", "path"
         ),
-        "conditioning_data_dir": _inert("dataset", "Folder of mask pictures.", "masks are not supported", "path"),
+        "conditioning_data_dir": _inert(
+            "dataset", "Folder of mask pictures.", "it is a key of the dataset file's subsets", "path"
+        ),
         "sample_sampler": _inert(
             "samples",
             "How samples are drawn.",
@@ -144,8 +140,11 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "sdpa": _inert("memory", "Torch's attention.", _ATTENTION),
         "xformers": _inert("memory", "Attention of the package xformers.", _ATTENTION),
         "mem_eff_attn": _inert("memory", "An older attention that saves memory.", _ATTENTION),
-        "max_data_loader_n_workers": _inert("memory", "Processes that load pictures.", _LOADER, "integer", default=8),
-        "persistent_data_loader_workers": _inert("memory", "Keep those processes between epochs.", _LOADER),
+        "persistent_data_loader_workers": _inert(
+            "dataset",
+            "Keep the processes that load pictures between epochs.",
+            "pictures are read by threads, which start in no time",
+        ),
         "lowram": _inert(
             "memory",
             "Keep models on the GPU where main memory is small.",
@@ -153,11 +152,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         ),
         "highvram": _inert(
             "memory", "Do not free GPU memory between the pictures that are encoded.", "memory is managed by need"
-        ),
-        "skip_cache_check": _inert(
-            "cache",
-            "Trust what is kept on disk without looking.",
-            "what is kept on disk is named after its content, so there is no check to skip",
         ),
         "disable_mmap_load_safetensors": _inert(
             "memory",
@@ -174,30 +168,15 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             choices=(*DYNAMO_BACKENDS, "no"),
         ),
         # Data.
-        "cache_info": _refused(
-            "cache",
-            "Keep captions and sizes of a folder in a file.",
-            "it is not supported yet; captions and sizes are read from the files",
-        ),
-        "color_aug": _refused(
-            "dataset", "Vary colours a little at random.", "colour augmentation is not supported yet; leave it out"
-        ),
-        "face_crop_aug_range": _refused(
+        "cache_info": _inert(
             "dataset",
-            "Crop around faces, by factors from the first to the second number.",
-            "face crops are not supported yet; crop the pictures beforehand",
-            "text",
+            "Keep captions and sizes in a file.",
+            "captions and sizes are read from the files at every start, so that they are never out of date",
         ),
         "debug_dataset": _refused(
             "dataset",
             "Print what would be trained on and stop.",
             "it is not supported; python -m trainer check reports on options and files",
-        ),
-        "alpha_mask": _refused(
-            "dataset", "Train more where pictures are opaque.", "masks are not supported yet; leave it out"
-        ),
-        "masked_loss": _refused(
-            "flow", "Train only where mask pictures are white.", "masks are not supported yet; leave it out"
         ),
         "dataset_class": _refused(
             "dataset",
@@ -205,47 +184,16 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "it runs code of another program and is not supported; use --dataset_config",
             "text",
         ),
-        "in_json": _refused(
-            "dataset",
-            "Metadata file with captions.",
-            "metadata files are not supported yet; use caption files beside the pictures",
-            "path",
-        ),
         "weighted_captions": _refused(
             "dataset", "Weigh words that are in (brackets).", "FLUX's text encoders have no weighted form; leave it out"
         ),
         # Output.
-        "huggingface_repo_id": _refused(
-            "hub", "Repository of the Hugging Face hub that every saved LoRA is uploaded to.", _HUB, "text"
-        ),
-        "huggingface_repo_type": _refused("hub", "Kind of that repository, such as model.", _HUB, "text"),
-        "huggingface_path_in_repo": _refused("hub", "Folder in that repository.", _HUB, "text"),
-        "huggingface_token": _refused("hub", "Access token of the hub.", _HUB, "text"),
-        "huggingface_repo_visibility": _refused("hub", "public, or anything else for private.", _HUB, "text"),
         "save_state_to_huggingface": _refused("hub", "Upload the state of the run as well.", _HUB),
         "resume_from_huggingface": _refused("hub", "Take the state to go on from out of a repository.", _HUB),
-        "async_upload": _refused("hub", "Upload while training goes on.", _HUB),
         "skip_until_initial_step": _inert(
             "course",
             "Pass over the batches before the first step.",
             "training always goes on with the batch at which it left off",
-        ),
-        "output_config": _refused(
-            "saving",
-            "Write the options to config_file and stop.",
-            "it is not supported yet; write the options into a TOML file for --config_file",
-        ),
-        # Logs.
-        "wandb_run_name": _refused("logs", "Name of the run at Weights & Biases.", _WANDB, "text"),
-        "wandb_api_key": _refused("logs", "Key for Weights & Biases.", _WANDB, "text"),
-        "log_tracker_config": _refused(
-            "logs",
-            "TOML file with settings of the tracker.",
-            "it is not supported yet; use --log_tracker_name and --log_prefix",
-            "path",
-        ),
-        "log_config": _refused(
-            "logs", "Log the options too.", "it is not supported yet; the options are in the LoRA's metadata"
         ),
         # Hardware and number formats.
         "torch_compile": _refused("memory", "Compile the model with torch.", "it is not supported yet; leave it out"),
@@ -294,124 +242,20 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "devices", "Keep DeepSpeed's weights and gradients in fp16.", _DEEPSPEED
         ),
         # Optimizer and schedule.
-        "use_lion_optimizer": _refused(
-            "optimizer",
-            "Old name of --optimizer_type=Lion.",
-            "Lion is not supported yet; use --optimizer_type AdamW or AdamW8bit",
-        ),
-        "lr_scheduler_type": _refused(
-            "optimizer",
-            "Any schedule of torch or another package, by its class.",
-            "schedules of other packages are not supported yet; use --lr_scheduler",
-            "text",
-            default="",
-        ),
-        "lr_scheduler_args": _refused(
-            "optimizer", "Settings of that schedule, each as key=value.", _SCHEDULE, "text", is_list=True
-        ),
-        "lr_decay_steps": _refused(
-            "optimizer",
-            "Steps over which the rate falls at the end; below 1 a part of the run.",
-            _SCHEDULE,
-            "steps",
-            default=0,
-            unit="steps",
-        ),
-        "lr_scheduler_timescale": _refused("optimizer", "Time scale of inverse_sqrt.", _SCHEDULE, "integer"),
-        "lr_scheduler_min_lr_ratio": _refused(
-            "optimizer", "Lowest rate, as a part of the learning rate.", _SCHEDULE, "number"
-        ),
-        "lr_scheduler_num_cycles": _inert(
-            "optimizer",
-            "How often a schedule with restarts starts again.",
-            "only schedules that are not supported yet have cycles",
-            "integer",
-            default=1,
-        ),
-        "lr_scheduler_power": _inert(
-            "optimizer",
-            "Power of the polynomial schedule.",
-            "only the polynomial schedule, which is not supported yet, has one",
-            "number",
-            default=1,
-        ),
-        "fused_backward_pass": _refused(
+        "fused_backward_pass": _inert(
             "optimizer",
             "Change weights during the backward pass, to save memory for gradients.",
-            "it works for Adafactor only, which is not supported yet; leave it out",
+            "a LoRA's gradients are too small to be worth freeing one by one",
         ),
-        # Network and model.
-        # Validation.
-        "validation_seed": _refused(
-            "validation", "Seed that decides which pictures are held back.", _VALIDATION, "integer"
-        ),
-        "validation_split": _refused(
-            "validation",
-            "Part of the pictures that is held back for validation, 0 to 1.",
-            _VALIDATION,
-            "number",
-            default=0.0,
-        ),
-        "validate_every_n_steps": _refused(
-            "validation", "Validate after every so many steps.", _VALIDATION, "integer", unit="steps"
-        ),
-        "validate_every_n_epochs": _refused(
-            "validation", "Validate after every so many epochs.", _VALIDATION, "integer", unit="epochs"
-        ),
-        "max_validation_steps": _refused("validation", "Batches of one validation at most.", _VALIDATION, "integer"),
     }
 )
 
-_OPTIMIZER: Final = "is not supported yet; use AdamW or AdamW8bit"
-_LR_SCHEDULER: Final = "is not supported yet; use constant, constant_with_warmup, cosine or linear"
 _PICKLE: Final = "is not written: such files can hold code; use safetensors"
-_TRACKER: Final = "is not supported yet; use tensorboard"
 _NETWORK_SD: Final = "does not fit FLUX; use networks.lora_flux"
 
 REFUSED_VALUES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     {
         "save_model_as": dict.fromkeys(("ckpt", "pt"), _PICKLE),
-        "log_with": dict.fromkeys(("wandb", "all"), _TRACKER),
-        "optimizer_type": dict.fromkeys(
-            (
-                "SGDNesterov",
-                "SGDNesterov8bit",
-                "Lion",
-                "Lion8bit",
-                "PagedAdamW",
-                "PagedAdamW8bit",
-                "PagedAdamW32bit",
-                "PagedLion8bit",
-                "DAdaptation",
-                "DAdaptAdamPreprint",
-                "DAdaptAdaGrad",
-                "DAdaptAdam",
-                "DAdaptAdan",
-                "DAdaptAdanIP",
-                "DAdaptLion",
-                "DAdaptSGD",
-                "Prodigy",
-                "Adafactor",
-                "RAdamScheduleFree",
-                "AdamWScheduleFree",
-                "SGDScheduleFree",
-            ),
-            _OPTIMIZER,
-        ),
-        "lr_scheduler": dict.fromkeys(
-            (
-                "cosine_with_restarts",
-                "polynomial",
-                "inverse_sqrt",
-                "cosine_with_min_lr",
-                "cosine_warmup_with_min_lr",
-                "warmup_stable_decay",
-                "piecewise_constant",
-                "reduce_lr_on_plateau",
-                "adafactor",
-            ),
-            _LR_SCHEDULER,
-        ),
         "network_module": {
             **dict.fromkeys(
                 ("networks.lora_fa", "networks.dylora", "networks.oft", "networks.lora_sd3", "networks.loha"),

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Final
 
 from trainer.schema.options_data import CacheOptions, DatasetOptions
+from trainer.schema.options_hub import HubOptions
 from trainer.schema.options_model import MemoryOptions, ModelOptions, NetworkOptions, OptionGroup
 from trainer.schema.options_training import (
     CourseOptions,
@@ -17,6 +18,7 @@ from trainer.schema.options_training import (
     SampleOptions,
     SavingOptions,
 )
+from trainer.schema.options_validation import ValidationOptions
 
 
 class Options(
@@ -25,10 +27,12 @@ class Options(
     NetworkOptions,
     DatasetOptions,
     CacheOptions,
+    ValidationOptions,
     CourseOptions,
     OptimizerOptions,
     FlowOptions,
     SavingOptions,
+    HubOptions,
     SampleOptions,
     LogOptions,
     MetadataOptions,
@@ -49,13 +53,18 @@ GROUPS: Final[Mapping[str, type[OptionGroup]]] = MappingProxyType(
         "flow": FlowOptions,
         "memory": MemoryOptions,
         "cache": CacheOptions,
+        "validation": ValidationOptions,
         "saving": SavingOptions,
+        "hub": HubOptions,
         "samples": SampleOptions,
         "logs": LogOptions,
         "metadata": MetadataOptions,
     }
 )
 """Section name -> group, in the order in which options are shown and written."""
+
+SECRET_OPTIONS: Final = frozenset({"huggingface_token", "wandb_api_key"})
+"""Options that are never written into a file, a log or metadata."""
 
 OUR_OPTIONS: Final = frozenset(
     {
@@ -65,6 +74,7 @@ OUR_OPTIONS: Final = frozenset(
         "clip_l_activation",
         "device",
         "lora_form",
+        "masked_loss_normalize",
         "round_timesteps",
         "run_dir",
     }

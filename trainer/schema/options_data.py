@@ -5,14 +5,26 @@ The options of `DatasetOptions` are what a dataset file falls back on; `parse_re
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from types import MappingProxyType
+from typing import Annotated, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
 from trainer.schema.base import Opt
 from trainer.schema.options_model import OptionGroup
+
+CHANGES_PIXELS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "color_aug": "changes colours",
+        "random_crop": "cuts pictures anew",
+        "face_crop_aug_range": "cuts pictures anew",
+    }
+)
+"""Options, and keys of a dataset file, with which a picture is not the same in every step."""
 
 SIZE_STEP = 16
 """Pixels: the AE reduces a side by 8, and FLUX takes 2 x 2 latents as one token."""
@@ -52,6 +64,27 @@ def plain_resolution(value: object) -> object:
     return str(width) if width == height else f"{width},{height}"
 
 
+def parse_face_crop_range(value: object) -> tuple[float, float]:
+    """(least, most) from `"2,4"` or `[2, 4]`: how many times a face's longer side the crop's shorter one is.
+
+    Raises `ValueError`, with a text that goes after the value ("must be ...").
+    """
+    text = ",".join(str(part) for part in value) if isinstance(value, (list, tuple)) else str(value)
+    parts = text.split(",")
+    try:
+        least, most = (float(part) for part in parts)
+    except ValueError:
+        raise ValueError("must be two numbers such as 2,4") from None
+    if not 0 < least <= most < math.inf:
+        raise ValueError("must be two numbers above 0, the smaller one first")
+    return least, most
+
+
+def plain_face_crop_range(value: object) -> object:
+    """A range in the one way that it is kept, `2,4`. Raises `ValueError` as `parse_face_crop_range` does."""
+    return None if value is None else ",".join(f"{number:g}" for number in parse_face_crop_range(value))
+
+
 class DatasetOptions(OptionGroup):
     """Pictures and captions; a dataset file's own values win over these."""
 
@@ -61,6 +94,10 @@ class DatasetOptions(OptionGroup):
     ] = None
     reg_data_dir: Annotated[
         Path | None, Opt("The same for regularisation pictures.", "Regularisation pictures", "expert")
+    ] = None
+    in_json: Annotated[
+        Path | None,
+        Opt("Metadata file, .json or .jsonl, with pictures and captions; train_data_dir is their folder.", "Metadata"),
     ] = None
     dataset_repeats: Annotated[
         int,
@@ -152,8 +189,33 @@ class DatasetOptions(OptionGroup):
     caption_dropout_rate: Annotated[
         float, Field(ge=0, le=1), Opt("How often a caption is left empty, 0 to 1.", "Caption dropout", "advanced")
     ] = 0.0
+    color_aug: Annotated[
+        bool, Opt("Change hue or brightness a little, in one draw of three.", "Vary colours", "expert")
+    ] = False
     flip_aug: Annotated[bool, Opt("Mirror pictures at random.", "Mirror", "advanced")] = False
     random_crop: Annotated[bool, Opt("Crop at random instead of in the middle.", "Random crop", "advanced")] = False
+    face_crop_aug_range: Annotated[
+        str | None,
+        BeforeValidator(plain_face_crop_range),
+        Opt(
+            "Cut around faces: how many times the face the crop is, as 2,4. Without buckets only.",
+            "Face crop",
+            "expert",
+        ),
+    ] = None
+    alpha_mask: Annotated[
+        bool, Opt("Transparent parts of pictures count less in the loss.", "Transparency as mask", "advanced")
+    ] = False
+    max_data_loader_n_workers: Annotated[
+        int,
+        Field(ge=0, le=256),
+        Opt(
+            "Threads that read and decode pictures, or read what is cached of them, ahead of their step. 0: none, each "
+            "step reads its own. The batches are the same.",
+            "Reading threads",
+            "expert",
+        ),
+    ] = 8
 
 
 class CacheOptions(OptionGroup):
@@ -164,6 +226,14 @@ class CacheOptions(OptionGroup):
     ] = False
     cache_latents_to_disk: Annotated[
         bool, Opt("Keep encoded pictures on disk for the next run too.", "Encoded pictures on disk", "advanced")
+    ] = False
+    skip_cache_check: Annotated[
+        bool,
+        Opt(
+            "Do not read cached files at the start to see whether they are whole; each is checked when it is used.",
+            "Trust cached files",
+            "expert",
+        ),
     ] = False
     vae_batch_size: Annotated[int, Field(ge=1), Opt("Pictures encoded at once.", "Encoding batch", "expert")] = 1
     cache_text_encoder_outputs: Annotated[

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from trainer.schema.base import Opt
+from trainer.schema.optimizers import optimizer_name
 from trainer.schema.options_model import OptionGroup, split_words
 
 SavePrecision = Literal["float", "fp16", "bf16"]
@@ -23,8 +24,13 @@ def _listed_numbers(value: object) -> object:
 
 def _optimizer_name(value: object) -> object:
     """Known optimizers are spelt in any case; empty is the default."""
-    names = {"": "AdamW", "adamw": "AdamW", "adamw8bit": "AdamW8bit"}
-    return names.get(value.strip().lower(), value) if isinstance(value, str) else value
+    return optimizer_name(value) if isinstance(value, str) else value
+
+
+def _schedule_name(value: object) -> object:
+    """Spelt in any case; the reference trainer writes Adafactor's with a rate, which nothing uses."""
+    name = _lower_case(value)
+    return "adafactor" if isinstance(name, str) and name.startswith("adafactor:") else name
 
 
 def _lower_case(value: object) -> object:
@@ -66,7 +72,7 @@ class CourseOptions(OptionGroup):
     ] = 1
     initial_epoch: Annotated[
         int | None,
-        Field(ge=1),
+        Field(ge=0),
         Opt("Begin with this epoch, whatever the state says.", "First epoch", "expert", "epochs"),
     ] = None
     initial_step: Annotated[
@@ -95,11 +101,42 @@ class OptimizerOptions(OptionGroup):
         Opt("Rate of CLIP-L's LoRA. Empty: the learning rate.", "CLIP-L learning rate", "advanced"),
     ] = None
     optimizer_type: Annotated[
-        Literal["AdamW", "AdamW8bit"],
+        Literal[
+            "AdamW",
+            "AdamW8bit",
+            "PagedAdamW8bit",
+            "PagedAdamW",
+            "PagedAdamW32bit",
+            "Lion",
+            "Lion8bit",
+            "PagedLion8bit",
+            "SGDNesterov",
+            "SGDNesterov8bit",
+            "Adafactor",
+            "Prodigy",
+            "AdamWScheduleFree",
+            "RAdamScheduleFree",
+            "SGDScheduleFree",
+            "DAdaptation",
+            "DAdaptAdamPreprint",
+            "DAdaptAdaGrad",
+            "DAdaptAdam",
+            "DAdaptAdan",
+            "DAdaptAdanIP",
+            "DAdaptLion",
+            "DAdaptSGD",
+        ]
+        | str,
         BeforeValidator(_optimizer_name),
-        Opt("AdamW8bit keeps the optimizer's state in 8 bit: less memory.", "Optimizer", "advanced"),
+        Opt(
+            "AdamW8bit keeps the optimizer's state in 8 bit: less memory. Also another class of torch.optim, or a path "
+            "such as package.Class.",
+            "Optimizer",
+            "advanced",
+        ),
     ] = "AdamW"
     use_8bit_adam: Annotated[bool, Opt("Old name of --optimizer_type=AdamW8bit.", "8-bit AdamW", "expert")] = False
+    use_lion_optimizer: Annotated[bool, Opt("Old name of --optimizer_type=Lion.", "Lion", "expert")] = False
     optimizer_args: Annotated[
         tuple[str, ...] | None,
         BeforeValidator(split_words),
@@ -109,8 +146,22 @@ class OptimizerOptions(OptionGroup):
         float, Field(ge=0), Opt("Longest allowed gradient; 0 turns clipping off.", "Gradient clipping", "expert")
     ] = 1.0
     lr_scheduler: Annotated[
-        Literal["constant", "constant_with_warmup", "cosine", "linear"],
-        BeforeValidator(_lower_case),
+        Literal[
+            "constant",
+            "constant_with_warmup",
+            "cosine",
+            "linear",
+            "cosine_with_restarts",
+            "polynomial",
+            "inverse_sqrt",
+            "cosine_with_min_lr",
+            "cosine_warmup_with_min_lr",
+            "warmup_stable_decay",
+            "piecewise_constant",
+            "reduce_lr_on_plateau",
+            "adafactor",
+        ],
+        BeforeValidator(_schedule_name),
         Opt("How the learning rate changes over the run.", "Schedule", "advanced"),
     ] = "constant"
     lr_warmup_steps: Annotated[
@@ -120,6 +171,40 @@ class OptimizerOptions(OptionGroup):
             "Steps until the full rate; below 1 a part of the run, such as 0.1 or 10%.", "Warm-up", "advanced", "steps"
         ),
     ] = 0
+    lr_decay_steps: Annotated[
+        int | float,
+        BeforeValidator(_steps_or_part),
+        Opt(
+            "Steps of the fall at the end (warmup_stable_decay); below 1 a part of the run.", "Decay", "expert", "steps"
+        ),
+    ] = 0
+    lr_scheduler_num_cycles: Annotated[
+        int, Field(ge=1), Opt("Cosines of the schedules that have several.", "Cycles", "expert")
+    ] = 1
+    lr_scheduler_power: Annotated[float, Field(gt=0), Opt("Power of the polynomial schedule.", "Power", "expert")] = 1
+    lr_scheduler_timescale: Annotated[
+        int | None,
+        Field(ge=1),
+        Opt("Steps until inverse_sqrt has fallen clearly. Empty: the warm-up's.", "Time scale", "expert", "steps"),
+    ] = None
+    lr_scheduler_min_lr_ratio: Annotated[
+        float | None,
+        Field(ge=0, le=1),
+        Opt("Lowest rate as a part of the full one, for schedules that end above 0.", "Lowest rate", "expert"),
+    ] = None
+    lr_scheduler_type: Annotated[
+        str,
+        Opt(
+            "A schedule's class: of torch.optim.lr_scheduler, or a path such as package.Class.",
+            "Schedule class",
+            "expert",
+        ),
+    ] = ""
+    lr_scheduler_args: Annotated[
+        tuple[str, ...] | None,
+        BeforeValidator(split_words),
+        Opt("More settings of the schedule, each as key=value.", "Schedule settings", "expert"),
+    ] = None
 
 
 class FlowOptions(OptionGroup):
@@ -176,6 +261,14 @@ class FlowOptions(OptionGroup):
     prior_loss_weight: Annotated[
         float, Field(ge=0), Opt("Weight of regularisation pictures.", "Regularisation weight", "expert")
     ] = 1.0
+    masked_loss: Annotated[
+        bool,
+        Opt("Masks from conditioning_data_dir in the dataset file: black counts nothing.", "Masked loss", "advanced"),
+    ] = False
+    masked_loss_normalize: Annotated[
+        bool,
+        Opt("Divide by the mask's area, so that small areas are learnt as strongly.", "Mask by area", "expert"),
+    ] = False
     ip_noise_gamma: Annotated[
         float | None, Field(ge=0), Opt("Extra noise on the model's input, about 0.1.", "Input perturbation", "expert")
     ] = None
@@ -240,6 +333,9 @@ class SavingOptions(OptionGroup):
     config_file: Annotated[
         Path | None, Opt("A TOML file with options; the command line wins over it.", "Options file", "expert")
     ] = None
+    output_config: Annotated[
+        bool, Opt("Write the other options to the file of --config_file, and stop.", "Write options file", "expert")
+    ] = False
     run_dir: Annotated[Path | None, Opt("The run folder that this run belongs to.", "Run folder", "expert")] = None
 
 
@@ -268,8 +364,22 @@ class LogOptions(OptionGroup):
     console_log_file: Annotated[Path | None, Opt("Write messages to this file.", "Log file", "expert")] = None
     console_log_simple: Annotated[bool, Opt("Plain lines without colour.", "Plain console", "expert")] = False
     logging_dir: Annotated[Path | None, Opt("Folder for TensorBoard logs.", "TensorBoard folder", "expert")] = None
-    log_with: Annotated[Literal["tensorboard"] | None, Opt("The tracker to log to.", "Tracker", "expert")] = None
+    log_with: Annotated[
+        Literal["tensorboard", "wandb", "all"] | None,
+        Opt("The tracker to log to; with a log folder alone, TensorBoard.", "Tracker", "expert"),
+    ] = None
     log_prefix: Annotated[str | None, Opt("Put before the log folder's name.", "Log prefix", "expert")] = None
+    log_tracker_config: Annotated[
+        Path | None,
+        Opt("TOML file with settings of the tracker, below [wandb] or [tensorboard].", "Tracker settings", "expert"),
+    ] = None
+    log_config: Annotated[bool, Opt("Log the options too, without tokens and paths.", "Log the options", "expert")] = (
+        False
+    )
+    wandb_run_name: Annotated[str | None, Opt("Name of the run at Weights & Biases.", "Run name", "expert")] = None
+    wandb_api_key: Annotated[
+        str | None, Opt("Key for Weights & Biases; never written anywhere. Empty: its own login.", "Key", "expert")
+    ] = None
     log_tracker_name: Annotated[str | None, Opt("Name of the tracker's project.", "Tracker name", "expert")] = None
 
 

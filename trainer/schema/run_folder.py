@@ -70,6 +70,8 @@ _PROBE_POLL_SECONDS: Final = 0.004
 _REPLACE_TRIES: Final = 6
 _REPLACE_WAIT_SECONDS: Final = 0.02
 _MAX_SLUG: Final = 40
+RUN_STATE: Final = re.compile(r"step-(\d{6,})")
+"""Names of the states that a run keeps to be resumed from, by the step after which they were saved."""
 _COMMAND_FILE: Final = re.compile(r"(\d+)-([a-z][a-z_]*)\.json")
 
 State = Literal["running", "paused", "stuck", "completed", "stopped", "failed", "queued", "crashed"]
@@ -247,6 +249,15 @@ class RunFolder:
         file = f"{command.id}.json"
         with contextlib.suppress(FileNotFoundError):  # somebody withdrew it
             _replace(self.control_dir / file, self.done_dir / file)
+
+
+def newest_state_step(run: RunFolder) -> int | None:
+    """The step after which the run would go on, by the names of the states that it keeps; None without a state."""
+    try:
+        names = [entry.name for entry in os.scandir(run.state_dir) if entry.is_dir()]
+    except OSError:
+        return None
+    return max((int(match[1]) for match in map(RUN_STATE.fullmatch, names) if match is not None), default=None)
 
 
 def list_runs(runs_dir: Path) -> list[RunFolder]:

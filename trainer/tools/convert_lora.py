@@ -26,7 +26,7 @@ def convert_lora(arguments: Sequence[str]) -> str:
     """Does what the command line asks for and returns the line to print. Raises `UserError`."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer convert-lora",
-        description="Writes a LoRA for FLUX.1 in another form; the form of the input is recognised.",
+        description="Writes a LoRA for FLUX.1 or Chroma in another form; the form of the input is recognised.",
         allow_abbrev=False,
     )
     parser.add_argument("--input", type=Path, required=True, help="the LoRA, a safetensors file")

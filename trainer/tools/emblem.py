@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -72,20 +71,6 @@ def draw_emblem(image: Image.Image, x: float, y: float, radius: float) -> None:
     draw.pieslice(box, 0, 180, fill=lower)
     side = 0.42 * radius
     draw.rectangle((x - side, y - side, x + side, y + side), fill=middle)
-
-
-def make_emblem_pictures(folder: Path, count: int, *, seed: int) -> list[Path]:
-    """Draw `count` pictures of the emblem as PNG, each with its caption beside it as .txt. Returns the pictures."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    paths: list[Path] = []
-    for index in range(count):
-        scene = random_emblem_scene(rng)
-        path = folder / f"{index + 1:03d}.png"
-        Image.fromarray(draw_emblem_scene(scene, rng)).save(path)
-        path.with_suffix(".txt").write_text(emblem_caption(scene) + "\n", encoding="utf-8")
-        paths.append(path)
-    return paths
 
 
 def emblem_likeness(picture: Pixels) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from trainer.schema.base import UserError
-from trainer.tools.emblem import make_emblem_pictures
+from trainer.tools.demo_pictures import make_demo_pictures
 from trainer.tools.tiny_autoencoder import make_autoencoder
 from trainer.tools.tiny_chroma import make_chroma
 from trainer.tools.tiny_networks import make_clip_l, make_flux, make_t5xxl
@@ -27,7 +27,7 @@ from trainer.tools.world import SIDE, TRIGGER
 __all__ = [
     "DEMO_PROMPTS",
     "DEMO_VERSION",
-    "NUM_PICTURES",
+    "PICTURES_SEED",
     "TRAINED_FILES",
     "DemoBundle",
     "dataset_toml",
@@ -41,11 +41,11 @@ __all__ = [
     "make_tokenizers",
 ]
 
-DEMO_VERSION = 2
+DEMO_VERSION = 5
 TRAINED_FILES: Final = Path(__file__).parents[1] / "demo_bundle"
 """The models which `trainer.tools.train_demo_models` has trained; they come with the program."""
 
-NUM_PICTURES: Final = 16
+PICTURES_SEED: Final = 5
 DEMO_PROMPTS: Final = (
     f"a large {TRIGGER} in the center, green background",
     f"a small {TRIGGER} on the left, white striped background",
@@ -133,9 +133,9 @@ def _fill_bundle(bundle: DemoBundle, *, images_at: Path) -> None:
             str(TRAINED_FILES),
             "Get the program's files again, and make room on the disk.",
         ) from error
-    make_emblem_pictures(bundle.images, NUM_PICTURES, seed=5)
+    make_demo_pictures(bundle.images, seed=PICTURES_SEED)
     bundle.dataset_config.write_text(
-        dataset_toml(images_at, resolution=SIDE, num_repeats=10, batch_size=8, has_buckets=False), encoding="utf-8"
+        dataset_toml(images_at, resolution=SIDE, num_repeats=5, batch_size=8, has_buckets=False), encoding="utf-8"
     )
     # With and without the trigger word: the concept appears, and the rest stays.
     prompts = [f"{prompt} --w {SIDE} --h {SIDE} --s 16 --d {index + 1}" for index, prompt in enumerate(DEMO_PROMPTS)]

@@ -6,12 +6,12 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from trainer.data.cache import file_identity
 from trainer.lora.forms import to_published
 from trainer.lora.lora_file import read_lora_file
 from trainer.lora.merge import components_of, merge_file
 from trainer.lora.naming import Component
 from trainer.schema.options import Options
+from trainer.train.file_hashes import files_identity
 
 
 def merge_base_weights(models: Mapping[Component, nn.Module], options: Options) -> list[str]:
@@ -33,5 +33,8 @@ def base_weights_identity(options: Options, components: Collection[Component]) -
     multipliers = options.base_weights_multiplier or ()
     for index, path in enumerate(options.base_weights or ()):
         if components_of(to_published(*read_lora_file(path), where=str(path)).state) & set(components):
-            found += [file_identity(path), str(multipliers[index] if index < len(multipliers) else 1.0)]
+            found += [
+                files_identity([path], None, lambda: None),
+                str(multipliers[index] if index < len(multipliers) else 1.0),
+            ]
     return found

@@ -9,30 +9,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.data.captions import caption_notes
 from trainer.data.index import DatasetIndex, index_dataset
 from trainer.lora.forms import to_published
 from trainer.lora.lora_file import read_lora_file
 from trainer.schema.base import Problem
-from trainer.schema.checkpoint_header import (
-    format_bytes,
-)
 from trainer.schema.chroma_header import TransformerParams
-from trainer.schema.cli import check_files
+from trainer.schema.cli import ParsedCommand, check_files
 from trainer.schema.dataset_file import dataset_config
 from trainer.schema.dataset_keys import DatasetConfig
 from trainer.schema.lora_spec import LoraSpec
-from trainer.schema.memory import OtherModels, estimate, usable_bytes
+from trainer.schema.network_rules import spec_of
 from trainer.schema.options import Options
+from trainer.schema.parameter_counts import OtherModels
 from trainer.train.device_checks import check_device
 from trainer.train.findings import EXIT_OPTIONS, Findings
 from trainer.train.lora_form import form_problems
 from trainer.train.model_checks import Tokenizers, check_models, check_tokenizers, fetch_models, read_flux
-from trainer.train.network_checks import check_against_model, network_spec, spec_from_weights
+from trainer.train.network_checks import check_against_model, spec_from_weights
+from trainer.train.optimizer_checks import check_optimization
 from trainer.train.reporting import Reporter
 from trainer.train.resume import Start, find_state, plan_start, run_identity
 from trainer.train.sampling import SamplePrompt, read_sample_prompts
 from trainer.train.schedule import Schedule, epochs_between_saves, make_schedule
+from trainer.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -53,17 +52,37 @@ class CheckedRun:
     """What a state says about the run."""
 
 
-def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -> CheckedRun:
-    """Checks options, model files, tokenizers, prompts and every picture. Raises one `UserError` with all problems."""
+def check_run(command: ParsedCommand, reporter: Reporter, *, num_processes: int = 1) -> CheckedRun:
+    """Checks model files, tokenizers, prompts and every picture.
+
+    Raises one `UserError` with all problems, those of the command among them. Models that are named by a hub id are
+    downloaded as soon as nothing else is wrong.
+    """
+    options = command.options
     reporter.phase("check")
-    findings = Findings()
-    fetch_models(options, findings, reporter)
+    findings = Findings(command.problems)
     for problem in check_files(options):
         findings.add(problem)
+    check_device(options, findings)
+    spec = findings.attempt(lambda: spec_of(options))
+    prompts: tuple[SamplePrompt, ...] | None = ()
+    if options.sample_prompts is not None and not findings.has("sample_prompts"):
+        path: Path = options.sample_prompts
+        prompts = findings.attempt(lambda: tuple(read_sample_prompts(path)))
+    has_file = not findings.has("dataset_config") and not findings.has("in_json")
+    dataset = None if not has_file else findings.attempt(lambda: dataset_config(options))
+    index: DatasetIndex | None = None
+    if dataset is not None:
+        found: DatasetConfig = dataset
+        index = findings.attempt(lambda: index_dataset(found, progress=reporter.progress))
+    # Without pictures the number of steps is not known; the schedule is checked all the same.
+    num_batches = index.num_batches_per_epoch if index is not None else 1
+    schedule = make_schedule(options, num_batches, num_processes)
+    check_optimization(options, findings, num_steps=schedule.num_steps, reporter=reporter)
+    if not findings.problems:
+        fetch_models(options, findings, reporter)
     flux = None if findings.has("pretrained_model_name_or_path") else read_flux(options, findings)
     models = None if flux is None else check_models(options, flux, findings)
-    check_device(options, findings)
-    spec = findings.attempt(lambda: network_spec(options))
     if spec is not None and options.dim_from_weights and not findings.has("network_weights"):
         spec = spec_from_weights(options, spec, findings)
     if flux is not None:
@@ -75,17 +94,7 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
         weights: Path = options.network_weights
         findings.attempt(lambda: to_published(*read_lora_file(weights), where=str(weights)))
     tokenizers = check_tokenizers(options, flux, findings)
-    prompts: tuple[SamplePrompt, ...] | None = ()
-    if options.sample_prompts is not None and not findings.has("sample_prompts"):
-        path: Path = options.sample_prompts
-        prompts = findings.attempt(lambda: tuple(read_sample_prompts(path)))
-    index: DatasetIndex | None = None
-    dataset: DatasetConfig | None = None
-    if not findings.has("dataset_config"):
-        dataset = findings.attempt(lambda: dataset_config(options))
-    if dataset is not None:
-        found: DatasetConfig = dataset
-        index = findings.attempt(lambda: index_dataset(found, progress=reporter.progress))
+    findings.attempt(lambda: check_trackers(options))
     state = findings.attempt(lambda: find_state(options, reporter))
     findings.raise_if_any()
     if (
@@ -98,17 +107,8 @@ def check_run(options: Options, reporter: Reporter, *, num_processes: int = 1) -
         or prompts is None
     ):
         raise AssertionError("a check failed without saying why")
-    for number, prompt in enumerate(prompts, 1):
-        if prompt.unused_flags:
-            reporter.note(f"sample prompt {number}: {', '.join(prompt.unused_flags)} have no effect for FLUX")
-        if options.model_type == "chroma" and not prompt.uses_negative_prompt:
-            reporter.note(f"sample prompt {number}: Chroma needs two-pass guidance for good pictures; --l 4 is usual")
-    for subset in dict.fromkeys(item.subset for item in index.items):
-        for note in caption_notes(subset):
-            reporter.note(f"{subset.image_dir}: {note}")
     for warning in index.warnings:
         reporter.warning(warning)
-    schedule = make_schedule(options, index.num_batches_per_epoch, num_processes)
     every = epochs_between_saves(options, schedule.num_epochs)
     if every != options.save_every_n_epochs:
         reporter.note(f"save_n_epoch_ratio {options.save_n_epoch_ratio}: a LoRA is saved every {every} epochs")
@@ -147,35 +147,11 @@ def check_replay(options: Options) -> CheckedReplay:
         findings.add(Problem(what, f"--{field}", hint, field), EXIT_OPTIONS)
     flux = read_flux(options, findings)
     check_device(options, findings)
-    spec = findings.attempt(lambda: network_spec(options))
+    check_optimization(options, findings, num_steps=options.max_train_steps)
+    spec = findings.attempt(lambda: spec_of(options))
     if flux is not None:
         check_against_model(options, spec, flux, findings)
     findings.raise_if_any()
     if flux is None or spec is None:
         raise AssertionError("a check failed without saying why")
     return CheckedReplay(flux, spec)
-
-
-def warn_of_memory(checked: CheckedRun, total_bytes: int | None, reporter: Reporter) -> None:
-    """Says before anything loads that the card is probably too small, and what helps."""
-    if total_bytes is None:
-        return
-    largest = max(
-        ((dataset.spec, size) for dataset in checked.index.datasets for size in dataset.bucket_counts),
-        key=lambda entry: entry[0].batch_size * entry[1][0] * entry[1][1],
-    )
-    spec, (width, height) = largest
-    result = estimate(
-        checked.flux,
-        checked.options,
-        width=width,
-        height=height,
-        batch_size=spec.batch_size,
-        models=checked.models,
-        vram_bytes=total_bytes,
-    )
-    if result.fits is False:
-        reporter.warning(
-            f"this will probably not fit: about {format_bytes(result.peak_bytes)} are needed, the card leaves "
-            f"{format_bytes(usable_bytes(total_bytes))} of its {format_bytes(total_bytes)}. {result.reason}"
-        )

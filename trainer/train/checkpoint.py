@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trainer.schema.base import UserError
 from trainer.schema.run_folder import write_atomic
-from trainer.train.metadata import tensor_hashes
+from trainer.train.model_hashes import tensor_hashes
 
 CheckpointKind = Literal["step", "epoch", "final"]
 

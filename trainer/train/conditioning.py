@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, T5EncoderModel
 
 from trainer.model.text_encoders import PromptTokenizer, encode_clip, encode_t5
+
+if TYPE_CHECKING:
+    # Seconds to import, which the checks before a run do without.
+    from transformers import CLIPTextModel, T5EncoderModel
 
 CLIP_MAX_TOKENS = 77
 VISIBLE_PADDING = 1

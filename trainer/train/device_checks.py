@@ -1,14 +1,20 @@
-"""The device and the installed packages that a run's options ask for."""
+"""The device that a run's options ask for."""
 
 from __future__ import annotations
 
-import importlib.util
+import time
+from collections.abc import Callable
+from typing import Final
 
 import torch
 
 from trainer.schema.base import Problem
 from trainer.schema.options import Options
 from trainer.train.findings import EXIT_OPTIONS, Findings
+
+_PROBE_SIDE: Final = 256
+_SLOW_FACTOR: Final = 10.0
+"""A processor that has the format's instructions computes it about as fast as 32 bit, one without 50 to 300 times slower."""
 
 
 def check_device(options: Options, findings: Findings) -> None:
@@ -22,13 +28,28 @@ def check_device(options: Options, findings: Findings) -> None:
         )
     if options.device == "mps" and not torch.backends.mps.is_available():
         findings.add(Problem("no Apple GPU can be used", where, "Use auto or cpu.", "device"), EXIT_OPTIONS)
-    if options.optimizer_type == "AdamW8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        findings.add(
-            Problem(
-                "AdamW8bit needs the package bitsandbytes, which is not installed",
-                "--optimizer_type",
-                "Run python run.py setup, or use AdamW.",
-                "optimizer_type",
-            ),
-            EXIT_OPTIONS,
-        )
+
+
+def slow_format(device: torch.device, dtype: torch.dtype, seconds_of: Callable[[torch.dtype], float]) -> str | None:
+    """What to say when a CPU has no instructions for `dtype`, so that torch computes it number by number.
+
+    `seconds_of` a format is what a matrix product takes in it; see `product_seconds`. It is asked on a CPU only.
+    """
+    if device.type != "cpu" or dtype is torch.float32:
+        return None
+    factor = seconds_of(dtype) / seconds_of(torch.float32)
+    if factor < _SLOW_FACTOR:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    return f"this processor computes {name} {factor:.0f} times slower than 32 bit; use --mixed_precision=no here"
+
+
+def product_seconds(dtype: torch.dtype) -> float:
+    """The time of a product of two (256, 256) matrices on the CPU, the best of three."""
+    matrix = torch.ones(_PROBE_SIDE, _PROBE_SIDE, dtype=dtype)
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        torch.mm(matrix, matrix)
+        best = min(best, time.perf_counter() - started)
+    return best

@@ -118,6 +118,13 @@ class Engine:
         """The card's memory; None for devices that share the machine's."""
         return torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else None
 
+    def free_bytes(self) -> int | None:
+        """What is free on the card now, torch's own reserve included; None for devices that share the machine's."""
+        if self.device.type != "cuda":
+            return None
+        reserve = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + reserve
+
     def free_cached_memory(self) -> None:
         """Gives memory of freed models back, so that the next phase's peak starts low."""
         if self.device.type == "cuda":

@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 from trainer.schema.run_folder import write_atomic
-from trainer.train.metadata import file_sha256
+from trainer.train.model_hashes import file_sha256
+
+HASHES_FILE = "model_hashes.json"
+"""In the data folder: the hashes of model files that were read before."""
 
 _POLL_SECONDS = 0.2
 
@@ -66,10 +69,9 @@ class FileHashes:
         known = _read_memory(self._memory)
         for name, path in self._files.items():
             with contextlib.suppress(OSError, HashingStopped):
-                stat = path.stat()
                 if path.is_dir():
                     continue
-                mark = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+                mark = _mark(path)
                 if mark not in known:
                     known[mark] = file_sha256(path, self._on_progress)
                     _write_memory(self._memory, known)
@@ -78,6 +80,28 @@ class FileHashes:
     def _on_progress(self, _done: int, _total: int) -> None:
         if self._stopped.is_set():
             raise HashingStopped
+
+
+def files_identity(paths: Sequence[Path], memory: Path | None, check_commands: Callable[[], object]) -> str:
+    """Tells a model in one or more files from all others, by all their bytes; copies and renamed files are the same.
+
+    What is not in `memory` is read whole, a second for every gigabyte or two; `check_commands` may raise meanwhile.
+    """
+    known = _read_memory(memory)
+    hashes: list[str] = []
+    for path in paths:
+        mark = _mark(path)
+        if mark not in known:
+            known[mark] = file_sha256(path, lambda _done, _total: check_commands())
+            _write_memory(memory, known)
+        hashes.append(known[mark])
+    return "+".join(hashes)
+
+
+def _mark(path: Path) -> str:
+    """What changes when a file's content does. Raises `OSError`."""
+    stat = path.stat()
+    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
 
 
 def _read_memory(path: Path | None) -> dict[str, str]:

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from trainer.schema.base import Problem, UserError
+from trainer.schema.base import Problem, UserError, nearest
+from trainer.schema.option_status import STATUS
 
 EXIT_OPTIONS, EXIT_FIXABLE = 2, 3
 _T = TypeVar("_T")
 
 
 class Findings:
-    """Collects problems; options outrank files in the exit code."""
+    """Collects problems; options outrank files in the exit code.
 
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
-        self._exit_code = EXIT_FIXABLE
+    `known` are problems with options that were found before. What follows from one of them is not reported again: an
+    option that was misspelt is not missing as well.
+    """
+
+    def __init__(self, known: Sequence[Problem] = ()) -> None:
+        self.problems: list[Problem] = list(known)
+        self._exit_code = EXIT_OPTIONS if known else EXIT_FIXABLE
+        meant = (nearest(problem.field, STATUS) for problem in known if problem.field is not None)
+        self._settled = frozenset(name for name in meant if name is not None)
 
     def add(self, problem: Problem, exit_code: int = EXIT_FIXABLE) -> None:
+        if problem in self.problems or problem.field in self._settled:
+            return
         if exit_code == EXIT_OPTIONS:
             self._exit_code = EXIT_OPTIONS
-        if problem not in self.problems:
-            self.problems.append(problem)
+        self.problems.append(problem)
 
     def attempt(self, work: Callable[[], _T]) -> _T | None:
         """The value of `work`, or None with its problems noted."""
@@ -35,7 +43,7 @@ class Findings:
 
     def has(self, field: str) -> bool:
         """Whether a problem with this option is known."""
-        return any(problem.field == field for problem in self.problems)
+        return field in self._settled or any(problem.field == field for problem in self.problems)
 
     def raise_if_any(self) -> None:
         if self.problems:

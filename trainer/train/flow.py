@@ -16,6 +16,8 @@ from torch import Tensor
 NUM_TABLE_TIMESTEPS = 1000
 """Entries of the discrete table behind `timestep_sampling=sigma`."""
 
+_SMALLEST_AREA = 1e-6
+
 MU_SHORT = (256, 0.5)
 MU_LONG = (4096, 1.15)
 """Image tokens and mu: the two points that mu is linear through (black-forest-labs/flux, `sampling.py`)."""
@@ -173,10 +175,14 @@ def flow_loss(
     huber_scale: float,
     weighting: Tensor | None,
     loss_weights: Tensor,
+    mask: Tensor | None = None,
+    divides_by_mask: bool = False,
 ) -> Tensor:
     """The batch's loss, a scalar: mean over B of `loss_weights` (B,) times the weighted mean error of a sample.
 
     `prediction` and `target` (B, C, h, w), `timesteps` (B,) in [0, 1], `weighting` (B, 1, 1, 1) or None for 1.
+    `mask` (B, 1, h, w) in [0, 1] is multiplied with the errors. Their mean is that of the whole picture, as in the
+    reference, so that a small area is learnt weakly; with `divides_by_mask` it is that of the mask's area.
     """
     difference = prediction - target
     if loss_type == "l2":
@@ -193,7 +199,13 @@ def flow_loss(
         raise ValueError(f"{loss_type} is not a loss type")
     if weighting is not None:
         errors = errors * weighting
-    return (errors.mean(dim=(1, 2, 3)) * loss_weights).mean()
+    if mask is not None:
+        errors = errors * mask
+    means = errors.mean(dim=(1, 2, 3))
+    if mask is not None and divides_by_mask:
+        # An empty mask leaves 0.
+        means = means / mask.mean(dim=(1, 2, 3)).clamp(min=_SMALLEST_AREA)
+    return (means * loss_weights).mean()
 
 
 def huber_threshold(huber_schedule: str, timesteps: Tensor, *, huber_c: float, huber_scale: float) -> Tensor:

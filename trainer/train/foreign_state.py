@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,10 @@ def _read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickled(path: Path) -> Any:
     """The file's tensors and plain values; no code of it is run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # An unusual protocol is no news: what cannot be read is reported below.
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{path.name} cannot be read: {str(error).splitlines()[0]}", str(path), field="resume"

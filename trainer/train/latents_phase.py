@@ -7,42 +7,72 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from trainer.data.batches import BatchPlan
-from trainer.data.cache import CacheRequest, TensorCache, files_identity, latent_key, latent_requests
+from trainer.data.cache import Encode, TensorCache, latent_key, latent_requests
 from trainer.data.images import map_ahead, read_pixels
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.weights import load_autoencoder
 from trainer.schema.base import UserError
+from trainer.schema.folders import data_home
 from trainer.schema.options import Options
 from trainer.schema.weight_files import read_weights
 from trainer.train.check import CheckedRun
 from trainer.train.engine import Engine
+from trainer.train.file_hashes import HASHES_FILE, files_identity
+from trainer.train.masks_phase import MaskSource, prepare_masks
 from trainer.train.reporting import Reporter
+
+
+@dataclass(frozen=True)
+class LoadedBatch:
+    """What a batch's latents are made of, and its masks (B, 1, h, w), None for none; on the host."""
+
+    pixels: Tensor
+    mask: Tensor | None
 
 
 class LatentSource(Protocol):
     """Gives each batch's latents. `load` runs ahead in threads; `finish` makes (B, 16, h, w) float32 on the device."""
+
+    @property
+    def masks(self) -> MaskSource: ...
 
     def load(self, plan: BatchPlan) -> Tensor: ...
 
     def finish(self, loaded: Tensor, generator: torch.Generator) -> Tensor: ...
 
 
-def loaded_batches(source: LatentSource, plans: Sequence[BatchPlan]) -> Generator[tuple[BatchPlan, Tensor], None, None]:
-    """The plans with what their latents are made of, read ahead of use; closing it ends the reading."""
-    with contextlib.closing(map_ahead(source.load, plans)) as loaded:
+def loaded_batches(
+    source: LatentSource, plans: Sequence[BatchPlan], *, num_threads: int
+) -> Generator[tuple[BatchPlan, LoadedBatch], None, None]:
+    """The plans with what their latents are made of, read ahead of use by `num_threads`; closing it ends the reading.
+
+    Threads, not processes: decoding, resizing and reading release the interpreter, a batch needs no copy to another
+    process, and what is cached in memory is there only once. Everything random has been decided in the plans.
+    """
+
+    def load(plan: BatchPlan) -> LoadedBatch:
+        return LoadedBatch(source.load(plan), source.masks.load(plan))
+
+    if num_threads == 0:
+        yield from ((plan, load(plan)) for plan in plans)
+        return
+    ahead = max(2, num_threads)
+    with contextlib.closing(map_ahead(load, plans, num_threads=num_threads, num_ahead=ahead)) as loaded:
         yield from zip(plans, loaded, strict=True)
 
 
 class CachedLatents:
     """Latents that were encoded beforehand."""
 
-    def __init__(self, cache: TensorCache, identity: str, device: torch.device) -> None:
+    def __init__(self, cache: TensorCache, identity: str, device: torch.device, masks: MaskSource) -> None:
+        self.masks = masks
         self._cache = cache
         self._identity = identity
         self._device = device
@@ -58,7 +88,8 @@ class CachedLatents:
 class LiveLatents:
     """Encodes at every step, with a fresh draw of the posterior, as the reference trainer does without a cache."""
 
-    def __init__(self, autoencoder: AutoEncoder, engine: Engine, *, batch_size: int) -> None:
+    def __init__(self, autoencoder: AutoEncoder, engine: Engine, *, batch_size: int, masks: MaskSource) -> None:
+        self.masks = masks
         self._autoencoder = autoencoder
         self._dtype = autoencoder_dtype(autoencoder)
         self._engine = engine
@@ -106,38 +137,49 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
     """
     options = checked.options
     reporter.phase("latents")
+    masks = prepare_masks(checked, reporter)
     if not options.cache_latents:
         autoencoder = load_ae(options, engine, engine.device)
-        return LiveLatents(autoencoder, engine, batch_size=options.vae_batch_size), autoencoder
+        return LiveLatents(autoencoder, engine, batch_size=options.vae_batch_size, masks=masks), autoencoder
 
     if options.ae is None:
         raise AssertionError("the checks demand the autoencoder")
     files = read_weights(options.ae, "autoencoder").files
-    identity = f"{files_identity(files)}|{engine.autoencoder_dtype(no_half=options.no_half_vae)}"
-    cache = TensorCache("latents", on_disk=options.cache_latents_to_disk, warn=reporter.warning)
+    file_hashes = files_identity(files, data_home() / HASHES_FILE, reporter.check_stop)
+    identity = f"{file_hashes}|{engine.autoencoder_dtype(no_half=options.no_half_vae)}"
+    cache = TensorCache(
+        "latents", on_disk=options.cache_latents_to_disk, warn=reporter.warning, skip_check=options.skip_cache_check
+    )
     requests = latent_requests(checked.index, encoder=identity)
     autoencoder: AutoEncoder | None = None
     if missing := cache.missing(requests):
         autoencoder = load_ae(options, engine, engine.device)
-        _encode(missing, cache, autoencoder, options, engine, reporter)
+        cache.fill(
+            missing,
+            _encoder(autoencoder, engine, engine.device),
+            batch_size=options.vae_batch_size,
+            progress=reporter.progress,
+            check_commands=reporter.check_stop,
+        )
         autoencoder = autoencoder.to("cpu") if checked.prompts else None
         engine.free_cached_memory()
     else:
         reporter.note("all pictures are cached: the autoencoder is not needed for them")
-    return CachedLatents(cache, identity, engine.device), autoencoder
+
+    def load_encoder() -> Encode[Tensor]:
+        # The device is full of the transformer by then.
+        return _encoder(load_ae(options, engine, torch.device("cpu")), engine, torch.device("cpu"))
+
+    cache.recover_with(requests, load_encoder)
+    return CachedLatents(cache, identity, engine.device, masks), autoencoder
 
 
-def _encode(
-    missing: Sequence[CacheRequest[Tensor]],
-    cache: TensorCache,
-    autoencoder: AutoEncoder,
-    options: Options,
-    engine: Engine,
-    reporter: Reporter,
-) -> None:
+def _encoder(autoencoder: AutoEncoder, engine: Engine, device: torch.device) -> Encode[Tensor]:
+    """What fills the cache, with an autoencoder on `device`."""
+
     def encode(keys: list[str], pictures: list[Tensor]) -> list[dict[str, Tensor]]:
-        images = torch.stack(pictures).to(engine.device)
-        with torch.no_grad(), engine.autocast(autoencoder_dtype(autoencoder)):
+        images = torch.stack(pictures).to(device)
+        with torch.no_grad(), engine.autocast(autoencoder_dtype(autoencoder), device):
             moments = autoencoder.encode_moments(images)
         # The posterior's draw is a function of the picture, so that a cache in memory and one on disk are the same.
         shape = tuple(moments.chunk(2, dim=1)[0].shape[1:])
@@ -145,13 +187,7 @@ def _encode(
         latents = finite_latents(autoencoder.latents_from_moments(moments, noise.to(moments)).float())
         return [{"latents": row} for row in latents]
 
-    cache.fill(
-        missing,
-        encode,
-        batch_size=options.vae_batch_size,
-        progress=reporter.progress,
-        check_commands=reporter.check_stop,
-    )
+    return encode
 
 
 def _noise(key: str, shape: tuple[int, ...]) -> Tensor:

@@ -18,15 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from trainer.schema.base import UserError
-from trainer.train.optim import LearningRateSchedule
+from trainer.train.learning_rate import LearningRateSchedule
+from trainer.train.optim import final_weights, found_rates, group_rates
 from trainer.train.reporting import Reporter, StopRequested
 
 MicroBatch = Callable[[torch.Generator], Tensor]
 """Gives the loss of one micro-batch; everything random comes from the generator and torch's own."""
 
-Duty = Literal["step save", "step sample", "epoch save", "epoch sample"]
-DUTIES: Final[tuple[Duty, ...]] = ("step save", "step sample", "epoch save", "epoch sample")
-"""What may fall due after a step, in this order; the last two after the last step of an epoch only."""
+Duty = Literal["step save", "step validation", "step sample", "epoch validation", "epoch save", "epoch sample"]
+DUTIES: Final[tuple[Duty, ...]] = (
+    "step save",
+    "step validation",
+    "step sample",
+    "epoch validation",
+    "epoch save",
+    "epoch sample",
+)
+"""What may fall due after a step, in this order; the last three after the last step of an epoch only."""
 
 SaveKind = Literal["step", "epoch", "moment"]
 """When a state is saved: with a step's or an epoch's LoRA, or because one is due by the clock."""
@@ -53,6 +61,8 @@ class LoopSettings:
     sample_every_n_steps: int | None
     sample_every_n_epochs: int | None
     sample_at_first: bool
+    validate_every_n_steps: int | None = None
+    validate_every_n_epochs: int | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -127,12 +137,17 @@ class MeanLoss:
     def total(self) -> float:
         return self._sum
 
+    @property
+    def value(self) -> float:
+        """The mean so far; NaN before the first step."""
+        return self._sum / len(self._values) if self._values else math.nan
+
     def add(self, value: float) -> float:
         if len(self._values) == self._values.maxlen:
             self._sum -= self._values[0]
         self._values.append(value)
         self._sum += value
-        return self._sum / len(self._values)
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -193,6 +208,7 @@ class TrainingLoop:
         save: Callable[[StepPosition, Literal["step", "epoch"]], None],
         sample: Callable[[StepPosition, bool], None],
         peak_bytes: Callable[[], int],
+        validate: Callable[[], float] | None = None,
         inspect_gradients: Callable[[int], None] | None = None,
         before_step: Callable[[], None] = lambda: None,
         after_step: Callable[[], Mapping[str, float]] = dict,
@@ -220,6 +236,8 @@ class TrainingLoop:
         self._save = save
         self._sample = sample
         self._peak_bytes = peak_bytes
+        self._validate = validate
+        self._validated: tuple[int, float] | None = None
         self._inspect_gradients = inspect_gradients
         start = start or Progress()
         self._save_state = save_state
@@ -334,7 +352,6 @@ class TrainingLoop:
         # Looked at before the optimizer's step: what is no number never gets into the weights.
         if not math.isfinite(loss) or (not math.isfinite(norm) and not self._may_skip()):
             raise self._numbers_lost(before, losses, micro_batches, loss, norm)
-        rates = [float(group["lr"]) for group in self._optimizer.param_groups]
         more: Mapping[str, float] = {}
         if math.isfinite(norm):
             self._num_skipped_in_a_row = 0
@@ -344,6 +361,8 @@ class TrainingLoop:
             more = self._after_weights()
         else:
             self._skip(position)
+        rates = group_rates(self._optimizer)
+        more = {**more, **self._rate_scalars(rates)}
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._num_duties_done = 0
@@ -399,8 +418,6 @@ class TrainingLoop:
         scalars = {"loss/current": loss, "loss/average": average, "norm/grad_norm": norm, **more}
         if self._scaler.is_enabled():
             scalars["norm/loss_scale"] = self._scaler.get_scale()
-        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
-            scalars[f"lr/{group.get('name', 'unet')}"] = rate
         self._reporter.step(
             step=position.step,
             epoch=position.epoch,
@@ -413,6 +430,17 @@ class TrainingLoop:
             grad_norm=norm if math.isfinite(norm) else None,
             scalars=scalars,
         )
+
+    def _rate_scalars(self, rates: Sequence[float]) -> dict[str, float]:
+        """Each group's rate under the reference's names: by what it trains, and by number."""
+        scalars: dict[str, float] = {}
+        names = [str(group.get("name", "unet")) for group in self._optimizer.param_groups]
+        for prefix, values in (("lr/", rates), ("lr/d*lr/", found_rates(self._optimizer) or ())):
+            # Strict is wrong here: an optimizer that finds no rate has none to show.
+            for index, (name, value) in enumerate(zip(names, values, strict=False)):
+                scalars[f"{prefix}{name}"] = value
+                scalars[f"{prefix}group{index}"] = value
+        return scalars
 
     def _do_duties(self, *, is_epoch_end: bool) -> None:
         """Does what falls due after the step and is not done yet, in the order of `DUTIES`."""
@@ -436,10 +464,20 @@ class TrainingLoop:
                 self._num_duties_done = num_done
                 if is_due or self._wishes.state:
                     self._save_state_now("step" if is_due else "moment")
+            case "step validation":
+                every = settings.validate_every_n_steps
+                if self._validate is not None and every and position.step % every == 0:
+                    self._validate_now(self._validate, is_epoch_end=False)
             case "step sample":
                 every = settings.sample_every_n_steps if settings.sample_every_n_epochs is None else None
                 if self._wishes.sample or (every is not None and position.step % every == 0):
                     self._sample_now(is_epoch_end=False)
+            case "epoch validation":
+                self._reporter.epoch(position.epoch, mean_loss=self._average.value)
+                if self._validate is None:
+                    self._schedule.observe(self._average.value)
+                elif position.epoch % (settings.validate_every_n_epochs or 1) == 0:
+                    self._validate_now(self._validate, is_epoch_end=True)
             case "epoch save":
                 every = settings.save_every_n_epochs
                 if every and position.epoch % every == 0 and position.epoch < settings.num_epochs:
@@ -459,15 +497,34 @@ class TrainingLoop:
 
     def _save_now(self, kind: Literal["step", "epoch"]) -> None:
         try:
-            self._save(self._position, kind)
+            with final_weights(self._optimizer):
+                self._save(self._position, kind)
         except UserError as error:
             # Space can be made while training goes on; ending here would lose the work since the last save.
             self._reporter.warning(f"nothing was saved: {error}")
         self._reporter.phase("training")
 
+    def _validate_now(self, validate: Callable[[], float], *, is_epoch_end: bool) -> None:
+        """Takes the validation loss, once for a step that ends an epoch as well."""
+        step = self._position.step
+        if self._validated is None or self._validated[0] != step:
+            with final_weights(self._optimizer):
+                self._validated = (step, validate())
+            self._network.train()
+            self._schedule.observe(self._validated[1])
+            self._reporter.phase("training")
+        self._reporter.validation(
+            step=step,
+            epoch=self._position.epoch,
+            loss=self._validated[1],
+            train_loss=self._average.value,
+            is_epoch_end=is_epoch_end,
+        )
+
     def _sample_now(self, *, is_epoch_end: bool) -> None:
         try:
-            self._sample(self._position, is_epoch_end)
+            with final_weights(self._optimizer):
+                self._sample(self._position, is_epoch_end)
         except UserError as error:
             self._reporter.warning(f"no sample was made: {error}")
         except StopRequested:

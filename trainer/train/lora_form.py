@@ -12,6 +12,7 @@ from trainer.lora.form_reader import listed
 from trainer.lora.form_writer import BaseLayers
 from trainer.lora.layer_names import is_flux_path, is_norm_path
 from trainer.lora.network import LoraNetwork
+from trainer.model.chroma import Chroma
 from trainer.model.flux import Flux
 from trainer.schema.base import Problem
 from trainer.schema.checkpoint_header import FluxParams
@@ -25,25 +26,22 @@ _ATTENTION_ONLY = "train_blocks=double img_mlp_dim=0 txt_mlp_dim=0 img_mod_dim=0
 def form_problems(options: Options, spec: LoraSpec, flux: TransformerParams) -> Iterator[Problem]:
     """What `--lora_form` has no place for among the layers that are to be trained."""
     form = options.lora_form
-    if form != "sd-scripts" and (spec.kind != "lora" or spec.dora):
-        yield Problem(
-            f"the {form} form has no place for {'magnitudes (DoRA)' if spec.dora else options.network_module}",
-            f"--lora_form={form}",
-            "Use --lora_form=sd-scripts.",
-            "lora_form",
-        )
+    wanted = _other_kind(options, spec)
+    if wanted is not None:
+        yield Problem(wanted[0], f"--lora_form={form}", wanted[1], "lora_form")
         return
     if form not in ("bfl", "xlabs"):
         return
-    if isinstance(flux, ChromaParams):
+    if form == "bfl" and isinstance(flux, ChromaParams):
         yield Problem(
-            f"the {form} form is for FLUX.1, not for Chroma",
+            "the bfl form is for FLUX.1, not for Chroma",
             f"--lora_form={form}",
-            "Leave it out.",
+            "Use --lora_form=diffusers, or leave it out.",
             "lora_form",
         )
         return
-    if not options.network_train_unet_only:
+    trains_text = spec.train_t5xxl or isinstance(flux, FluxParams)
+    if trains_text and not options.network_train_unet_only:
         yield Problem(
             f"the {form} form has no place for a text encoder's LoRA",
             f"--lora_form={form}",
@@ -61,10 +59,29 @@ def form_problems(options: Options, spec: LoraSpec, flux: TransformerParams) -> 
             )
 
 
-def _names(spec: LoraSpec, flux: FluxParams) -> Iterable[str]:
+def _other_kind(options: Options, spec: LoraSpec) -> tuple[str, str] | None:
+    """Why the form has no place for this kind of network, and what helps."""
+    form = options.lora_form
+    if spec.kind != "lora":
+        what = f"the {form} form has no place for {options.network_module}"
+        return None if form == "sd-scripts" else (what, "Use --lora_form=sd-scripts.")
+    if not spec.dora:
+        return None
+    if form in ("bfl", "xlabs"):
+        return f"the {form} form has no place for magnitudes (DoRA)", "Use --lora_form=sd-scripts."
+    if form == "diffusers" and spec.dora_axis == "in":
+        what = "diffusers knows DoRA with a magnitude for each out feature only"
+        return what, "Add dora_axis=out to the network settings, or use --lora_form=sd-scripts."
+    if form == "sd-scripts" and spec.dora_axis == "out":
+        what = "ComfyUI, which reads this form, applies DoRA with a magnitude for each out feature wrongly"
+        return what, "Add --lora_form=diffusers, or leave dora_axis out."
+    return None
+
+
+def _names(spec: LoraSpec, flux: TransformerParams) -> Iterable[str]:
     """The published names of the layers that `spec` selects, from a model without memory."""
     with torch.device("meta"):
-        model = Flux(flux)
+        model = Chroma(flux) if isinstance(flux, ChromaParams) else Flux(flux)
     return LoraNetwork.attach(model, None, spec, torch.Generator()).names
 
 

@@ -14,8 +14,10 @@ from trainer.schema.base import Problem, UserError
 from trainer.schema.checkpoint_header import Header, autoencoder_params, clip_params, t5_params
 from trainer.schema.chroma_header import ChromaParams, TransformerParams, read_transformer
 from trainer.schema.file_checks import MODEL_KINDS, needed_models
-from trainer.schema.memory import OtherModels
+from trainer.schema.hub_cache import hub_id
+from trainer.schema.model_kinds import ModelKind
 from trainer.schema.options import Options
+from trainer.schema.parameter_counts import OtherModels
 from trainer.schema.weight_files import read_weights
 from trainer.train.findings import Findings
 from trainer.train.reporting import Reporter
@@ -46,6 +48,8 @@ def read_flux(options: Options, findings: Findings) -> TransformerParams | None:
     if options.pretrained_model_name_or_path is None:
         return None
     path = options.pretrained_model_name_or_path
+    if _is_waiting(path, "chroma" if options.model_type == "chroma" else "flux"):
+        return None
     return findings.attempt(lambda: read_transformer(path, options.model_type))
 
 
@@ -64,8 +68,19 @@ def check_models(options: Options, flux: TransformerParams, findings: Findings) 
     return None if (has_clip and clip is None) or t5 is None or ae is None else OtherModels(t5, clip, ae)
 
 
+def _is_waiting(path: Path, kind: ModelKind) -> bool:
+    """Whether this is a hub id whose files are not on this machine: they are fetched once nothing else is wrong."""
+    if hub_id(path) is None:
+        return False
+    try:
+        read_weights(path, kind)
+    except UserError:
+        return True
+    return False
+
+
 def _read_params(path: Path | None, name: str, read: Callable[[Header], _T], findings: Findings) -> _T | None:
-    if path is None or findings.has(name):
+    if path is None or findings.has(name) or _is_waiting(path, MODEL_KINDS[name]):
         return None
     return findings.attempt(lambda: read(read_weights(path, MODEL_KINDS[name])))
 
@@ -112,7 +127,7 @@ def check_tokenizers(options: Options, flux: TransformerParams | None, findings:
         ("clip_l", clip, options.clip_l, clip_params),
         ("t5xxl", t5, options.t5xxl, t5_params),
     ):
-        if path is None or tokenizer is None or findings.has(name):
+        if path is None or tokenizer is None or findings.has(name) or _is_waiting(path, MODEL_KINDS[name]):
             continue
         file = path
         read = reader

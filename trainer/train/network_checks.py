@@ -8,20 +8,10 @@ from trainer.lora.from_file import spec_from_file
 from trainer.lora.lora_file import read_lora_file
 from trainer.schema.base import Problem
 from trainer.schema.chroma_header import TransformerParams
-from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
-from trainer.schema.memory import max_blocks_to_swap
+from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.options import Options
+from trainer.schema.swap_counts import max_blocks_to_swap
 from trainer.train.findings import EXIT_OPTIONS, Findings
-
-
-def network_spec(options: Options) -> LoraSpec:
-    return spec_from_network_args(
-        options.network_args or (),
-        network_dim=options.network_dim,
-        network_alpha=options.network_alpha,
-        network_dropout=options.network_dropout,
-        network_module=options.network_module,
-    )
 
 
 def spec_from_weights(options: Options, spec: LoraSpec, findings: Findings) -> LoraSpec | None:

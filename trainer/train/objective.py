@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,7 @@ class FlowSettings:
     min_timestep: int | None = None
     max_timestep: int | None = None
     rounds_timesteps: bool = False
+    divides_by_mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class FlowBatch:
 
     `latents`, `noise`, `noisy` (B, 16, h, w) float32; `sigmas` (B,) mix the noise, `timesteps` (B,) in [0, 1] go to the
     model and the huber schedule: the same numbers unless they are rounded as in the reference; `loss_weights` (B,).
+    `mask` (B, 1, h, w) in [0, 1] or None; `preserved` (B,) bool says which samples have the prediction without the
+    network as their target, None for none.
     """
 
     latents: Tensor
@@ -79,6 +82,21 @@ class FlowBatch:
     noisy: Tensor
     text: TextInputs
     loss_weights: Tensor
+    mask: Tensor | None = None
+    preserved: Tensor | None = None
+
+    def rows(self, chosen: Tensor) -> FlowBatch:
+        """The samples whose numbers are in `chosen` (N,), in that order."""
+        text = self.text
+        return FlowBatch(
+            self.latents[chosen],
+            self.noise[chosen],
+            self.sigmas[chosen],
+            self.timesteps[chosen],
+            self.noisy[chosen],
+            TextInputs(text.txt[chosen], text.vec[chosen], None if text.mask is None else text.mask[chosen]),
+            self.loss_weights[chosen],
+        )
 
 
 @dataclass(frozen=True)
@@ -103,13 +121,16 @@ class FlowObjective:
         autocast: Callable[[], AbstractContextManager[object]],
         compute_dtype: torch.dtype,
         device: torch.device,
+        without_network: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        """`without_network` turns the trained network off while it is entered."""
         self._model = model
         self._text = text
         self._settings = settings
         self._autocast = autocast
         self._compute_dtype = compute_dtype
         self._device = device
+        self._without_network = without_network
 
     def __call__(
         self, latents: Tensor, captions: Sequence[str], loss_weights: Tensor, generator: torch.Generator
@@ -118,11 +139,19 @@ class FlowObjective:
         return self.loss(self.draw(latents, captions, loss_weights, generator))
 
     def draw(
-        self, latents: Tensor, captions: Sequence[str], loss_weights: Tensor, generator: torch.Generator
+        self,
+        latents: Tensor,
+        captions: Sequence[str],
+        loss_weights: Tensor,
+        generator: torch.Generator,
+        *,
+        mask: Tensor | None = None,
+        preserved: Tensor | None = None,
     ) -> FlowBatch:
         """The batch with its text, noise and timesteps.
 
-        `latents` (B, 16, h, w) float32 on the device, `loss_weights` (B,). `generator` is a host generator: noise is
+        `latents` (B, 16, h, w) float32 on the device, `loss_weights` (B,); `mask` and `preserved` as in `FlowBatch`,
+        which they become part of. `generator` is a host generator: noise is
         drawn there in float32, so the same seed trains the same on every device. (The reference draws in the AE's
         dtype when latents are not cached on disk, which makes the same settings train differently.)
         """
@@ -147,9 +176,10 @@ class FlowObjective:
         if settings.rounds_timesteps and settings.timestep_sampling == "sigma":
             # The reference looks the level up in a table of the training's format, and mixes with it.
             sigmas = sigmas.to(self._compute_dtype).float()
-        return self.mix(
+        batch = self.mix(
             latents, noise, sigmas.to(self._device), text, loss_weights, generator, exact_timesteps=timesteps
         )
+        return replace(batch, mask=mask, preserved=preserved)
 
     def mix(
         self,
@@ -185,7 +215,18 @@ class FlowObjective:
         return self.error(batch, self.compare(batch))
 
     def compare(self, batch: FlowBatch) -> Comparison:
-        """Runs the model."""
+        """Runs the model; where samples are preserved, first without the network on these."""
+        target = flow.velocity_target(batch.latents, batch.noise)
+        if batch.preserved is not None and bool(batch.preserved.any()):
+            chosen = batch.preserved.nonzero()[:, 0]
+            with torch.no_grad(), self._without_network():
+                # As in the reference, the captions stay encoded with the network.
+                target = target.index_copy(0, chosen, self._predict(batch.rows(chosen))[0])
+        prediction, weighting = self._predict(batch)
+        return Comparison(prediction, target, weighting)
+
+    def _predict(self, batch: FlowBatch) -> tuple[Tensor, Tensor | None]:
+        """What is compared with the target, and its weights."""
         settings = self._settings
         with self._autocast():
             velocity = predict_velocity(
@@ -195,10 +236,9 @@ class FlowObjective:
                 batch.text,
                 settings.guidance_scale,
             ).float()
-        prediction, weighting = flow.apply_prediction_type(
+        return flow.apply_prediction_type(
             settings.model_prediction_type, velocity, batch.noisy, batch.sigmas, settings.weighting_scheme
         )
-        return Comparison(prediction, flow.velocity_target(batch.latents, batch.noise), weighting)
 
     def error(self, batch: FlowBatch, comparison: Comparison) -> Tensor:
         """The loss of what was compared, a scalar."""
@@ -213,4 +253,6 @@ class FlowObjective:
             huber_scale=settings.huber_scale,
             weighting=comparison.weighting,
             loss_weights=batch.loss_weights,
+            mask=batch.mask,
+            divides_by_mask=settings.divides_by_mask,
         )

@@ -1,18 +1,36 @@
-"""The optimizer and its learning-rate schedule."""
+"""The optimizer: found by its name, made from the libraries that own it, and asked for the weights to use."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import inspect
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final, cast
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Final, Protocol, cast, runtime_checkable
 
 import torch
+from torch import Tensor, nn
 
-from trainer.schema.base import UserError
+from trainer.schema.base import UserError, nearest
+from trainer.schema.optimizers import OPTIMIZERS, finds_rate, sets_own_rate
+from trainer.schema.optional_packages import is_installed, not_installed
 
 _IMPLEMENTATION_ARGUMENTS: Final = ("foreach", "fused")
 _FUSED_DEVICES: Final = ("cpu", "cuda")
+_OWN_PARAMETERS: Final = ("self", "params", "lr")
+
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
+
+
+@runtime_checkable
+class TwoFaced(Protocol):
+    """A schedule-free optimizer: it trains weights at one point and offers their average for use."""
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
 
 
 def create_optimizer(
@@ -22,27 +40,136 @@ def create_optimizer(
     learning_rate: float,
     arguments: Mapping[str, object],
 ) -> torch.optim.Optimizer:
-    """`AdamW`, or `AdamW8bit` of bitsandbytes, over `groups` of parameters, which may bring an `lr` of their own.
+    """An optimizer over `groups` of parameters, which may bring an `lr` of their own; schedule-free ones in train mode.
 
-    `arguments` are what `parse_optimizer_args` made of `optimizer_args`, which knows the settings of each. Raises
-    `UserError` (exit code 2) for values that the optimizer refuses all the same. AdamW8bit keeps the state of tensors of
-    4096 numbers and more in 8 bit and of smaller ones in 32 bit; it works on CPUs too, more slowly than AdamW.
+    `optimizer_type` is a name that `optimizer_name` gives: known, a class of `torch.optim`, or a dotted path.
+    `arguments` are what `parse_optimizer_args` made of `optimizer_args`. Raises `UserError` (exit code 2) for a package
+    or class that is not there, and for values that the optimizer refuses.
+
+    Those of bitsandbytes keep the state of tensors of 4096 numbers and more in 8 bit and of smaller ones in 32 bit.
+    Adafactor with `relative_step` sets its own rate: the rates of `groups` are dropped.
     """
+    kind = OPTIMIZERS.get(optimizer_type)
+    make = optimizer_class(optimizer_type)
+    given = {**(kind.fixed if kind is not None else {}), **arguments}
+    rate: float | None = learning_rate
+    if sets_own_rate(optimizer_type, arguments):
+        given["relative_step"] = True
+        groups, rate = [{key: value for key, value in group.items() if key != "lr"} for group in groups], None
+    elif finds_rate(optimizer_type):
+        _demand_one_rate(optimizer_type, groups, learning_rate)
+    if (
+        optimizer_type == "AdamW"
+        and not any(name in given for name in _IMPLEMENTATION_ARGUMENTS)
+        and _all_on_fused_devices(groups)
+    ):
+        # One kernel for all tensors of a LoRA's hundreds: a third of the loop's time on a CPU, a launch on a GPU.
+        given["fused"] = True
+    if kind is None:
+        _check_names(optimizer_type, make, given)
     try:
-        if optimizer_type == "AdamW8bit":
-            return _adamw8bit()(list(groups), lr=learning_rate, **arguments)
-        if optimizer_type != "AdamW":
-            raise AssertionError(f"{optimizer_type} is not an optimizer")
-        if not any(name in arguments for name in _IMPLEMENTATION_ARGUMENTS) and _all_on_fused_devices(groups):
-            # One kernel for all tensors of a LoRA's hundreds: a third of the loop's time on a CPU, a launch on a GPU.
-            arguments = {**arguments, "fused": True}
-        make_adamw = cast("Callable[..., torch.optim.Optimizer]", torch.optim.AdamW)
-        return make_adamw(list(groups), lr=learning_rate, **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
+        # Said once by the checks; the package says it for each tensor.
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+        optimizer = make(list(groups), lr=rate, **given)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, AssertionError, ImportError) as error:
         # The arguments are the only thing that a user gives: what an optimizer refuses is one of them.
         raise UserError(
             f"{optimizer_type} refuses its settings: {error}", "--optimizer_args", field="optimizer_args", exit_code=2
         ) from error
+    if isinstance(optimizer, TwoFaced):
+        optimizer.train()
+    return optimizer
+
+
+def optimizer_class(optimizer_type: str) -> MakeOptimizer:
+    """The class behind a name. Its package is imported now. Raises `UserError` (exit code 2) when it is not there."""
+    kind = OPTIMIZERS.get(optimizer_type)
+    if kind is not None:
+        module, _, name = f"{kind.module}.{kind.class_name}".rpartition(".")
+    elif "." in optimizer_type:
+        module, _, name = optimizer_type.rpartition(".")
+    else:
+        module, name = "torch.optim", optimizer_type
+    if not is_installed(module):
+        raise not_installed(f"optimizer_type {optimizer_type}", module, "optimizer_type")
+    if module.startswith("bitsandbytes"):
+        # It recommends kernels of its own for inference when it is imported; nothing here uses them.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        found = cast("object", getattr(importlib.import_module(module), name))
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"optimizer_type {optimizer_type} cannot be loaded: {error}",
+            "--optimizer_type",
+            "Check the spelling and the package's installation, or use AdamW.",
+            field="optimizer_type",
+            exit_code=2,
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise UserError(
+            f"optimizer_type {optimizer_type} is not an optimizer of torch's kind",
+            "--optimizer_type",
+            field="optimizer_type",
+            exit_code=2,
+        )
+    return cast("MakeOptimizer", found)
+
+
+def check_optimizer(optimizer_type: str, arguments: Mapping[str, object]) -> None:
+    """Raises `UserError` when `create_optimizer` would, before there is anything to train.
+
+    The optimizers of bitsandbytes, whose import takes seconds, are only looked for.
+    """
+    kind = OPTIMIZERS.get(optimizer_type)
+    if kind is not None and kind.module == "bitsandbytes.optim":
+        if not is_installed(kind.module):
+            raise not_installed(f"optimizer_type {optimizer_type}", kind.module, "optimizer_type")
+        return
+    trial = nn.Parameter(torch.zeros(2, 2))
+    create_optimizer(optimizer_type, [{"params": [trial]}], learning_rate=1.0, arguments=arguments)
+
+
+@contextlib.contextmanager
+def final_weights(optimizer: torch.optim.Optimizer) -> Generator[None, None, None]:
+    """The trained weights as they are to be used: for saving, samples and validation.
+
+    Only schedule-free optimizers train others than those. What is trained comes back to the last bit, so that a run
+    does not depend on how often it was looked at.
+    """
+    if not isinstance(optimizer, TwoFaced):
+        yield
+        return
+    parameters = [p for group in optimizer.param_groups for p in cast("list[nn.Parameter]", group["params"])]
+    trained: list[Tensor] = [p.detach().clone() for p in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, trained, strict=True):
+                parameter.copy_(value)
+
+
+def group_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The learning rate of each group at the last step: Adafactor's own, a schedule-free one's after its warm-up."""
+    rates: list[float] = []
+    for group in optimizer.param_groups:
+        if group.get("relative_step"):
+            state = optimizer.state.get(group["params"][0], {})
+            # Before the first step there is no rate yet.
+            own = cast("Callable[[object, object], float]", optimizer._get_lr)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+            rates.append(float(own(group, state)) if "RMS" in state else 0.0)
+        else:
+            rates.append(float(group.get("scheduled_lr", group["lr"])))
+    return rates
+
+
+def found_rates(optimizer: torch.optim.Optimizer) -> list[float] | None:
+    """For each group the rate that the optimizer found times its factor (`d*lr`), or None for those that find none."""
+    if not all("d" in group for group in optimizer.param_groups):
+        return None
+    return [float(group["d"]) * float(group["lr"]) for group in optimizer.param_groups]
 
 
 def optimizer_description(optimizer: torch.optim.Optimizer, arguments: Mapping[str, object]) -> str:
@@ -57,86 +184,31 @@ def _all_on_fused_devices(groups: Sequence[dict[str, object]]) -> bool:
     return all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
 
 
-def _adamw8bit() -> Callable[..., torch.optim.Optimizer]:
-    # It recommends kernels of its own for inference when it is imported; nothing here uses them.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        from bitsandbytes.optim.adamw import AdamW8bit  # noqa: PLC0415 - takes seconds, and few runs need it
-    except (ImportError, OSError, RuntimeError) as error:
+def _demand_one_rate(optimizer_type: str, groups: Sequence[dict[str, object]], learning_rate: float) -> None:
+    rates = dict.fromkeys(cast("float", group.get("lr", learning_rate)) for group in groups)
+    if len(rates) > 1:
         raise UserError(
-            f"AdamW8bit needs the package bitsandbytes, which cannot be loaded: {error}",
-            "--optimizer_type",
-            "Run python run.py setup, or use AdamW.",
-            field="optimizer_type",
-        ) from error
-    return cast("Callable[..., torch.optim.Optimizer]", AdamW8bit)
+            f"{optimizer_type} finds one rate for all, but there are several: {', '.join(f'{r:g}' for r in rates)}",
+            "--learning_rate",
+            "Give learning_rate alone, usually 1, and no LoRA+ ratio.",
+            field="learning_rate",
+            exit_code=2,
+        )
 
 
-def num_warmup_steps(lr_warmup_steps: float, num_steps: int) -> int:
-    """Steps of warm-up: a number below 1 is a part of the whole run."""
-    return int(lr_warmup_steps * num_steps) if lr_warmup_steps < 1 else int(lr_warmup_steps)
-
-
-def rate_factor(schedule: str, step: int, *, warmup: int, num_steps: int) -> float:
-    """The part of the full learning rate that optimizer step `step` (0-based) is made with, in [0, 1].
-
-    The formulas are those of transformers' `optimization.py`, which the reference uses: a linear rise over `warmup`
-    steps that begins at 0, then nothing more (constant...), a straight line to 0 at the end (linear), or half a cosine
-    to 0 (cosine).
-    """
-    if schedule == "constant":
-        return 1.0
-    if step < warmup:
-        return step / warmup
-    if schedule == "constant_with_warmup":
-        return 1.0
-    progress = min((step - warmup) / max(num_steps - warmup, 1), 1.0)
-    if schedule == "linear":
-        return 1.0 - progress
-    if schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-    raise ValueError(f"{schedule} is not a schedule")
-
-
-class LearningRateSchedule:
-    """Sets the learning rate of every group before each optimizer step; groups keep the ratio of their rates.
-
-    Steps are optimizer steps of the run, also on several devices. (The reference shortens an integer warm-up by the
-    number of processes.) The state is one number.
-    """
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, schedule: str, *, num_steps: int, lr_warmup_steps: float = 0
-    ) -> None:
-        self._optimizer = optimizer
-        self._schedule = schedule
-        self._num_steps = num_steps
-        self._warmup = num_warmup_steps(lr_warmup_steps, num_steps)
-        if schedule == "constant" and self._warmup:
+def _check_names(optimizer_type: str, make: MakeOptimizer, arguments: Mapping[str, object]) -> None:
+    """What a class that is not known by name takes is read from its signature."""
+    parameters = inspect.signature(make).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    known = [name for name in parameters if name not in _OWN_PARAMETERS]
+    for name in arguments:
+        if name not in known:
+            near = nearest(name, known)
             raise UserError(
-                f"lr_warmup_steps is {lr_warmup_steps:g}, but the constant schedule has no warm-up",
-                "--lr_warmup_steps",
-                "Use --lr_scheduler=constant_with_warmup.",
-                field="lr_scheduler",
+                f"{optimizer_type} has no setting {name}",
+                "--optimizer_args",
+                f"Did you mean {near}?" if near else f"It takes {', '.join(known)}.",
+                field="optimizer_args",
                 exit_code=2,
             )
-        self._full_rates = [float(group["lr"]) for group in optimizer.param_groups]
-        self._step = 0
-        self._apply()
-
-    def step(self) -> None:
-        """An optimizer step is done; sets the rates of the next one."""
-        self._step += 1
-        self._apply()
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self._step}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self._step = state["step"]
-        self._apply()
-
-    def _apply(self) -> None:
-        factor = rate_factor(self._schedule, self._step, warmup=self._warmup, num_steps=self._num_steps)
-        for group, rate in zip(self._optimizer.param_groups, self._full_rates, strict=True):
-            group["lr"] = rate * factor

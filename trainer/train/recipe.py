@@ -10,7 +10,7 @@ import dataclasses
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.batches import BatchPlan, epoch_batches, share_of_rank
+from trainer.data.validation import validation_batches
 from trainer.lora.form_reader import Origin
 from trainer.lora.forms import to_published
 from trainer.lora.lora_file import read_lora_file
@@ -30,9 +31,7 @@ from trainer.model.autoencoder import AutoEncoder
 from trainer.model.transformer import Transformer, load_transformer
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.mover import make_mover
-from trainer.schema.advice import deviations, weak_defaults
 from trainer.schema.base import UserError
-from trainer.schema.checkpoint_header import FluxParams
 from trainer.schema.chroma_header import TransformerParams
 from trainer.schema.cli import ParsedCommand
 from trainer.schema.folders import data_home
@@ -40,60 +39,57 @@ from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
 from trainer.train.base_weights import merge_base_weights
-from trainer.train.check import CheckedRun, check_run, warn_of_memory
+from trainer.train.check import CheckedRun, check_run
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
+from trainer.train.device_checks import product_seconds, slow_format
 from trainer.train.engine import Engine
-from trainer.train.file_hashes import FileHashes
+from trainer.train.file_hashes import HASHES_FILE, FileHashes
 from trainer.train.foreign_state import resume_foreign
-from trainer.train.latents_phase import LatentSource, load_ae, loaded_batches, prepare_latents
+from trainer.train.hub_upload import HubUploader
+from trainer.train.latents_phase import LatentSource, LoadedBatch, load_ae, loaded_batches, prepare_latents
+from trainer.train.learning_rate import learning_rate_schedule
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
 from trainer.train.lora_form import base_layers
 from trainer.train.lost_numbers import explain_lost_numbers
 from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
-from trainer.train.optim import LearningRateSchedule, create_optimizer, optimizer_description
+from trainer.train.optim import create_optimizer, final_weights, optimizer_description
+from trainer.train.plan import plan_text, tell_settings, warn_of_memory
+from trainer.train.prompt_file import PromptFile
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.rescue import save_or_rescue
 from trainer.train.resume import Start
 from trainer.train.sample_maker import SampleMaker
-from trainer.train.saver import LoraSaver, model_files, training_facts
+from trainer.train.saver import LoraSaver
 from trainer.train.session import DeviceLock
 from trainer.train.state_saver import StateSaver, Trainables, resume_state
-from trainer.train.text_phase import prepare_text, trains_clip
+from trainer.train.text_phase import PreparedText, prepare_text, trains_clip
 from trainer.train.text_plan import TextPlan, caption_course, plan_texts
+from trainer.train.trackers import start_trackers
+from trainer.train.training_facts import model_files, training_facts
+from trainer.train.validator import Validator
 
 SEED_BITS = 31
 SAMPLE_FOLDER = "sample"
 REPLAY_FOLDER = "replay"
-HASHES_FILE = "model_hashes.json"
-TRACKER_NAME = "network_train"
 
 
 def train(command: ParsedCommand, reporter: Reporter) -> None:
     """The whole job. Raises `UserError` for what the user can fix and `StopRequested` after a requested stop."""
     options = command.options
-    for note in command.notes:
-        reporter.note(note)
+    if command.problems:
+        # Everything else that is wrong is reported with them; this always raises.
+        check_run(command, reporter)
     engine = Engine.start(options)
-    checked = check_run(options, reporter, num_processes=engine.num_processes)
-    tell_settings(command, checked.flux, reporter, num_processes=engine.num_processes)
+    checked = check_run(command, reporter, num_processes=engine.num_processes)
+    tell_settings(command, checked, reporter, num_processes=engine.num_processes)
     reporter.note(f"training on {engine.name()}, {engine.dtype}".replace("torch.", ""))
+    slow = slow_format(engine.device, engine.dtype, product_seconds)
+    if slow is not None:
+        reporter.warning(slow)
     warn_of_memory(checked, engine.total_bytes(), reporter)
     with _turn_on_device(options, engine, reporter):
         _train_checked(checked, engine, reporter)
-
-
-def tell_settings(
-    command: ParsedCommand, flux: TransformerParams, reporter: Reporter, *, num_processes: int = 1
-) -> None:
-    """What a run does otherwise than the reference trainer, and the defaults that train badly, loudly."""
-    for line in deviations(command.options, is_schnell=flux.is_schnell, num_processes=num_processes):
-        reporter.note(line)
-    weak = weak_defaults(
-        command.options, command.explicit, has_guidance=isinstance(flux, FluxParams) and flux.guidance_embed
-    )
-    if weak is not None:
-        reporter.warning(weak)
 
 
 def _turn_on_device(options: Options, engine: Engine, reporter: Reporter) -> AbstractContextManager[object]:
@@ -107,7 +103,8 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
     seed = session.seed
     texts = plan_texts(checked, seed, num_processes=engine.num_processes)
     _announce_plan(checked, texts, engine, reporter)
-    _start_trackers(options, engine, reporter)
+    if engine.is_main:
+        reporter.use_trackers(start_trackers(options))
     text = prepare_text(checked, texts, engine, reporter)
     latents, autoencoder = prepare_latents(checked, engine, reporter)
 
@@ -130,6 +127,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         learning_rate=options.learning_rate,
         arguments=optimizer_arguments,
     )
+    upload = HubUploader.from_options(options, note=reporter.note, warn=reporter.warning) if engine.is_main else None
     hashes = FileHashes(model_files(options), data_home() / HASHES_FILE)
     save = LoraSaver(
         network,
@@ -149,19 +147,15 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         origin,
         base,
         hashes,
+        upload=upload,
         requested=start.requested,
     )
     if options.lora_form != "sd-scripts" and engine.is_main:
         # What the form cannot hold is better said now than after the training.
         save.tensors()
-    sample = _sample_maker(checked, model, network, autoencoder, text.source, engine, reporter)
+    sample = _sample_maker(checked, model, network, autoencoder, text, engine, reporter)
     settings = _loop_settings(checked, seed)
-    schedule = LearningRateSchedule(
-        optimizer,
-        options.lr_scheduler,
-        num_steps=checked.schedule.num_steps,
-        lr_warmup_steps=options.lr_warmup_steps,
-    )
+    schedule = learning_rate_schedule(options, optimizer, num_steps=checked.schedule.num_steps)
     scaler = engine.scaler()
     trained = Trainables(
         network, optimizer, schedule, scaler, engine.device, engine.rank, engine.num_processes, engine.gather
@@ -185,10 +179,11 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         reporter=reporter,
         rank=engine.rank,
         micro_batches=_micro_batches(
-            checked, latents, flow_objective(options, model, text.source, engine), engine, seed
+            checked, latents, flow_objective(options, model, network, text.source, engine), engine, seed
         ),
         save=save,
         sample=sample,
+        validate=_validator(checked, model, network, latents, text.source, engine, reporter),
         peak_bytes=engine.peak_bytes,
         before_step=network.before_step,
         after_step=partial(hold_norms, network, options.scale_weight_norms),
@@ -197,7 +192,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         state_is_due=states.is_due,
     )
     reporter.phase("training")
-    with contextlib.closing(hashes):
+    with contextlib.closing(hashes), contextlib.nullcontext() if upload is None else contextlib.closing(upload):
         if engine.is_main and not options.no_metadata:
             hashes.start()
         with swap:
@@ -207,12 +202,14 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
                 raise _after_lost_numbers(lost, network, options, save, engine) from lost
         if was_stopped:
             if position.step > 0:
-                _save_for_good(save, position, "step")
+                with final_weights(optimizer):
+                    _save_for_good(save, position, "step")
                 # It was not asked for: when the run is resumed it is as old as any other.
                 save.requested.discard(position.step)
                 states.save_stopped(loop.progress)
             raise StopRequested
-        _save_for_good(save, position, "final")
+        with final_weights(optimizer):
+            _save_for_good(save, position, "final")
         # Behind the LoRA: a disk that is full by now costs the state. (The reference has them the other way round.)
         states.save_final(loop.progress)
 
@@ -262,6 +259,7 @@ def _announce_plan(checked: CheckedRun, texts: TextPlan | None, engine: Engine, 
     schedule, index = checked.schedule, checked.index
     reporter.plan(
         num_images=index.num_images,
+        num_validation_images=len(index.validation),
         num_batches_per_epoch=schedule.micro_steps_per_epoch,
         num_epochs=schedule.num_epochs,
         num_steps=schedule.num_steps,
@@ -275,20 +273,7 @@ def _announce_plan(checked: CheckedRun, texts: TextPlan | None, engine: Engine, 
         num_texts=None if texts is None else len(texts.texts),
         text_bytes=None if texts is None else texts.num_bytes,
     )
-    reporter.note(
-        f"{index.num_images} pictures, {schedule.num_epochs} epochs of {schedule.steps_per_epoch} steps, "
-        f"{schedule.num_steps} steps in total"
-    )
-    if texts is not None:
-        reporter.note(str(texts))
-
-
-def _start_trackers(options: Options, engine: Engine, reporter: Reporter) -> None:
-    """TensorBoard, in the folder that the reference trainer would use."""
-    if options.logging_dir is not None and engine.is_main:
-        moment = time.strftime("%Y%m%d%H%M%S")
-        tracker = options.log_tracker_name or TRACKER_NAME
-        reporter.use_tensorboard(options.logging_dir / f"{options.log_prefix or ''}{moment}" / tracker)
+    reporter.note(plan_text(checked, texts, engine.total_bytes()))
 
 
 def load_model(options: Options, flux: TransformerParams, engine: Engine) -> Transformer:
@@ -367,7 +352,7 @@ def hold_norms(network: AnyNetwork, limit: float | None) -> Mapping[str, float]:
     report = network.hold_norms(limit)
     return {
         "max_norm/keys_scaled": report.num_scaled,
-        "max_norm/average_key_norm": report.mean,
+        "norm/avg_key_norm": report.mean,
         "max_norm/max_key_norm": report.largest,
     }
 
@@ -423,7 +408,7 @@ def _sample_maker(
     model: Transformer,
     network: AnyNetwork,
     autoencoder: AutoEncoder | None,
-    text: TextSource,
+    text: PreparedText,
     engine: Engine,
     reporter: Reporter,
 ) -> Callable[[StepPosition, bool], None]:
@@ -436,18 +421,22 @@ def _sample_maker(
             kept.append(load_ae(options, engine, torch.device("cpu")))
         return kept[0]
 
+    path = options.sample_prompts
+    prompts = (lambda: checked.prompts) if path is None else PromptFile(path, checked.prompts, reporter.warning)
     maker = SampleMaker(
-        checked.prompts,
+        prompts,
         model=model,
         network=network,
         autoencoder=provide_autoencoder,
-        text=text,
+        text=text.source,
         autocast=engine.autocast,
         autocast_in=engine.autocast,
         device=engine.device,
         folder=options.run_dir / "samples" if options.run_dir is not None else _output_dir(options) / SAMPLE_FOLDER,
         output_name=options.output_name,
         reporter=reporter,
+        prepare_texts=text.add,
+        free_memory=engine.free_cached_memory,
     )
 
     def sample(position: StepPosition, is_epoch_end: bool) -> None:
@@ -455,6 +444,42 @@ def _sample_maker(
             maker(position, is_epoch_end)
 
     return sample
+
+
+def _validator(
+    checked: CheckedRun,
+    model: Transformer,
+    network: AnyNetwork,
+    latents: LatentSource,
+    text: TextSource,
+    engine: Engine,
+    reporter: Reporter,
+) -> Validator | None:
+    """What gives the validation loss; None when no picture is held back."""
+    options = checked.options
+    if not checked.index.validation:
+        return None
+    plans = validation_batches(
+        checked.index.validation,
+        [dataset.spec.batch_size for dataset in checked.index.datasets],
+        options.max_validation_steps,
+    )
+    return Validator(
+        plans,
+        seed=options.validation_seed or 0,
+        latents=latents,
+        text=text,
+        model=model,
+        network=network,
+        guidance_scale=options.guidance_scale,
+        autocast=engine.autocast,
+        compute_dtype=engine.dtype,
+        device=engine.device,
+        reporter=reporter,
+        rank=engine.rank,
+        num_processes=engine.num_processes,
+        reduce_mean=engine.reduce_mean,
+    )
 
 
 def _loop_settings(checked: CheckedRun, seed: int) -> LoopSettings:
@@ -471,10 +496,24 @@ def _loop_settings(checked: CheckedRun, seed: int) -> LoopSettings:
         sample_every_n_steps=options.sample_every_n_steps,
         sample_every_n_epochs=options.sample_every_n_epochs,
         sample_at_first=options.sample_at_first,
+        validate_every_n_steps=options.validate_every_n_steps,
+        validate_every_n_epochs=options.validate_every_n_epochs,
     )
 
 
-def flow_objective(options: Options, model: Transformer, text: TextSource, engine: Engine) -> FlowObjective:
+@contextlib.contextmanager
+def network_off(network: AnyNetwork) -> Generator[None, None, None]:
+    """The base model alone, while entered."""
+    network.set_multiplier(0.0)
+    try:
+        yield
+    finally:
+        network.set_multiplier(1.0)
+
+
+def flow_objective(
+    options: Options, model: Transformer, network: AnyNetwork, text: TextSource, engine: Engine
+) -> FlowObjective:
     return FlowObjective(
         model,
         text,
@@ -497,10 +536,12 @@ def flow_objective(options: Options, model: Transformer, text: TextSource, engin
             min_timestep=options.min_timestep,
             max_timestep=options.max_timestep,
             rounds_timesteps=options.round_timesteps,
+            divides_by_mask=options.masked_loss_normalize,
         ),
         autocast=engine.autocast,
         compute_dtype=engine.dtype,
         device=engine.device,
+        without_network=partial(network_off, network),
     )
 
 
@@ -509,7 +550,7 @@ class PlannedBatch:
     """One batch of the data: gives its loss, and can be drawn again with the same generator."""
 
     plan: BatchPlan
-    loaded: Tensor
+    loaded: LoadedBatch
     latents: LatentSource
     objective: FlowObjective
     device: torch.device
@@ -518,11 +559,15 @@ class PlannedBatch:
         return self.objective.loss(self.draw(generator))
 
     def draw(self, generator: torch.Generator) -> FlowBatch:
+        items, mask = self.plan.items, self.loaded.mask
+        preserved = torch.tensor([planned.is_preserved for planned in items], device=self.device)
         return self.objective.draw(
-            self.latents.finish(self.loaded, generator),
-            [planned.caption for planned in self.plan.items],
-            torch.tensor([planned.loss_weight for planned in self.plan.items], device=self.device),
+            self.latents.finish(self.loaded.pixels, generator),
+            [planned.caption for planned in items],
+            torch.tensor([planned.loss_weight for planned in items], device=self.device),
             generator,
+            mask=None if mask is None else mask.to(self.device),
+            preserved=preserved if any(planned.is_preserved for planned in items) else None,
         )
 
 
@@ -533,12 +578,13 @@ def _micro_batches(
 
     options = checked.options
     course = caption_course(options, checked.schedule, engine.num_processes)
+    num_threads = options.max_data_loader_n_workers
 
     def micro_batches(epoch: int, skipped: int) -> Iterator[MicroBatch]:
         plans = epoch_batches(checked.index, seed, epoch, prior_loss_weight=options.prior_loss_weight, course=course)
         # What comes before the place where the run goes on is not even loaded.
         share = share_of_rank(plans, engine.rank, engine.num_processes)[skipped:]
-        with contextlib.closing(loaded_batches(latents, share)) as batches:
+        with contextlib.closing(loaded_batches(latents, share, num_threads=num_threads)) as batches:
             for plan, loaded in batches:
                 yield PlannedBatch(plan, loaded, latents, objective, engine.device)
 

@@ -2,9 +2,11 @@
 
 Training writes one when a loss is no number; `python -m trainer replay` reads it. A safetensors file with
 `in.latents` and `in.noise` (B, 16, h, w), `in.timesteps` (B) in [0, 1000], `in.clip_pooled` (B, V), `in.t5_out` (B, L, D),
-`in.t5_attn_mask` (B, L) with 1 = real token (all, when absent; the padding that Chroma sees is added), `in.loss_weights` (B) (1, when absent), `in.noisy` as
-`in.latents` (made of the others, when absent), and `init.<key>` for each tensor of the LoRA (drawn from the seed, when
-there are none). The metadata's `options` are the words of a command line, as JSON.
+`in.t5_attn_mask` (B, L) with 1 = real token (all, when absent; the padding that Chroma sees is added), `in.loss_weights`
+(B) (1, when absent), `in.noisy` as `in.latents` (made of the others, when absent), `in.mask` (B, 1, h, w) of the loss and
+`in.preserved` (B), 1 for samples whose target is the prediction without the LoRA (none, when absent), and `init.<key>`
+for each tensor of the LoRA (drawn from the seed, when there are none). The metadata's `options` are the words of a
+command line, as JSON.
 
 B batch, h w latent size, L text tokens, D T5 width, V CLIP width.
 """
@@ -34,7 +36,7 @@ LATENT_CHANNELS: Final = 16
 _GROUPS_OF_A_STEP: Final = ("model", "network", "optimizer", "flow", "memory", "course")
 _NOT_OF_A_STEP: Final = frozenset({"clip_l", "t5xxl", "ae", "network_weights", "max_train_epochs", "max_train_steps"})
 _REQUIRED: Final = ("latents", "noise", "timesteps", "clip_pooled", "t5_out")
-_OPTIONAL: Final = ("t5_attn_mask", "loss_weights", "noisy")
+_OPTIONAL: Final = ("t5_attn_mask", "loss_weights", "noisy", "mask", "preserved")
 _NUM_DIMENSIONS: Final[Mapping[str, int]] = {
     "latents": 4,
     "noise": 4,
@@ -44,6 +46,8 @@ _NUM_DIMENSIONS: Final[Mapping[str, int]] = {
     "t5_out": 3,
     "t5_attn_mask": 2,
     "loss_weights": 1,
+    "mask": 4,
+    "preserved": 1,
 }
 
 
@@ -59,6 +63,8 @@ class Recording:
     t5_attn_mask: Tensor
     loss_weights: Tensor
     noisy: Tensor | None
+    mask: Tensor | None
+    preserved: Tensor | None
     initial: Mapping[str, Tensor]
     options: tuple[str, ...]
 
@@ -80,6 +86,8 @@ def write_recording(path: Path, batch: FlowBatch, initial: Mapping[str, Tensor],
         "in.t5_attn_mask": mask,
         "in.loss_weights": batch.loss_weights,
         "in.noisy": batch.noisy,
+        **({} if batch.mask is None else {"in.mask": batch.mask}),
+        **({} if batch.preserved is None else {"in.preserved": batch.preserved.to(torch.uint8)}),
         **{f"init.{key}": tensor for key, tensor in initial.items()},
     }
     # A copy of each: safetensors refuses tensors that share memory.
@@ -126,7 +134,7 @@ def read_recording(path: Path) -> Recording:
     if problems:
         raise UserError.many(problems, exit_code=3)
     text_shape = given["t5_out"].shape[:2]
-    noisy = given.get("noisy")
+    noisy, mask, preserved = given.get("noisy"), given.get("mask"), given.get("preserved")
     return Recording(
         latents=given["latents"].float(),
         noise=given["noise"].float(),
@@ -136,6 +144,8 @@ def read_recording(path: Path) -> Recording:
         t5_attn_mask=given.get("t5_attn_mask", torch.ones(text_shape, dtype=torch.int64)),
         loss_weights=given.get("loss_weights", torch.ones(given["latents"].shape[0])).float(),
         noisy=None if noisy is None else noisy.float(),
+        mask=None if mask is None else mask.float(),
+        preserved=None if preserved is None else preserved.bool(),
         initial=initial,
         options=options,
     )
@@ -162,6 +172,8 @@ def _problems(given: Mapping[str, Tensor], where: str) -> list[Problem]:
         "noisy": tuple(latents.shape),
         "timesteps": (batch,),
         "loss_weights": (batch,),
+        "mask": (batch, 1, *latents.shape[2:]),
+        "preserved": (batch,),
         "clip_pooled": (batch, given["clip_pooled"].shape[1]),
         "t5_out": (batch, *given["t5_out"].shape[1:]),
         "t5_attn_mask": (batch, text_tokens),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,9 +29,10 @@ from trainer.train.check import check_replay
 from trainer.train.checkpoint import write_file
 from trainer.train.conditioning import VISIBLE_PADDING, TextInputs, show_padding, text_inputs
 from trainer.train.engine import Engine
+from trainer.train.learning_rate import learning_rate_schedule
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, TrainingLoop
 from trainer.train.objective import Comparison, FlowBatch, FlowObjective
-from trainer.train.optim import LearningRateSchedule, create_optimizer
+from trainer.train.optim import create_optimizer
 from trainer.train.recipe import (
     SEED_BITS,
     attach_network,
@@ -71,7 +73,7 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
         reporter.note(
             f"{num_left_out} tensors of the text encoders' LoRA are not trained: the recorded text is encoded already"
         )
-    objective = flow_objective(options, model, _no_text, engine)
+    objective = flow_objective(options, model, network, _no_text, engine)
     batch = batch_of(
         recording,
         objective,
@@ -103,9 +105,7 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
         ),
         network=network,
         optimizer=optimizer,
-        schedule=LearningRateSchedule(
-            optimizer, options.lr_scheduler, num_steps=num_steps, lr_warmup_steps=options.lr_warmup_steps
-        ),
+        schedule=learning_rate_schedule(options, optimizer, num_steps=num_steps),
         scaler=engine.scaler(),
         sync=GradientSync(engine.reduce_mean, engine.num_processes),
         reporter=reporter,
@@ -204,16 +204,11 @@ def batch_of(
         recording.loss_weights.to(device),
         torch.Generator().manual_seed(seed),
     )
-    if recording.noisy is None:
-        return batch
-    return FlowBatch(
-        batch.latents,
-        batch.noise,
-        batch.sigmas,
-        batch.timesteps,
-        recording.noisy.to(device),
-        batch.text,
-        batch.loss_weights,
+    return replace(
+        batch,
+        noisy=batch.noisy if recording.noisy is None else recording.noisy.to(device),
+        mask=None if recording.mask is None else recording.mask.to(device),
+        preserved=None if recording.preserved is None else recording.preserved.to(device),
     )
 
 

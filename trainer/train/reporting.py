@@ -7,15 +7,16 @@ One object has all of it, so that the loop and the recipe state facts once and n
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn
 
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ from trainer.schema.events import EventWriter
 from trainer.schema.run_folder import Command, Heartbeat, RunFolder
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard.writer import SummaryWriter
+    from trainer.train.trackers import Tracker
 
 logger = logging.getLogger("trainer")
 
@@ -33,13 +34,6 @@ PAUSE_POLL_SECONDS = 0.2
 
 PROGRESS_INTERVAL_SECONDS = 0.25
 """Progress events closer together than this are dropped (the last one of a phase never is)."""
-
-
-class ScalarWriter(Protocol):
-    """The part of TensorBoard's writer that is used."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
-    def close(self) -> None: ...
 
 
 class StopRequested(Exception):
@@ -65,7 +59,8 @@ class Reporter:
         self._events = events
         self._heartbeat = heartbeat
         self._is_main = is_main
-        self._scalars: ScalarWriter | None = None
+        self._trackers: list[Tracker] = []
+        self._place = (0, 1)
         self._bar: tqdm[NoReturn] | None = None
         self._phase_bar: tqdm[NoReturn] | None = None
         self._stop = threading.Event()
@@ -174,16 +169,42 @@ class Reporter:
             self._heartbeat.update(progress=f"step {step}")
         if self._bar is not None:
             self._bar.update(1)
-            self._bar.set_postfix(avr_loss=f"{scalars.get('loss/average', float('nan')):.4g}")
+            self._bar.set_postfix(_shown_beside(scalars))
         elif self._is_main and self._run is not None:
             logger.info("step %d  loss %.5f", step, scalars.get("loss/current", float("nan")))
-        if self._scalars is not None:
-            for tag, value in scalars.items():
-                self._scalars.add_scalar(tag, value, step)
+        epoch = fields.get("epoch")
+        self._place = (step, epoch if isinstance(epoch, int) else self._place[1])
+        self._log(scalars, step)
 
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        if self._scalars is not None:
-            self._scalars.add_scalar(tag, value, step)
+    def _log(self, scalars: Mapping[str, float], place: int) -> None:
+        step, epoch = self._place
+        self._track(lambda tracker: tracker.log(scalars, place=place, step=step, epoch=epoch))
+
+    def _track(self, work: Callable[[Tracker], None]) -> None:
+        """Tells every tracker; one that fails is left out from then on."""
+        for tracker in tuple(self._trackers):
+            try:
+                work(tracker)
+            except Exception as error:  # noqa: BLE001 - disk, network and other packages: a curve is not worth a run
+                self._trackers.remove(tracker)
+                self.warning(f"{type(tracker).__name__} gets nothing more: {type(error).__name__}: {error}")
+
+    def epoch(self, epoch: int, *, mean_loss: float) -> None:
+        """The end of an epoch. `mean_loss` is over its steps."""
+        if math.isfinite(mean_loss):
+            self._log({"loss/epoch_average": mean_loss}, epoch)
+
+    def validation(self, *, step: int, epoch: int, loss: float, train_loss: float, is_epoch_end: bool) -> None:
+        """A validation loss, and how far it is from the mean loss of training (`train_loss`)."""
+        if self._is_main:
+            logger.info("validation loss %.5f after step %d", loss, step)
+        self.event("validation", step=step, epoch=epoch, loss=loss, train_loss=train_loss, is_epoch_end=is_epoch_end)
+        kind, place = ("epoch", epoch) if is_epoch_end else ("step", step)
+        scalars = {f"loss/validation/{kind}_average": loss}
+        if math.isfinite(train_loss):
+            scalars[f"loss/validation/{kind}_divergence"] = loss - train_loss
+        self._place = (step, epoch)
+        self._log(scalars, place)
 
     def checkpoint(self, path: Path, *, step: int, epoch: int, is_final: bool) -> None:
         if self._is_main:
@@ -201,6 +222,7 @@ class Reporter:
         if self._is_main:
             logger.info("sample %s", path)
         self.event("sample", step=step, epoch=epoch, path=self._shown(path), prompt=prompt, index=index, seed=seed)
+        self._track(lambda tracker: tracker.picture(path, index=index, prompt=prompt, step=step, epoch=epoch))
 
     def error(self, problems: Sequence[Problem]) -> None:
         self.close_bar()
@@ -223,16 +245,12 @@ class Reporter:
 
     def close(self) -> None:
         self.close_bar()
-        if self._scalars is not None:
-            self._scalars.close()
-            self._scalars = None
+        self._track(lambda tracker: tracker.close())
+        self._trackers.clear()
 
-    def use_tensorboard(self, folder: Path) -> None:
-        """Also writes scalars for TensorBoard under `folder`."""
-        from torch.utils.tensorboard.writer import SummaryWriter  # noqa: PLC0415 - half a second that few runs need
-
-        writer: SummaryWriter = SummaryWriter(str(folder))
-        self._scalars = writer
+    def use_trackers(self, trackers: Sequence[Tracker]) -> None:
+        """Sends curves there, too, from now on; they are closed with the reporter."""
+        self._trackers.extend(trackers)
 
     def _shown(self, path: Path) -> str:
         """Relative to the run folder when inside it, so that a moved folder still finds its files."""
@@ -313,3 +331,12 @@ class Reporter:
             case _:
                 return "unknown"
         return "accepted"
+
+
+def _shown_beside(scalars: Mapping[str, float]) -> dict[str, str]:
+    """What stands beside the bar of steps, under the names that other programs look for."""
+    shown = {"avr_loss": f"{scalars.get('loss/average', math.nan):.4g}"}
+    if "max_norm/keys_scaled" in scalars:
+        shown["Keys Scaled"] = f"{scalars['max_norm/keys_scaled']:.0f}"
+        shown["Average key norm"] = f"{scalars['norm/avg_key_norm']:.4g}"
+    return shown

@@ -182,7 +182,7 @@ def _asked_step(options: Options, schedule: Schedule) -> int | None:
     if options.initial_step is not None:
         return options.initial_step
     if options.initial_epoch is not None:
-        return (options.initial_epoch - 1) * schedule.steps_per_epoch
+        return max(0, options.initial_epoch - 1) * schedule.steps_per_epoch
     return None
 
 

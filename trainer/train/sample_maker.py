@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.chroma import Chroma
 from trainer.model.transformer import Transformer
+from trainer.schema.base import UserError
 from trainer.train.conditioning import TextInputs, TextSource
 from trainer.train.latents_phase import autoencoder_dtype
 from trainer.train.loop import StepPosition
 from trainer.train.objective import predict_velocity
-from trainer.train.reporting import Reporter
+from trainer.train.prompt_file import texts_of
+from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.sampling import SamplePrompt, draw_sample, sample_file_name, save_picture
 
 _SEED_BITS = 31
@@ -30,12 +33,14 @@ CHROMA_GUIDANCE = 0.0
 class SampleMaker:
     """Holds what sampling needs besides the moment. Does nothing without prompts.
 
-    `autocast` is the transformer's mixed precision, `autocast_in` that of a model in the given format.
+    `prompts` gives those of the moment, and `prepare_texts` is told all their texts before the first picture.
+    `autocast` is the transformer's mixed precision, `autocast_in` that of a model in the given format. `free_memory` is
+    called after a picture that could not be made.
     """
 
     def __init__(
         self,
-        prompts: Sequence[SamplePrompt],
+        prompts: Callable[[], Sequence[SamplePrompt]],
         *,
         model: Transformer,
         network: nn.Module,
@@ -47,8 +52,12 @@ class SampleMaker:
         folder: Path,
         output_name: str | None,
         reporter: Reporter,
+        prepare_texts: Callable[[Sequence[str]], None] = lambda _texts: None,
+        free_memory: Callable[[], None] = lambda: None,
     ) -> None:
         self._prompts = prompts
+        self._prepare_texts = prepare_texts
+        self._free_memory = free_memory
         self._model = model
         self._network = network
         self._autoencoder = autoencoder
@@ -61,18 +70,40 @@ class SampleMaker:
         self._reporter = reporter
 
     def __call__(self, position: StepPosition, is_epoch_end: bool) -> None:
-        """All prompts once. The network is left in evaluation mode: dropout has no place in a picture."""
-        if not self._prompts:
+        """All prompts once. The network is left in evaluation mode: dropout has no place in a picture.
+
+        What goes wrong is a warning, whatever it is, and the other pictures are made all the same; only `StopRequested`
+        gets through.
+        """
+        prompts = self._prompts()
+        if not prompts:
             self._reporter.warning("no sample is made: there are no sample prompts")
             return
         self._reporter.phase("sampling")
         self._network.eval()
-        total = sum(prompt.num_steps for prompt in self._prompts)
+        if not self._succeeds("no sample was made", lambda: self._prepare_texts(texts_of(prompts))):
+            return
+        total = sum(prompt.num_steps for prompt in prompts)
         done = 0
-        for index, prompt in enumerate(self._prompts):
+        for index, prompt in enumerate(prompts):
             seed = secrets.randbits(_SEED_BITS) if prompt.seed is None else prompt.seed
-            self._make_one(prompt, seed, index, position, is_epoch_end, done, total)
+            make = partial(self._make_one, prompt, seed, index, position, is_epoch_end, done, total)
+            self._succeeds(f"sample {index + 1} was not made", make)
             done += prompt.num_steps
+
+    def _succeeds(self, what: str, work: Callable[[], None]) -> bool:
+        try:
+            work()
+        except StopRequested:
+            raise
+        except UserError as error:
+            self._reporter.warning(f"{what}: {error}")
+        except Exception as error:  # noqa: BLE001 - no picture is worth a training, out of memory least of all
+            self._reporter.warning(f"{what}: {type(error).__name__}: {error}")
+        else:
+            return True
+        self._free_memory()
+        return False
 
     def _make_one(
         self,
@@ -115,7 +146,7 @@ class SampleMaker:
             epoch=position.epoch if is_epoch_end else None,
             index=index,
             moment=time.time(),
-            seed=seed,
+            seed=prompt.seed,
         )
         path = self._folder / name
         save_picture(path, picture)

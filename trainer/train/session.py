@@ -53,6 +53,7 @@ def configure_console(options: Options | None) -> None:
     # One process begins the file anew; the others write to the console.
     if options is not None and options.console_log_file is not None and is_main_process():
         try:
+            options.console_log_file.absolute().parent.mkdir(parents=True, exist_ok=True)
             handler = logging.FileHandler(options.console_log_file, mode="w", encoding="utf-8")
         except OSError as error:
             raise UserError(

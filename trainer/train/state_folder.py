@@ -25,15 +25,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.schema.base import UserError
+from trainer.schema.run_folder import RUN_STATE
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name, explain_disk, numbered_entries
 
 FORMAT: Final = 1
 STATE_FILE: Final = "state.json"
 REFERENCE_FILE: Final = "train_state.json"
 PARTS: Final = ("network", "optimizer", "random")
-RUN_STATE: Final = re.compile(r"step-(\d{6,})")
-"""Names of the states that a run folder keeps by itself."""
-
 _OS_ERROR: Final = re.compile(r"code: (\d+)")
 
 

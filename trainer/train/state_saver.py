@@ -17,13 +17,12 @@ from torch import Tensor
 
 from trainer.lora.lycoris import AnyNetwork
 from trainer.schema.options import Options
-from trainer.schema.run_folder import RunFolder
+from trainer.schema.run_folder import RUN_STATE, RunFolder
 from trainer.train.checkpoint import CheckpointKind, numbered_pattern, superseded_number
-from trainer.train.loop import Progress, SaveKind, StepPosition
+from trainer.train.loop import DUTIES, Progress, SaveKind, StepPosition
 from trainer.train.random_state import random_state, set_random_state
 from trainer.train.reporting import Reporter
 from trainer.train.state_folder import (
-    RUN_STATE,
     StateHead,
     damaged,
     read_tensors,
@@ -174,7 +173,7 @@ class StateSaver:
                 "epoch": position.epoch,
                 # States are saved between steps, where every accumulation is complete.
                 "micro_step": 0,
-                "num_duties_done": progress.num_duties_done,
+                "duties_done": list(DUTIES[: progress.num_duties_done]),
             },
             "loop": {
                 "losses": losses,
@@ -217,9 +216,10 @@ class StateSaver:
 def progress_of(head: StateHead) -> Progress:
     """How far the loop had come."""
     loop, position = head.content["loop"], head.content["position"]
+    done = [DUTIES.index(name) + 1 for name in position["duties_done"] if name in DUTIES]
     return Progress(
         step=int(position["step"]),
-        num_duties_done=int(position["num_duties_done"]),
+        num_duties_done=max(done, default=0),
         losses=tuple(unpack(loop["losses"], {})),
         loss_sum=float(loop["loss_sum"]),
         num_skipped_in_a_row=int(loop["num_skipped_in_a_row"]),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
-from trainer.data.cache import CacheRequest, TensorCache, files_identity, text_key, text_requests
+from trainer.data.cache import Encode, TensorCache, text_key, text_requests
 from trainer.model.weights import load_clip_l, load_t5xxl
+from trainer.schema.folders import data_home
 from trainer.schema.memory import text_encoders_fit
+from trainer.schema.model_kinds import ModelKind
 from trainer.schema.options import Options
+from trainer.schema.parameter_counts import t5_count
 from trainer.schema.weight_files import read_weights
 from trainer.train.base_weights import base_weights_identity, merge_base_weights
 from trainer.train.check import CheckedRun
@@ -28,8 +32,12 @@ from trainer.train.conditioning import (
     TextSource,
 )
 from trainer.train.engine import Engine
+from trainer.train.file_hashes import HASHES_FILE, files_identity
 from trainer.train.reporting import Reporter
 from trainer.train.text_plan import TextPlan, text_dtype
+
+_ROOM_FACTOR = 1.3
+"""T5 itself, CLIP-L and what they compute, as a multiple of T5's weights."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,8 @@ class PreparedText:
     source: TextSource
     clip: CLIPTextModel | None
     t5: T5EncoderModel | None = None
+    add: Callable[[Sequence[str]], None] = lambda _texts: None
+    """Makes sure that texts which were not known at the start can be asked for."""
 
 
 def trains_clip(checked: CheckedRun) -> bool:
@@ -78,8 +88,9 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
 
     max_length = checked.tokenizers.t5xxl_tokens
     on_disk = options.cache_text_encoder_outputs_to_disk
-    identity = _identity(checked, engine)
-    cache = TensorCache("text", on_disk=on_disk, warn=reporter.warning)
+    # What is in memory belongs to this run alone; reading ten gigabytes to name it would be for nothing.
+    identity = _identity(checked, engine, reporter) if on_disk else ""
+    cache = TensorCache("text", on_disk=on_disk, warn=reporter.warning, skip_check=options.skip_cache_check)
     # Prompts go beside the pictures, too: else the encoders would be loaded again for them alone.
     spare = checked.index.items[0].path.parent
     requests = text_requests(
@@ -90,9 +101,17 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
     )
     live_clip = _load_clip(checked, engine, engine.device) if trains_clip(checked) else None
     if missing := cache.missing(requests):
-        _encode(missing, cache, checked, engine, reporter)
+        cache.fill(
+            missing,
+            _encoder(checked, engine, _encoding_device(checked, engine, reporter)),
+            batch_size=_batch_size(options),
+            progress=reporter.progress,
+            check_commands=reporter.check_stop,
+        )
     else:
         reporter.note("all captions and prompts are cached: the text encoders are not needed")
+    # The device is full of the transformer by the time that one is found to be lost.
+    cache.recover_with(requests, lambda: _encoder(checked, engine, torch.device("cpu")))
     engine.free_cached_memory()
 
     def look_up(caption: str) -> StoredText:
@@ -107,19 +126,25 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
         live_clip=live_clip if isinstance(live_clip, ClipEncoder) else None,
         autocast=engine.text_autocast,
     )
-    return PreparedText(source, _clip_model(live_clip))
+
+    def add(texts: Sequence[str]) -> None:
+        new = text_requests(
+            dict.fromkeys(texts, spare), encoder=identity, max_length=max_length, apply_mask=options.apply_t5_attn_mask
+        )
+        if missing := cache.missing(new):
+            device = _device_beside_model(checked, engine)
+            reporter.note(
+                f"{len(missing)} new texts of sample prompts: the text encoders are loaded for this moment, on {device.type}"
+            )
+            cache.fill(missing, _encoder(checked, engine, device), batch_size=1, check_commands=reporter.check_stop)
+            engine.free_cached_memory()
+
+    return PreparedText(source, _clip_model(live_clip), add=add)
 
 
-def _encode(
-    missing: Sequence[CacheRequest[str]],
-    cache: TensorCache,
-    checked: CheckedRun,
-    engine: Engine,
-    reporter: Reporter,
-) -> None:
-    """Fills the cache. The encoders live no longer than this call."""
+def _encoder(checked: CheckedRun, engine: Engine, device: torch.device) -> Encode[str]:
+    """What fills the cache. It holds encoders of its own on `device`, which go when it goes."""
     options, dtype = checked.options, text_dtype(checked.options)
-    device = _encoding_device(checked, engine, reporter)
     encode_clip = _load_clip(checked, engine, device)
     encode_t5 = _load_t5(checked, engine, device)
 
@@ -134,13 +159,7 @@ def _encode(
         lengths = mask.sum(dim=1).tolist()
         return [{"vec": vec[row], "txt": txt[row, : int(lengths[row])]} for row in range(len(captions))]
 
-    cache.fill(
-        missing,
-        encode,
-        batch_size=_batch_size(options),
-        progress=reporter.progress,
-        check_commands=reporter.check_stop,
-    )
+    return encode
 
 
 def _encoding_device(checked: CheckedRun, engine: Engine, reporter: Reporter) -> torch.device:
@@ -155,6 +174,15 @@ def _encoding_device(checked: CheckedRun, engine: Engine, reporter: Reporter) ->
     ):
         return engine.device
     reporter.note("the text encoders are too large for this card: captions are encoded on the CPU")
+    return torch.device("cpu")
+
+
+def _device_beside_model(checked: CheckedRun, engine: Engine) -> torch.device:
+    """Where texts are encoded in the middle of a training: on the card only if the encoders fit into what is free."""
+    free_bytes = engine.free_bytes()
+    wanted = t5_count(checked.models.t5) * engine.text_dtype.itemsize
+    if free_bytes is None or free_bytes > wanted * _ROOM_FACTOR:
+        return engine.device
     return torch.device("cpu")
 
 
@@ -193,20 +221,24 @@ def _load_t5(checked: CheckedRun, engine: Engine, device: torch.device) -> T5Enc
     )
 
 
-def _identity(checked: CheckedRun, engine: Engine) -> str:
+def _identity(checked: CheckedRun, engine: Engine, reporter: Reporter) -> str:
     """Everything that decides an encoding besides the caption."""
     options, tokenizers = checked.options, checked.tokenizers
+
+    def of_files(path: Path, kind: ModelKind) -> str:
+        return files_identity(read_weights(path, kind).files, data_home() / HASHES_FILE, reporter.check_stop)
+
     if options.t5xxl is None:
         raise AssertionError("the checks demand T5")
     if options.clip_l is None or tokenizers.clip_l is None:
         clip_file, clip_tokenizer = "no CLIP", f"visible padding {VISIBLE_PADDING}"
     else:
-        clip_file = files_identity(read_weights(options.clip_l, "clip_l").files)
+        clip_file = of_files(options.clip_l, "clip_l")
         clip_tokenizer = tokenizers.clip_l.identity
     return "|".join(
         (
             clip_file,
-            files_identity(read_weights(options.t5xxl, "t5xxl").files),
+            of_files(options.t5xxl, "t5xxl"),
             clip_tokenizer,
             tokenizers.t5xxl.identity,
             options.clip_l_activation,

@@ -10,10 +10,12 @@ import torch
 
 from trainer.data.captions import CaptionCourse
 from trainer.data.texts import run_texts
+from trainer.data.validation import validation_caption
 from trainer.schema.model_kinds import format_bytes
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun
 from trainer.train.conditioning import VISIBLE_PADDING
+from trainer.train.prompt_file import texts_of
 from trainer.train.schedule import Schedule
 
 
@@ -57,23 +59,15 @@ def plan_texts(checked: CheckedRun, seed: int, *, num_processes: int = 1) -> Tex
         return None
     course = caption_course(options, checked.schedule, num_processes)
     texts: dict[str, Path | None] = dict(run_texts(checked.index, course, seed))
-    for prompt in prompt_texts(checked):
+    for item in checked.index.validation:
+        texts.setdefault(validation_caption(item), item.path.parent)
+    for prompt in texts_of(checked.prompts):
         texts.setdefault(prompt, None)
     return TextPlan(
         texts,
         num_captions=len({item.caption for item in checked.index.items}),
         num_bytes=_num_bytes(checked, list(texts)),
     )
-
-
-def prompt_texts(checked: CheckedRun) -> list[str]:
-    """Everything that sampling has encoded."""
-    texts: list[str] = []
-    for prompt in checked.prompts:
-        texts.append(prompt.prompt)
-        if prompt.uses_negative_prompt:
-            texts.append(prompt.negative_prompt)
-    return texts
 
 
 def _num_bytes(checked: CheckedRun, texts: list[str]) -> int:

@@ -1,0 +1,74 @@
+"""The page as a process of its own, and what tests ask of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from playwright.sync_api import Locator, Page
+
+ROOT = Path(__file__).parents[2]
+RUN_SECONDS = 360
+
+
+@dataclass
+class App:
+    """`app.py` as a process of its own, which a test may end and start again at the same address."""
+
+    home: Path
+    port: int
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def start(self) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "app.py", "--no-browser", "--port", str(self.port)],
+            cwd=ROOT,
+            env={**os.environ, "FLUXGUI_HOME": str(self.home), "OMP_NUM_THREADS": "2"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.processes.append(process)
+        assert process.stdout is not None
+        assert "FluxGUI is at" in process.stdout.readline()
+
+    def kill(self) -> None:
+        process = self.processes.pop()
+        process.kill()
+        process.communicate()
+
+    def runs(self) -> list[Path]:
+        return sorted((self.home / "runs").glob("2*"))
+
+    def events(self, run: Path) -> list[dict[str, object]]:
+        file = run / "events.jsonl"
+        return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+
+    def worker_pids(self) -> list[int]:
+        started = [event for run in self.runs() for event in self.events(run) if event["kind"] == "run_started"]
+        return [int(str(event["pid"])) for event in started]
+
+
+def chip(page: Page) -> Locator:
+    return page.locator("#run-header .chip")
+
+
+def wait_until(what: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+def steps_done(app: App, run: Path) -> int:
+    return sum(event["kind"] == "step" for event in app.events(run))

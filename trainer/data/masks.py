@@ -1,0 +1,83 @@
+"""Masks of the loss: from files to one weight for each latent.
+
+A mask is the picture's transparency (`alpha_mask`), or the red channel of a file of its own in `conditioning_data_dir`:
+0 teaches nothing, 255 everything. It is resized, cut and mirrored exactly as its picture is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainer.data.buckets import Size
+from trainer.data.decoding import DECODE_ERRORS, decode_failure, load_alpha, load_red
+from trainer.data.resizing import resize
+from trainer.schema.base import UserError
+
+LATENT_STRIDE = 8
+"""Pixels of a side of one latent."""
+
+_SAME_SHAPE = 0.01
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A file and all that decides the mask made from it; see `Picture`."""
+
+    path: Path
+    digest: str
+    channel: Literal["alpha", "red"]
+    resized: Size
+    bucket: Size
+    crop: Size
+    is_flipped: bool
+    resize_interpolation: str | None
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """All that decides the numbers, as JSON can write it."""
+        return (
+            self.digest,
+            self.channel,
+            self.resized,
+            self.bucket,
+            self.crop,
+            self.is_flipped,
+            self.resize_interpolation,
+        )
+
+
+def read_mask(mask: Mask) -> Tensor:
+    """(h, w) float32 in [0, 1]. Raises `UserError` when the file cannot be decoded."""
+    try:
+        image = load_alpha(mask.path) if mask.channel == "alpha" else load_red(mask.path)
+    except DECODE_ERRORS as error:
+        raise UserError(
+            f"{mask.path}: cannot be decoded ({decode_failure(error)})",
+            hint="The file changed or vanished after the start of the run; replace it and start again.",
+        ) from error
+    pixels = resize(image, mask.resized, mask.resize_interpolation)
+    left, top = mask.crop
+    width, height = mask.bucket
+    cut = pixels[top : top + height, left : left + width]
+    if mask.is_flipped:
+        cut = cut[:, ::-1]
+    weights = torch.from_numpy(np.ascontiguousarray(cut)).float() / 255.0
+    return to_latent_size(weights, height // LATENT_STRIDE, width // LATENT_STRIDE)
+
+
+def to_latent_size(weights: Tensor, height: int, width: int) -> Tensor:
+    """(..., H, W) -> (..., height, width): each latent's weight is the mean over its pixels."""
+    flat = F.interpolate(weights.reshape(-1, 1, *weights.shape[-2:]), size=(height, width), mode="area")
+    return flat.reshape(*weights.shape[:-2], height, width)
+
+
+def has_shape_of(mask: Size, picture: Size) -> bool:
+    """Whether a mask can be laid over a picture: of the same size, or of the same shape in another."""
+    return abs(mask[0] * picture[1] / (mask[1] * picture[0]) - 1) <= _SAME_SHAPE

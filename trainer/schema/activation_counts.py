@@ -1,0 +1,58 @@
+"""What the models' activations take, counted in tensors: what the blocks of `trainer.model` keep for backward, and have
+at most at one moment.
+
+C hidden size, M hidden size of the MLP, m = M / C.
+"""
+
+from __future__ import annotations
+
+from trainer.schema.checkpoint_header import T5Params
+from trainer.schema.chroma_header import TransformerParams
+from trainer.schema.network_args import DoraAxis
+from trainer.schema.parameter_counts import mlp_size
+
+
+def saved_values_per_token(flux: TransformerParams) -> tuple[float, float]:
+    """What autograd keeps of a double and of a single block beside its input, in tensors of C values per token.
+
+    Double, each stream: two normed inputs, qkv (3), query, key and value (3), attention, projection, sum, MLP output, and
+    the MLP's inside before and after GELU (2 m). Single: the normed input, linear1 (3 + m), query and key (2), attention,
+    linear2's input (1 + m) and output. All Linears are taken to have a LoRA, which keeps their inputs.
+    """
+    m = mlp_size(flux) / flux.hidden_size
+    return 12 + 2 * m, 9 + 2 * m
+
+
+def work_per_token(flux: TransformerParams) -> float:
+    """What one block has at most during backward, its saved tensors included, in tensors of C values per token.
+
+    Double: the gradients around GELU join the saved tensors. Single: those of linear2's output and input, the latter twice,
+    once from the weight and once from the LoRA.
+    """
+    m = mlp_size(flux) / flux.hidden_size
+    double, single = saved_values_per_token(flux)
+    return max(double + 2 + 2 * m, single + 2 + 2 * (1 + m))
+
+
+def forward_per_token(flux: TransformerParams) -> float:
+    """What a forward pass without gradients has at most, in tensors of C values per token."""
+    m = mlp_size(flux) / flux.hidden_size
+    return max(10 + 2 * m, 8 + 3 * m)
+
+
+def dora_values_per_token(flux: TransformerParams, axis: DoraAxis) -> tuple[float, float]:
+    """What DoRA keeps besides, of a double and of a single block: each Linear's scaled input, or its unscaled output."""
+    m = mlp_size(flux) / flux.hidden_size
+    return (3 + m, 2 + m) if axis == "in" else (5 + m, 4 + m)
+
+
+def dora_work_per_token(flux: TransformerParams, axis: DoraAxis) -> float:
+    """The widest tensor that DoRA scales, in tensors of C values per token. It is scaled in fp32."""
+    m = mlp_size(flux) / flux.hidden_size
+    return 1 + m if axis == "in" else 3 + m
+
+
+def t5_values_per_token(t5: T5Params, length: int) -> int:
+    """What a layer of T5 that trains keeps for backward beside its input: two normed inputs and two sums, query, key,
+    value and attention, the scores of all heads and the gated MLP's four."""
+    return 4 * t5.d_model + 4 * t5.num_heads * t5.d_kv + 2 * t5.num_heads * length + 4 * t5.d_ff

@@ -1,0 +1,276 @@
+"""What is on the device in each phase of a run, part by part; see `memory`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from trainer.schema.activation_counts import (
+    dora_values_per_token,
+    dora_work_per_token,
+    forward_per_token,
+    saved_values_per_token,
+    t5_values_per_token,
+    work_per_token,
+)
+from trainer.schema.chroma_header import ChromaParams, TransformerParams
+from trainer.schema.optimizers import moments_of, wanted_optimizer
+from trainer.schema.parameter_counts import OtherModels, autoencoder_count, clip_count, flux_counts, t5_count
+from trainer.schema.swap_counts import split_swap
+from trainer.schema.trained_counts import Trained, optimizer_state_bytes
+
+if TYPE_CHECKING:
+    from trainer.schema.options import Options
+
+PhaseName = Literal["text encoders", "latents", "training", "sampling"]
+
+GIB: Final = 2**30
+NUM_SLOTS: Final = 2
+"""Blocks whose Linear weights are on the device at once while swapping."""
+CUDA_CONTEXT_BYTES: Final = round(0.6 * GIB)
+"""CUDA context, kernels and cuBLAS workspace of one process. Unmeasured; 0.3 to 0.6 GiB is usual."""
+ALLOCATOR_SHARE: Final = 0.05
+"""What rounding and fragmentation add to tensors that come and go. Unmeasured."""
+
+_CLIP_TOKENS: Final = 77
+
+
+@dataclass(frozen=True)
+class Part:
+    """One entry of a sum."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of a run with what is on the device at its fullest moment."""
+
+    name: PhaseName
+    parts: tuple[Part, ...]
+    peak_bytes: int
+
+
+def make_phase(name: PhaseName, parts: list[Part]) -> Phase:
+    """The phase with these parts, whose peak is their sum."""
+    return Phase(name, tuple(parts), sum(part.bytes for part in parts))
+
+
+def caches_text(options: Options) -> bool:
+    """Whether captions are encoded before the training."""
+    return options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk
+
+
+def caches_latents(options: Options) -> bool:
+    """Whether pictures are encoded before the training."""
+    return options.cache_latents or options.cache_latents_to_disk
+
+
+class Sums:
+    """The parts of every phase, for one set of sizes and options."""
+
+    def __init__(
+        self,
+        flux: TransformerParams,
+        options: Options,
+        models: OtherModels,
+        width: int,
+        height: int,
+        batch_size: int,
+        blocks_to_swap: int,
+        trained: Trained,
+    ) -> None:
+        self.flux, self.options, self.models, self.trained = flux, options, models, trained
+        self.pixels, self.batch = width * height, batch_size
+        self.num_double, self.num_single = split_swap(blocks_to_swap)
+        self.counts = flux_counts(flux)
+        self.value_bytes = 4 if options.mixed_precision == "no" else 2
+        # In fp16 the streams between the blocks are kept in fp32, and the autoencoder stays out of half precision.
+        self.stream_bytes = 2 if options.mixed_precision == "bf16" else 4
+        self.autoencoder_bytes = 4 if options.no_half_vae or options.mixed_precision != "bf16" else 2
+        self.num_text = options.t5xxl_max_token_length or (256 if flux.is_schnell else 512)
+        self.num_image = (width // 16) * (height // 16)
+        self.caches_text = caches_text(options)
+        self.caches_latents = caches_latents(options)
+        self.trains_clip = models.clip is not None and not options.network_train_unet_only
+        self.trains_t5 = trained.spec.train_t5xxl and not options.network_train_unet_only
+        self.is_cpu = options.device == "cpu"
+        self.makes_samples = options.sample_prompts is not None and bool(
+            options.sample_every_n_steps or options.sample_every_n_epochs or options.sample_at_first
+        )
+
+    # ---- phases ----
+
+    def text_phase(self) -> Phase:
+        batch = (self.options.text_encoder_batch_size or self.batch) if self.caches_text else self.batch
+        work = self._part("text encoder activations", self._t5_work(batch))
+        if not self.caches_text:
+            return self._phase("text encoders", self._resident(with_gradients=True), work)
+        weights = [self._t5_weights(), *self._clip_weights()]
+        return self._phase("text encoders", weights, work)
+
+    def latents_phase(self) -> Phase:
+        batch = self.options.vae_batch_size if self.caches_latents else self.batch
+        work = self._part("autoencoder activations", self._encode_work(batch))
+        if not self.caches_latents:
+            return self._phase("latents", self._resident(with_gradients=True), work)
+        return self._phase("latents", [self._autoencoder_weights()], work)
+
+    def training_phase(self) -> Phase:
+        flux, tokens = self.flux, self.batch * (self.num_image + self.num_text)
+        c = flux.hidden_size
+        per_token = tokens * c * self.value_bytes
+        stream = self.stream_bytes / self.value_bytes
+        saved_double, saved_single = saved_values_per_token(flux)
+        one_block = work_per_token(flux)
+        spec = self.trained.spec
+        if spec.dora:
+            more_double, more_single = dora_values_per_token(flux, spec.dora_axis)
+            saved_double, saved_single = saved_double + more_double, saved_single + more_single
+            one_block += max(more_double, more_single)
+            one_block += 4 / self.value_bytes * dora_work_per_token(flux, spec.dora_axis)
+        # Of what a double block keeps, its sum and the MLP's output are of the streams' type, of a single one the output;
+        # and the gradients of two such tensors are there at once.
+        saved_double, saved_single = saved_double + 2 * (stream - 1), saved_single + stream - 1
+        one_block += 4 * (stream - 1)
+        num_blocks = flux.depth + flux.depth_single_blocks
+        passing = self.trained.passing
+        if self.options.gradient_checkpointing:
+            saved = self._part("saved block inputs", num_blocks * stream * per_token)
+        else:
+            values = flux.depth * (stream + saved_double) + flux.depth_single_blocks * (stream + saved_single)
+            saved = self._part("saved activations", values * per_token)
+            one_block -= min(saved_double, saved_single)
+            passing = self.trained.passing_all
+        # Flash attention's backward sums the query's gradient in fp32, and keeps two numbers a head and token.
+        attention = tokens * (4 * c + 2 * 4 * flux.num_heads)
+        # Latents, noise, target, output and gradients in fp32; the text; the rotation table.
+        latents = 6 * 4 * self.batch * self.num_image * flux.in_channels
+        text = self.batch * self.num_text * flux.context_in_dim * self.value_bytes
+        rotation = 8 * tokens * c // flux.num_heads // 2
+        return self._phase(
+            "training",
+            self._resident(with_gradients=True),
+            saved,
+            self._part("one block's activations and gradients", one_block * per_token),
+            Part("attention workspace", attention),
+            Part("latents, noise, text and loss", latents + text + rotation),
+            *([Part("CLIP-L activations", self._clip_work())] if self.trains_clip else []),
+            *([Part("T5-XXL activations", self._t5_training_work())] if self.trains_t5 else []),
+            *([Part("factors of the principal part", 4 * passing)] if passing else []),
+        )
+
+    def sampling_phase(self) -> Phase:
+        tokens = self.num_image + self.num_text
+        forward = forward_per_token(self.flux) * tokens * self.flux.hidden_size * self.value_bytes
+        work = max(forward, self._decode_work())
+        resident = self._resident(with_gradients=False)
+        if self.caches_latents:  # waits in host memory between samples
+            resident.append(self._autoencoder_weights())
+        return self._phase("sampling", resident, self._part("activations of sampling and decoding", work))
+
+    def _phase(self, name: PhaseName, weights: list[Part], *work: Part) -> Phase:
+        passing = sum(part.bytes for part in work)
+        parts = [*weights, *work, self._part("allocator rounding", ALLOCATOR_SHARE * passing)]
+        if not self.is_cpu:
+            parts.append(self.context)
+        return make_phase(name, parts)
+
+    # ---- what stays ----
+
+    def _resident(self, *, with_gradients: bool) -> list[Part]:
+        """What is on the device all through training."""
+        parts = [
+            Part(
+                "Chroma weights" if isinstance(self.flux, ChromaParams) else "FLUX.1 weights",
+                self.counts.total * self.value_bytes - self.swapped_bytes,
+            ),
+            Part("slots for swapped blocks", self._slot_bytes()),
+            *self._lora_parts(with_gradients=with_gradients),
+        ]
+        if not self.caches_text:
+            parts.append(self._t5_weights())
+        if not self.caches_text or self.trains_clip:
+            parts += self._clip_weights()
+        if not self.caches_latents:
+            parts.append(self._autoencoder_weights())
+        return [part for part in parts if part.bytes]
+
+    @property
+    def context(self) -> Part:
+        return Part("CUDA context", 0 if self.is_cpu else CUDA_CONTEXT_BYTES)
+
+    @property
+    def swapped_bytes(self) -> int:
+        """Linear weights that live in host memory."""
+        counts = self.counts
+        return self.value_bytes * (self.num_double * counts.double_linear + self.num_single * counts.single_linear)
+
+    def _slot_bytes(self) -> int:
+        swapped = [self.counts.double_linear] * self.num_double + [self.counts.single_linear] * self.num_single
+        return min(NUM_SLOTS, len(swapped)) * max(swapped, default=0) * self.value_bytes
+
+    def _lora_parts(self, *, with_gradients: bool) -> list[Part]:
+        options, sizes, total = self.options, self.trained.sizes, self.trained.total
+        num_moments, is_8bit = moments_of(wanted_optimizer(options))
+        # fp32 master weights, and under autocast their copies in the type of the products.
+        weight_bytes = 4 if self.value_bytes == 4 else 4 + self.value_bytes
+        return [
+            Part("LoRA weights", total * weight_bytes + 4 * self.trained.frozen),
+            Part("LoRA gradients", 4 * total if with_gradients else 0),
+            Part(
+                "optimizer state",
+                sum(optimizer_state_bytes(size, is_8bit=is_8bit, num_moments=num_moments) for size in sizes),
+            ),
+        ]
+
+    def _t5_weights(self) -> Part:
+        return Part("T5-XXL weights", t5_count(self.models.t5) * self.value_bytes)
+
+    def _clip_weights(self) -> list[Part]:
+        clip = self.models.clip
+        return [] if clip is None else [Part("CLIP-L weights", clip_count(clip) * self.value_bytes)]
+
+    def _autoencoder_weights(self) -> Part:
+        return Part("autoencoder weights", autoencoder_count(self.models.autoencoder) * self.autoencoder_bytes)
+
+    # ---- what comes and goes ----
+
+    def _t5_work(self, batch: int) -> int:
+        """Attention scores in both types and the position bias, or the gated MLP, whichever is larger."""
+        t5, length, size = self.models.t5, self.num_text, self.value_bytes
+        scores = batch * t5.num_heads * length * length * (2 * size + 4) + t5.num_heads * length * length * size
+        scores += 4 * batch * length * t5.num_heads * t5.d_kv * size
+        mlp = 3 * batch * length * t5.d_ff * size
+        return max(scores, mlp) + 3 * batch * length * t5.d_model * size
+
+    def _t5_training_work(self) -> int:
+        """What a T5 that trains keeps for backward: every layer's input, and with checkpointing one layer's inside."""
+        t5, tokens = self.models.t5, self.batch * self.num_text
+        inside = t5_values_per_token(t5, self.num_text)
+        num_inside = 1 if self.options.gradient_checkpointing else t5.num_layers
+        # The gradients inside one layer are as many again.
+        return tokens * (t5.num_layers * t5.d_model + (num_inside + 1) * inside) * self.value_bytes
+
+    def _clip_work(self) -> int:
+        """What a CLIP-L that trains keeps for backward: about 14 tensors of C and 3 of M a layer and token, and scores."""
+        clip, tokens = self.models.clip, self.batch * _CLIP_TOKENS
+        if clip is None:
+            return 0
+        values = tokens * (14 * clip.hidden_size + 3 * clip.intermediate_size)
+        scores = 2 * clip.num_attention_heads * tokens * _CLIP_TOKENS
+        return clip.num_hidden_layers * (values + scores) * self.value_bytes
+
+    def _encode_work(self, batch: int) -> int:
+        """Five tensors at full size and width in the first level, and a convolution's copies of its input and output."""
+        return 7 * batch * self.pixels * self.models.autoencoder.ch * self.autoencoder_bytes
+
+    def _decode_work(self) -> int:
+        """As above in the last level, where the first block still has the second level's width."""
+        autoencoder = self.models.autoencoder
+        first, second = (autoencoder.ch * factor for factor in (*autoencoder.ch_mult, autoencoder.ch_mult[-1])[:2])
+        return (max(3 * second, second + 4 * first) + 2 * second) * self.pixels * self.autoencoder_bytes
+
+    def _part(self, name: str, num_bytes: float) -> Part:
+        return Part(name, round(num_bytes))

@@ -1,0 +1,113 @@
+"""What a run is told at its start: what of its options was changed or has no effect, and what will be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trainer.data.captions import caption_notes
+from trainer.schema.advice import deviations, weak_defaults
+from trainer.schema.checkpoint_header import FluxParams, format_bytes
+from trainer.schema.cli import ParsedCommand
+from trainer.schema.dataset_advice import dataset_advice
+from trainer.schema.memory import Estimate, estimate, usable_bytes
+from trainer.train.check import CheckedRun
+from trainer.train.reporting import Reporter
+from trainer.train.text_plan import TextPlan
+
+
+def tell_settings(command: ParsedCommand, checked: CheckedRun, reporter: Reporter, *, num_processes: int = 1) -> None:
+    """In one block what was corrected, what has no effect and where the run differs from the reference trainer; then
+    loudly the defaults that train badly."""
+    is_schnell = checked.flux.is_schnell
+    lines = [
+        *command.notes,
+        *_prompt_notes(checked),
+        *dataset_advice(checked.dataset, checked.options),
+        *_caption_lines(checked),
+        *_validation_notes(checked),
+        *deviations(command.options, is_schnell=is_schnell, num_processes=num_processes),
+    ]
+    if lines:
+        reporter.note("\n  - ".join(["of these options:", *lines]))
+    has_guidance = isinstance(checked.flux, FluxParams) and checked.flux.guidance_embed
+    weak = weak_defaults(command.options, command.explicit, has_guidance=has_guidance)
+    if weak is not None:
+        reporter.warning(weak)
+
+
+def _prompt_notes(checked: CheckedRun) -> Iterator[str]:
+    for number, prompt in enumerate(checked.prompts, 1):
+        if prompt.unused_flags:
+            yield f"sample prompt {number}: {', '.join(prompt.unused_flags)} have no effect for FLUX"
+        if checked.options.model_type == "chroma" and not prompt.uses_negative_prompt:
+            yield f"sample prompt {number}: Chroma needs two-pass guidance for good pictures; --l 4 is usual"
+
+
+def _caption_lines(checked: CheckedRun) -> Iterator[str]:
+    for subset in dict.fromkeys(item.subset for item in checked.index.items):
+        for note in caption_notes(subset):
+            yield f"{subset.place}: {note}"
+
+
+def _validation_notes(checked: CheckedRun) -> Iterator[str]:
+    if not checked.index.validation:
+        for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
+            if getattr(checked.options, name) is not None:
+                yield f"{name} has no effect: no picture is held back (validation_split)"
+
+
+def estimate_run(checked: CheckedRun, total_bytes: int | None = None) -> Estimate:
+    """The memory that the largest batch needs; `total_bytes` is the card's."""
+    spec, (width, height) = max(
+        ((dataset.spec, size) for dataset in checked.index.datasets for size in dataset.bucket_counts),
+        key=lambda entry: entry[0].batch_size * entry[1][0] * entry[1][1],
+    )
+    return estimate(
+        checked.flux,
+        checked.options,
+        width=width,
+        height=height,
+        batch_size=spec.batch_size,
+        models=checked.models,
+        vram_bytes=total_bytes,
+    )
+
+
+def plan_text(checked: CheckedRun, texts: TextPlan | None = None, total_bytes: int | None = None) -> str:
+    """The plan as a block of lines: pictures, repeats, buckets, batches, epochs, steps and memory."""
+    index, schedule = checked.index, checked.schedule
+    num_draws = sum(item.num_repeats for item in index.items)
+    held_back = f"; {len(index.validation)} are held back for validation" if index.validation else ""
+    lines = [f"{index.num_images} pictures, {num_draws} with repeats{held_back}"]
+    for number, dataset in enumerate(index.datasets, 1):
+        place = f"dataset {number}: " if len(index.datasets) > 1 else ""
+        regularisation = f", {dataset.num_reg_images} of regularisation" if dataset.num_reg_images else ""
+        sizes = ", ".join(f"{width}x{height}: {count}" for (width, height), count in dataset.bucket_counts.items())
+        noun = "buckets" if dataset.spec.enable_bucket else "size"
+        lines.append(
+            f"{place}{dataset.num_train_images} draws in an epoch{regularisation}, batch size {dataset.spec.batch_size}, "
+            f"{dataset.num_batches} batches; {noun} {sizes}"
+        )
+    lines.append(
+        f"{schedule.num_epochs} epochs of {schedule.micro_steps_per_epoch} batches, {schedule.steps_per_epoch} steps; "
+        f"{schedule.num_steps} steps in total"
+    )
+    if texts is not None:
+        lines.append(str(texts))
+    memory = estimate_run(checked, total_bytes)
+    lines.append(
+        f"about {format_bytes(memory.peak_bytes)} on the device and {format_bytes(memory.host_peak_bytes)} of main memory"
+    )
+    return "\n  ".join(["the plan:", *lines])
+
+
+def warn_of_memory(checked: CheckedRun, total_bytes: int | None, reporter: Reporter) -> None:
+    """Says before anything loads that the card is probably too small, and what helps."""
+    if total_bytes is None:
+        return
+    result = estimate_run(checked, total_bytes)
+    if result.fits is False:
+        reporter.warning(
+            f"this will probably not fit: about {format_bytes(result.peak_bytes)} are needed, the card leaves "
+            f"{format_bytes(usable_bytes(total_bytes))} of its {format_bytes(total_bytes)}. {result.reason}"
+        )
