@@ -212,13 +212,17 @@ class LoraNetwork(nn.Module):
     def published_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """The tensors of a file, on the host: alpha, down and up of every LoRA, and what other kinds have.
 
-        `dtype` None keeps float32, and alpha an int64 where it was given as a whole number.
+        `dtype` None keeps float32, and alpha an int64 where it was given as a whole number. An alpha that `dtype` cannot
+        hold exactly is float32.
         """
         state: dict[str, Tensor] = {}
         for name, adapter in self._adapters.items():
             for part, tensor in adapter.published().items():
                 host = tensor.detach().cpu()
-                state[published_key(name, part)] = host.clone() if dtype is None else host.to(dtype, copy=True)
+                saved = host.clone() if dtype is None else host.to(dtype, copy=True)
+                # A rounded alpha would change the strength of the whole LoRA.
+                is_rounded = part == "alpha" and float(saved) != float(host)
+                state[published_key(name, part)] = host.float() if is_rounded else saved
         return state
 
     def load_file(self, path: Path) -> LoadReport:
