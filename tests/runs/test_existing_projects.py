@@ -225,6 +225,7 @@ class Project:
         """The command; only the tokenizers are added, which the tools download."""
         found = answer(*words, *self._tokenizers)
         assert found.code == 0, found.output
+        assert "run completed" in found.output, found.output
         return found
 
 
