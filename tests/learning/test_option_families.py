@@ -76,7 +76,8 @@ def test_the_emblem_is_learned_beside_regularisation_pictures(base: Accuracy, tm
         for path in (*files, *(path.with_suffix(".txt") for path in files)):
             (folders[is_reg] / path.name).write_bytes(path.read_bytes())
     subsets = "".join(
-        f"[[datasets.subsets]]\nimage_dir = {json.dumps(str(folder))}\nnum_repeats = 5\nis_reg = {json.dumps(is_reg)}\n"
+        f"[[datasets.subsets]]\nimage_dir = {json.dumps(str(folder))}\nnum_repeats = {3 if is_reg else 6}\n"
+        f"is_reg = {json.dumps(is_reg)}\n"
         for is_reg, folder in folders.items()
     )
     dataset = tmp_path / "dataset.toml"

@@ -13,7 +13,7 @@ from trainer.tools.world import SHAPES, TRIGGER, Scene, draw_scene, full_caption
 from trainer.tools.world_measure import Pixels
 
 NUM_EMBLEMS: Final = 20
-NUM_OTHERS: Final = 20
+NUM_OTHERS: Final = 28
 _OTHER: Final = "other"
 
 
