@@ -46,6 +46,7 @@ python -m trainer replay --input=F --output=O --steps=N --option=...
                                          train on one recorded batch; a run records it when its loss is no number
 python -m trainer convert-lora --input X --output Y --form F
                                          write a LoRA in another form: sd-scripts, diffusers, bfl or xlabs
+python -m trainer cache FOLDER ...        list what is cached beside pictures; --prune removes what is not used any more
 python -m trainer make-demo [--dir D]    write the demo's models and pictures
 python -m trainer run FOLDER             train what a run folder holds (the page starts this)
 """
@@ -161,6 +162,13 @@ def convert_lora_file(arguments: Sequence[str]) -> int:
     from trainer.tools.convert_lora import convert_lora  # noqa: PLC0415 - torch takes seconds to load
 
     print(convert_lora(arguments))
+    return EXIT_DONE
+
+
+def cache(arguments: Sequence[str]) -> int:
+    from trainer.tools.cache_command import clean_caches  # noqa: PLC0415 - torch takes seconds to load
+
+    print("\n".join(clean_caches(arguments)))
     return EXIT_DONE
 
 
@@ -287,6 +295,7 @@ COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType
         "make-demo": make_demo,
         "convert-lora": convert_lora_file,
         "check": check,
+        "cache": cache,
         "replay": replay_recording,
         "estimate": estimate_memory,
         "options": list_options,

@@ -5,7 +5,8 @@
 
 The bound is the size of what is loaded plus 2 GB: the larger of the files and of the finished model, which on a CPU lies
 in main memory too (fp8 files become bf16 models of twice their size). Peak memory is the process's largest resident set,
-mapped pages of the files counted, as the system reports it.
+mapped pages of the files counted, as the system reports it. On Linux, two processes then map one file at once: `mapped` is
+what each has of it, `share` what the system counts for it, each page divided by the processes that map it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -150,10 +152,71 @@ def measure(path: Path, layout: Layout) -> Loaded:
     return Loaded(layout, sum(file.stat().st_size for file in files), model_bytes, baseline, peak, seconds)
 
 
-def run(params: FluxParams, folder: Path) -> list[Loaded]:
+@dataclass(frozen=True)
+class Rank:
+    """What one of two processes that map the same file has of it in memory, and its share of what both have."""
+
+    mapped_bytes: int
+    share_bytes: int
+
+
+_RANK_CHILD = """
+import json, sys
+from pathlib import Path
+from trainer.model.mapped_file import MappedFile
+from trainer.schema.safetensors_header import read_header
+path = Path(sys.argv[1]).resolve()
+class Keeping(MappedFile):
+    def _hand_back(self, start, num_bytes):
+        pass
+file = (Keeping if sys.argv[2] == "keep" else MappedFile)(path)
+for info in read_header(path).tensors.values():
+    file.read(info)
+print("read", flush=True)
+sys.stdin.readline()
+found, counts = False, {}
+for line in Path("/proc/self/smaps").read_text().splitlines():
+    name, _, rest = line.partition(" ")
+    if not name.endswith(":"):
+        found = line.endswith(str(path))
+    elif found and name in ("Rss:", "Pss:"):
+        counts[name] = counts.get(name, 0) + 1024 * int(rest.split()[0])
+print(json.dumps([counts["Rss:"], counts["Pss:"]]), flush=True)
+sys.stdin.readline()
+"""
+
+
+def measure_ranks(path: Path, *, keeps_pages: bool, num_ranks: int = 2) -> list[Rank]:
+    """Processes that read all of `path` at once. `keeps_pages` leaves out what loading does: handing them back."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", _RANK_CHILD, str(path), "keep" if keeps_pages else "hand back"]
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
+            for _ in range(num_ranks)
+        ]
+        # Each step is made by all before the next: nobody counts before all have read, or goes before all have counted.
+        answers: list[str] = []
+        for _ in range(2):
+            answers = [rank.stdout.readline() for rank in ranks if rank.stdout is not None]
+            for rank in ranks:
+                if rank.stdin is not None:
+                    rank.stdin.write("\n")
+                    rank.stdin.flush()
+    return [Rank(*json.loads(answer)) for answer in answers]
+
+
+def write_plain_file(path: Path, *, num_bytes: int) -> Path:
+    """A file of eight equal bf16 tensors."""
+    return _write(path, {f"tensor{index}": ("BF16", (num_bytes // 16,)) for index in range(8)})
+
+
+def run(params: FluxParams, folder: Path, layouts: Sequence[Layout] = LAYOUTS) -> list[Loaded]:
     """One load of each layout; the files are made and removed one after the other."""
     results: list[Loaded] = []
-    for layout in LAYOUTS:
+    for layout in layouts:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             results.append(measure(write_model(Path(place), params, layout), layout))
     return results
@@ -172,6 +235,16 @@ def main() -> int:
     for loaded in results:
         sizes = (loaded.file_bytes, loaded.model_bytes, loaded.baseline_bytes, loaded.peak_bytes, loaded.bound_bytes)
         print(f"{loaded.layout:<18}" + "".join(f"{size / 1e9:>9.2f}" for size in sizes) + f"{loaded.seconds:>9.1f}")
+    if sys.platform == "linux":
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
+            size = 2**20 if arguments.size == "tiny" else 2**30
+            path = write_plain_file(Path(place) / "model.safetensors", num_bytes=size)
+            for text, keeps in (("pages kept", True), ("handed back", False)):
+                for rank in measure_ranks(path, keeps_pages=keeps):
+                    share, mapped = rank.share_bytes / 1e9, rank.mapped_bytes / 1e9
+                    print(
+                        f"one of two processes, {text:<12} file {size / 1e9:.2f} GB, mapped {mapped:.2f}, share {share:.2f}"
+                    )
     print(f"in all {time.monotonic() - started:.0f} s")
     return 0 if all(loaded.is_within_bound for loaded in results) else 1
 

@@ -56,7 +56,7 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str, name: str, expected: 
     image = image.convert("L").convert("LA") if mode == "LA" else image.convert(mode)
     if mode == "1":
         image = Image.new("1", (32, 32), 1)
-    image.save(tmp_path / name, **({"lossless": True} if name == "a.webp" else {"quality": 100}))
+    image.save(tmp_path / name, lossless=name == "a.webp", quality=100)
     assert first_pixel(tmp_path / name) == pytest.approx(list(expected), abs=6)
     facts = check_image(tmp_path / name)
     assert (facts.width, facts.height) == (32, 32)

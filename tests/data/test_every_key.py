@@ -175,7 +175,7 @@ def test_a_key_is_read_in_every_table_and_the_nearest_one_wins(pictures: Path, k
 
     usual = found()
     chosen = placed(pictures, key, value)
-    levels = KEYS[key].levels
+    levels: list[str] = [*KEYS[key].levels]
     results = {level: found(**{level: chosen}) for level in levels}
     assert usual not in results.values()
     assert len({repr(result) for result in results.values()}) == 1

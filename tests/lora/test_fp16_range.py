@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from trainer.lora.adapter import Adapter
 from trainer.lora.lora import LoraLinear
 from trainer.lora.targets import Target, wrap
-from trainer.model.layers import FP16_LARGEST, FrozenLinear, saturated
+from trainer.model.frozen_linear import FrozenLinear
+from trainer.model.half import FP16_LARGEST, saturated
 from trainer.schema.lora_spec import spec_from_network_args
 
 NAME = "lora_unet_double_blocks_0_img_attn_qkv"

@@ -149,6 +149,20 @@ def test_file_and_output_are_those_of_the_dense_weights(golden: Path, seed: int)
     torch.testing.assert_close(output, expected, atol=LIMIT, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_save_precision_that_cannot_hold_alpha_leaves_it_exact(golden: Path, dtype: torch.dtype) -> None:
+    """Rounded, alpha would change the strength of the whole LoRA: by 0.2 % for rsLoRA's 2 * sqrt(3) in bf16."""
+    for pairs, alpha in (([], 4.0), (["rslora=1"], 2.0), ([], 0.1)):
+        flux = load_flux(golden / "model_dev.safetensors", torch.float32, "cpu")
+        spec = spec_from_network_args([*pairs, "train_blocks=single"], network_dim=3, network_alpha=alpha)
+        network = LoraNetwork.attach(flux, None, spec, torch.Generator().manual_seed(1))
+        state = network.published_state_dict(dtype)
+        saved = state["lora_unet_single_blocks_0_linear2.alpha"]
+        assert float(saved) == pytest.approx(alpha * (3**0.5 if pairs else 1), rel=1e-7)
+        assert saved.dtype == (dtype if alpha == 4.0 else torch.float32)
+        assert state["lora_unet_single_blocks_0_linear2.lora_up.weight"].dtype == dtype
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer.model import flux as flux_module
+from trainer.model import joint
 from trainer.model.flux import Flux
-from trainer.model.layers import FrozenLinear
+from trainer.model.frozen_linear import FrozenLinear
 from trainer.model.packing import image_ids, text_ids
 from trainer.model.weights import load_flux
 
@@ -54,13 +54,13 @@ def test_the_batch_does_not_mix(golden: Path, dev: Flux) -> None:
 
 def test_rotation_table_is_made_once_a_forward(golden: Path, dev: Flux, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    original = flux_module.rotation_table
+    original = joint.rotation_table
 
     def counted(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
         calls.append(ids.shape[1])
         return original(ids, axes_dim, theta)
 
-    monkeypatch.setattr(flux_module, "rotation_table", counted)
+    monkeypatch.setattr(joint, "rotation_table", counted)
     dev(**inputs(golden))
     assert calls == [84]
 

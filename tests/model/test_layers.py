@@ -7,16 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.model.layers import (
-    NORM_EPS,
-    FrozenLinear,
-    QKNorm,
-    attention,
-    modulated_norm,
-    rotation_table,
-    split_norm_rotate,
-    timestep_embedding,
-)
+from trainer.model.attention import NORM_EPS, QKNorm, attention, rotation_table, split_norm_rotate
+from trainer.model.frozen_linear import FrozenLinear
+from trainer.model.layers import modulated_norm, timestep_embedding
 
 AXES = (4, 10, 10)
 HEADS, HEAD_DIM = 3, 24

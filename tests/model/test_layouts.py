@@ -17,7 +17,14 @@ from trainer.model.flux import Flux
 from trainer.model.packing import image_ids, text_ids
 from trainer.model.weights import load_autoencoder, load_clip_l, load_flux, load_t5xxl
 from trainer.schema.base import UserError
-from trainer.schema.checkpoint_header import autoencoder_params, clip_params, flux_params, read_header, t5_params
+from trainer.schema.checkpoint_header import (
+    FluxParams,
+    autoencoder_params,
+    clip_params,
+    flux_params,
+    read_header,
+    t5_params,
+)
 from trainer.schema.model_shapes import autoencoder_shapes, clip_shapes, flux_shapes, t5_shapes
 from trainer.schema.weight_files import folder_files, read_weights
 
@@ -330,6 +337,17 @@ def test_the_tables_of_shapes_describe_the_modules(golden: Path) -> None:
     clip = load_clip_l(header.path, torch.bfloat16, "cpu")
     named = {n.removeprefix("text_model."): tuple(p.shape) for n, p in clip.named_parameters()}
     assert clip_shapes(clip_params(header)) == named
+
+
+@pytest.mark.parametrize("mlp", [27, 54, 55])
+def test_an_mlp_of_any_width_is_counted_to_the_last_row(mlp: int) -> None:
+    """The ratio of two widths, times one of them, is the other only when it is rounded."""
+    params = FluxParams(64, 64, 8, 16, 98, mlp / 98, 7, 1, 1, (2, 6, 6), 10_000, True, True)
+    shapes = flux_shapes(params)
+    assert shapes["double_blocks.0.img_mlp.0.weight"] == (mlp, 98)
+    with torch.device("meta"):
+        model = Flux(params)
+    assert shapes == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def test_a_repository_folder_holds_all_four_models(tmp_path: Path, golden: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a process holds while it loads a model: the model and one tensor, not the model and its files."""
+"""What a process holds while it loads a model: the model and a piece of one tensor, not the model and its files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.bench_loading import run
+from tests.bench.bench_loading import LAYOUTS, Layout, measure_ranks, run, write_plain_file
 from trainer.schema.checkpoint_header import FluxParams
 
 # 260 MB in bf16, of which the largest tensor is 14 MB.
@@ -16,14 +16,26 @@ MEDIUM = FluxParams(64, 64, 768, 512, 1024, 4.0, 8, 2, 3, (16, 56, 56), 10_000, 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems count mapped pages differently")
-def test_loading_takes_the_models_size_and_no_more(tmp_path: Path) -> None:
-    results = run(MEDIUM, tmp_path)
-    assert [loaded.layout for loaded in results] == ["published", "diffusers shards", "scaled fp8"]
-    for loaded in results:
-        assert loaded.model_bytes > 200 * 10**6
-        # Scaling needs a float32 copy of a tensor, and between tensors of this size the allocator leaves holes. Without
-        # handing pages back it would be 2 and 1.8.
-        most = 1.5 if loaded.layout == "scaled fp8" else 1.3
-        assert loaded.peak_bytes - loaded.baseline_bytes < most * loaded.model_bytes, loaded
-        assert loaded.is_within_bound
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loading_takes_the_models_size_and_no_more(tmp_path: Path, layout: Layout) -> None:
+    (loaded,) = run(MEDIUM, tmp_path, (layout,))
+    assert loaded.model_bytes > 200 * 10**6
+    # 1.1 is usual, whatever the layout; on a busy machine the count scatters. Without handing pages back it would be 1.5
+    # for fp8 and 2 for the others.
+    assert loaded.peak_bytes - loaded.baseline_bytes < 1.45 * loaded.model_bytes, loaded
+    assert loaded.is_within_bound
     assert list(tmp_path.iterdir()) == [], "the files are removed"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the measure is Linux's")
+def test_two_processes_that_load_share_the_files_pages_and_keep_none(tmp_path: Path) -> None:
+    size = 32 * 2**20
+    path = write_plain_file(tmp_path / "model.safetensors", num_bytes=size)
+    held, handed_back = measure_ranks(path, keeps_pages=True), measure_ranks(path, keeps_pages=False)
+    for rank in held:
+        assert rank.mapped_bytes >= size
+        # The system's proportional count: each page divided by the processes that map it.
+        assert rank.share_bytes == pytest.approx(size / 2, rel=0.05)
+    for rank in handed_back:
+        assert rank.mapped_bytes < size / 8

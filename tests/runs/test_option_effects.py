@@ -94,7 +94,7 @@ EFFECTS: dict[str, Effect] = {
     "train_data_dir": e("code", "{folders}", "--resolution=64", without=("dataset_config",)),
     "reg_data_dir": e("lines", "{regularisation}", *FOLDERS, without=("dataset_config",)),
     "conditioning_data_dir": e("weights", "{masks}", *FOLDERS, "--masked_loss", without=("dataset_config",)),
-    "in_json": e("lines", "{metadata}", "--train_data_dir={images}", "--resolution=64", without=("dataset_config",)),
+    "in_json": e("code", "{metadata}", "--train_data_dir={images}", "--resolution=64", without=("dataset_config",)),
     "dataset_repeats": e("lines", "3"),
     "resolution": e("weights", "96"),
     "train_batch_size": e("lines", "2"),
@@ -125,6 +125,7 @@ EFFECTS: dict[str, Effect] = {
     "face_crop_aug_range": e("weights", "1.0,1.5"),
     "alpha_mask": e("weights"),
     "masked_loss": e("code", "", "--dataset_config={masked}"),
+    "masked_loss_normalize": e("weights", "", "--masked_loss", "--dataset_config={masked}"),
     "cache_info": e("files"),
     "dataset_class": e("code", "some.Class"),
     # ---- network

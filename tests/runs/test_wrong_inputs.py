@@ -223,7 +223,12 @@ CASES: dict[str, tuple[Spoil, int, list[str]]] = {
         3,
         ["cannot be decoded (truncated)", "Replace it or remove it."],
     ),
-    "a picture of 20,000 pixels": (drawn(20_000, 20_000), 3, [".png", "too many"]),
+    "a picture of 1 pixel": (drawn(1, 1), 3, ["has 1x1 pixels", "too few to train on", "Replace it"]),
+    "a picture of 20,000 pixels": (
+        drawn(20_000, 20_000),
+        3,
+        ["has 20000x20000 pixels, too many", "Make it smaller than 178 megapixels."],
+    ),
     "a caption in another encoding": (
         lambda project: project.picture.with_suffix(".txt").write_bytes(b"\xff\xfe\x00caf\xe9"),
         3,
@@ -334,6 +339,30 @@ def test_wrong_inputs_of_all_kinds_are_reported_together(project: Project) -> No
         second.name,
     ):
         assert piece in "\n".join(found.problems)
+
+
+@pytest.mark.parametrize(
+    ("change", "pieces"),
+    [
+        (lambda path: Image.new("CMYK", (64, 64)).save(path.with_suffix(".jpg")), ["CMYK"]),
+        (
+            lambda path: Image.new("RGB", (64, 64), "red").save(
+                path.with_suffix(".webp"), save_all=True, append_images=[Image.new("RGB", (64, 64), "blue")]
+            ),
+            ["animated"],
+        ),
+        (lambda path: Image.new("RGB", (64, 64)).save(path, format="JPEG"), ["ending"]),
+    ],
+    ids=["CMYK", "animated", "wrong ending"],
+)
+def test_a_picture_that_can_be_used_in_one_way_only_is_used_and_named(
+    project: Project, change: Callable[[Path], object], pieces: list[str]
+) -> None:
+    change(project.picture)
+    found = answer("check", *words_of(project.options))
+    assert found.code == 0, found.output
+    for piece in pieces:
+        assert piece in found.output
 
 
 def test_the_same_is_checked_by_the_command_for_checking(project: Project) -> None:

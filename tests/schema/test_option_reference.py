@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from trainer.__main__ import main
 from trainer.schema.base import GROUP_TITLES
+from trainer.schema.option_reference import reference_page
 from trainer.schema.option_status import STATUS
 
 KEYS = {
@@ -68,3 +70,14 @@ def test_the_plain_list_names_every_option_with_its_status(capsys: pytest.Captur
     assert [name for name in STATUS if f"--{name}" not in text] == []
     assert "--sdpa [no effect]" in text
     assert "--device {auto,cpu,cuda,mps} [ours]" in text
+
+
+def test_the_committed_page_is_what_the_program_makes() -> None:
+    """After a change of options: `python -m trainer options --markdown > docs/options.md`."""
+    page = Path(__file__).parents[2] / "docs" / "options.md"
+    assert page.read_text(encoding="utf-8") == reference_page(), "docs/options.md is out of date"
+
+
+def test_the_page_holds_every_option_once() -> None:
+    rows = [line.split("`")[1] for line in reference_page().splitlines() if line.startswith("| `--")]
+    assert sorted(rows) == sorted(f"--{name}" for name in STATUS)

@@ -199,3 +199,24 @@ def test_what_is_deleted_during_a_training_is_computed_again(project: Project) -
     assert len(losses[0]) == 3
     assert losses[0] == losses[1]
     assert len(list(folder.iterdir())) >= 3
+
+
+def test_cache_files_that_prove_nothing_are_named_and_not_used(project: Project) -> None:
+    for number, path in enumerate(project.images):
+        path.with_name(f"{path.stem}_0096x0096_flux.npz").write_bytes(b"old")
+        if number:
+            path.with_name(f"{path.stem}_flux_te.npz").write_bytes(b"old")
+    lines: list[str] = []
+
+    class Listener(Reporter):
+        def note(self, text: str) -> None:
+            lines.append(text)
+
+    checked = check_run(parse_command_line(project.words()), Listener(is_main=False))
+    engine = Engine.start(checked.options)
+    prepare_text(checked, plan_texts(checked, seed=5), engine, Listener(is_main=False))
+    prepare_latents(checked, engine, Listener(is_main=False))
+    assert [line.split(":")[0] for line in lines if "sd-scripts (" in line] == [
+        "2 cache files of sd-scripts (_flux_te.npz) are not used",
+        "3 cache files of sd-scripts (_flux.npz) are not used",
+    ]

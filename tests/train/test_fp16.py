@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tests.tiny import TinyModels, make_tiny_dataset
 from trainer.model.flux import Flux
-from trainer.model.layers import FP16_LARGEST, FrozenLinear, saturated, stream_update
+from trainer.model.frozen_linear import FrozenLinear
+from trainer.model.half import FP16_LARGEST, saturated, stream_update
 from trainer.model.text_encoders import encode_t5
 from trainer.model.weights import load_flux, load_t5xxl
 from trainer.schema.cli import parse_command_line
@@ -115,7 +116,7 @@ def test_the_model_leaves_fp16s_range_and_a_naive_forward_is_lost(
     for module, name, plain in (
         ("flux", "saturated", lambda x: x),
         ("layers", "saturated", lambda x: x),
-        ("flux", "as_stream", lambda x: x),
+        ("joint", "as_stream", lambda x: x),
         ("layers", "stream_update", lambda linear, x: linear(x)),
     ):
         monkeypatch.setattr(f"trainer.model.{module}.{name}", plain)

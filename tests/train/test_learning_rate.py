@@ -52,7 +52,7 @@ def _rise(warmup: int, after: Callable[[float], float]) -> Callable[[int], float
     return lambda n: n / warmup if n < warmup else after((n - warmup) / (N - warmup))
 
 
-CLOSED_FORMS: dict[str, tuple[dict[str, object], Callable[[int], float]]] = {
+CLOSED_FORMS: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
     "constant": ({}, lambda _n: 1.0),
     "constant_with_warmup": ({"lr_warmup_steps": 5}, _rise(5, lambda _x: 1.0)),
     "linear": ({"lr_warmup_steps": 0.25}, _rise(10, lambda x: 1 - x)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 from PIL import Image
@@ -34,7 +35,9 @@ def test_tensorboard_gets_every_value_under_its_name_in_the_references_folder(tm
     reporter.close()
     (folder,) = tmp_path.glob("my2*/cat")
     events = EventAccumulator(str(folder)).Reload()
-    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in cast("list[str]", events.Tags()["scalars"])
+    }
     assert found["loss/current"] == [(1, 0.5)]
     assert found["lr/group0"] == [(1, pytest.approx(1e-4))]
     assert found["loss/validation/epoch_average"] == [(2, 0.75)]
@@ -44,9 +47,8 @@ def test_tensorboard_gets_every_value_under_its_name_in_the_references_folder(tm
 
 
 def test_wandb_gets_the_values_with_step_and_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
     configuration = tmp_path / "trackers.toml"
-    configuration.write_text('[wandb]\nname = "from the file"\ntags = ["a"]\n', encoding="utf-8")
+    configuration.write_text('[wandb]\nmode = "disabled"\nname = "from the file"\n', encoding="utf-8")
     (tracker,) = start_trackers(
         options(
             log_with="wandb",
@@ -134,3 +136,25 @@ def test_the_bar_shows_what_other_programs_read(capsys: pytest.CaptureFixture[st
     assert "steps:" in shown
     for piece in ("avr_loss=0.5", "Keys Scaled=3", "Average key norm=0.25"):
         assert piece in shown
+
+
+def test_an_offline_run_of_wandb_is_written_whole_and_without_the_key(
+    tmp_path: Path,
+) -> None:
+    key = "0123456789abcdef" * 3
+    configuration = tmp_path / "trackers.toml"
+    configuration.write_text('[wandb]\nmode = "offline"\n', encoding="utf-8")
+    (tracker,) = start_trackers(
+        options(
+            log_with="wandb", wandb_api_key=key[:40], logging_dir=tmp_path / "logs", log_tracker_config=configuration
+        )
+    )
+    tracker.log({"loss/current": 0.5}, place=1, step=1, epoch=1)
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(path)
+    tracker.picture(path, index=0, prompt="a cat", step=1, epoch=1)
+    tracker.close()
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert [file for file in files if file.suffix == ".wandb"]
+    assert [file for file in files if file.name.startswith("sample_0")]
+    assert not [file for file in files if key[:40].encode() in file.read_bytes()]

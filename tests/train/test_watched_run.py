@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import huggingface_hub
 import pytest
@@ -129,7 +129,7 @@ def test_everything_that_is_asked_beside_the_training_is_done(
 
     assert FakeHub.uploaded == ["cat-step00000002.safetensors", "cat.safetensors"]
     (folder,) = (tmp_path / "logs").glob("*/network_train")
-    tags = set(EventAccumulator(str(folder)).Reload().Tags()["scalars"])
+    tags = set(cast("list[str]", EventAccumulator(str(folder)).Reload().Tags()["scalars"]))
     assert {
         "loss/current",
         "loss/average",

@@ -80,10 +80,10 @@ def test_the_demo_from_the_first_visit_to_the_downloaded_file(app: App, page: Pa
 
     # The concept appears: the first two sample prompts have its trigger word, the others have not.
     moments = samples_by_moment(run / "samples")
-    before, *_, after = [[emblem_likeness(picture) for picture in row] for row in moments.values()]
-    assert max(before[:4]) < RECOGNISED
-    assert min(after[:2]) > RECOGNISED
-    assert max(after[2:]) < RECOGNISED
+    at_first, *_, at_last = [[emblem_likeness(picture) for picture in row] for row in moments.values()]
+    assert max(at_first[:4]) < RECOGNISED
+    assert min(at_last[:2]) > RECOGNISED
+    assert max(at_last[2:]) < RECOGNISED
 
     final = page.locator("#run-checkpoints li", has_text="final").locator("a.download")
     with page.expect_download() as waiting:

@@ -10,10 +10,12 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from fluxgui.run_state import RunState, fold
-from tests.runs.commands import start_run_folder
+from fluxgui.runs import start_worker
 from tests.runs.test_run_folder_worker import make_run
 from tests.tiny import TinyModels
 from tests.web.page_process import RUN_SECONDS, App, chip, steps_done, wait_until
+from trainer.schema.events import EventWriter
+from trainer.schema.run_folder import RunFolder
 
 pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(480)]
 
@@ -22,11 +24,11 @@ WAIT_MS = RUN_SECONDS * 1000
 
 def train(app: App, models: TinyModels, page: Page) -> Path:
     """A run of far too many steps, shown on the page while it trains."""
-    run = make_run(models, app.home).path
-    start_run_folder(run)
-    page.goto(f"{app.url}?tab=runs&run={run.name}")
+    run = make_run(models, app.home)
+    start_worker(run)
+    page.goto(f"{app.url}?tab=runs&run={run.path.name}")
     expect(page.locator("#run-header .doing")).to_contain_text("Training, step", timeout=WAIT_MS)
-    return run
+    return run.path
 
 
 def shorten(run: Path, num_steps: int) -> None:
@@ -40,7 +42,7 @@ def steps_drawn(app: App, run: Path) -> list[int]:
     return [point.step for point in fold(RunState(), app.events(run)).points]
 
 
-def test_a_run_is_stopped_resumed_completed_and_deleted(app: App, page: Page, tiny_models: TinyModels) -> None:
+def test_a_run_is_stopped_resumed_and_completed(app: App, page: Page, tiny_models: TinyModels) -> None:
     run = train(app, tiny_models, page)
     page.locator("#run-stop").click()
     expect(page.locator("#run-stop-question")).to_contain_text("Stop a test at step")
@@ -64,17 +66,31 @@ def test_a_run_is_stopped_resumed_completed_and_deleted(app: App, page: Page, ti
     expect(page.locator("#run-resume")).to_be_hidden()
     expect(page.locator("#run-checkpoints li", has_text="final")).to_contain_text("lora.safetensors")
 
+
+def test_a_run_is_deleted_after_a_question_that_names_what_is_lost(app: App, page: Page) -> None:
+    made = RunFolder.create(
+        app.home / "runs", "cat", config_toml="", dataset_toml="", sample_prompts="", info={"name": "cat"}
+    )
+    (made.checkpoints_dir / "cat.safetensors").write_bytes(bytes(2_000_000))
+    (made.state_dir / "step-000007").mkdir(parents=True)
+    events = EventWriter(made.events_jsonl, attempt=1)
+    events.write("run_started", pid=0, device="cpu")
+    events.write("run_finished", outcome="stopped", steps=7)
+    page.goto(f"{app.url}?tab=runs&run={made.path.name}")
+    expect(chip(page)).to_have_text("stopped")
+    expect(page.locator("#run-waiting")).to_contain_text("Resume goes on in this run after step 7")
     page.locator("#run-delete").click()
-    expect(page.locator("#run-delete-question")).to_contain_text("Delete a test?")
+    question = page.locator("#run-delete-question")
+    expect(question).to_contain_text("Delete cat? 1 saved LoRA, its log and its settings and the state to resume from")
     page.locator("#run-delete-no").click()
-    expect(page.locator("#run-delete-question")).to_be_hidden()
-    assert app.runs() == [run]
+    expect(question).to_be_hidden()
+    assert app.runs() == [made.path]
     page.locator("#run-delete").click()
-    expect(page.locator("#run-delete-question")).to_contain_text("2 saved LoRAs")
+    expect(question).to_be_visible()
     page.locator("#run-delete-yes").click()
     expect(page.get_by_text("No runs yet")).to_be_visible()
     assert app.runs() == []
-    assert (app.home / "bin" / run.name / "checkpoints" / "lora.safetensors").is_file()
+    assert (app.home / "bin" / made.path.name / "checkpoints" / "cat.safetensors").stat().st_size == 2_000_000
 
 
 def test_a_killed_run_is_resumed_from_what_was_kept_of_it(app: App, page: Page, tiny_models: TinyModels) -> None:

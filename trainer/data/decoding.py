@@ -82,7 +82,8 @@ class UnfitPicture(ValueError):
 class ImageFacts:
     """What is known of a file that decodes: size as displayed (EXIF applied) and the SHA-256 of its bytes.
 
-    `is_transparent` says that some pixel is not opaque, `has_profile` that its colours are not those of sRGB.
+    `is_transparent` says that some pixel is not opaque, `has_profile` that its colours are not those of sRGB, and
+    `other_format` is the format that the file has where its name's ending says another.
     """
 
     width: int
@@ -91,6 +92,8 @@ class ImageFacts:
     is_animated: bool = False
     is_transparent: bool = False
     has_profile: bool = False
+    is_cmyk: bool = False
+    other_format: str | None = None
 
 
 def check_image(path: Path) -> ImageFacts:
@@ -107,6 +110,7 @@ def check_image(path: Path) -> ImageFacts:
     with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
         is_animated = getattr(image, "n_frames", 1) > 1
+        is_cmyk, other_format = image.mode == "CMYK", _other_format(path, image.format)
         # JPEG only: every bit is still read, so a truncated file is found, but little of the picture is computed.
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
         image.load()
@@ -119,7 +123,16 @@ def check_image(path: Path) -> ImageFacts:
             is_animated=is_animated,
             is_transparent=_is_transparent(image),
             has_profile=_foreign_profile(image) is not None,
+            is_cmyk=is_cmyk,
+            other_format=other_format,
         )
+
+
+def _other_format(path: Path, found: str | None) -> str | None:
+    """The format that was found where the file's ending says another; MPO is JPEG with more pictures behind it."""
+    found = "JPEG" if found == "MPO" else found
+    expected = Image.registered_extensions().get(path.suffix.lower())
+    return found if expected is not None and found != expected else None
 
 
 def decode_failure(error: BaseException) -> str:

@@ -31,6 +31,14 @@ def picture_notes(
         "pictures are animated; the first frame is used",
     )
     yield from line(
+        [path.name for path, fact in facts.items() if fact.is_cmyk],
+        "pictures are in CMYK, the colours of printing, and become RGB; save them as RGB to decide how",
+    )
+    yield from line(
+        [f"{path.name} is {fact.other_format}" for path, fact in facts.items() if fact.other_format is not None],
+        "pictures have the ending of another format and are used all the same; rename them to be safe",
+    )
+    yield from line(
         [path.name for path, fact in facts.items() if fact.has_profile],
         "pictures have a colour profile of their own and are converted to sRGB",
     )

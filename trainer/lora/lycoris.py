@@ -19,6 +19,7 @@ from trainer.lora.adapter import wrong_part
 from trainer.lora.lora_file import read_lora_file
 from trainer.lora.max_norm import NormReport
 from trainer.lora.network import LoadReport, LoraNetwork, take_tensors
+from trainer.lora.rate_groups import rate_groups, require_any
 from trainer.schema.base import UserError
 from trainer.schema.lora_spec import LoraSpec
 
@@ -127,16 +128,8 @@ class LycorisNetwork(nn.Module):
             ("unet_loras", unet_lr, "unet"),
         ):
             parameters = [p for module in self._modules_of(attribute) for p in module.parameters()]
-            if parameters and rate > 0:
-                groups.append({"params": parameters, "lr": rate, "name": name})
-        if not groups:
-            raise UserError(
-                "every learning rate is 0: nothing would be trained",
-                "--learning_rate",
-                field="learning_rate",
-                exit_code=2,
-            )
-        return groups
+            groups += rate_groups(parameters, rate, name)
+        return require_any(groups)
 
     def before_step(self) -> None:
         """Nothing is to be done."""

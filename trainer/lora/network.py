@@ -16,6 +16,7 @@ from trainer.lora.lora_file import read_lora_file
 from trainer.lora.max_norm import NormReport, hold_norms
 from trainer.lora.naming import Component, foreign_format, layers_of, published_key
 from trainer.lora.oft import OftLinear
+from trainer.lora.rate_groups import rate_groups, require_any
 from trainer.lora.split import MERGED, SPLIT_ALPHA_KEY, read_as_trained
 from trainer.lora.targets import flux_targets, text_encoder_targets, wrap
 from trainer.schema.base import UserError
@@ -136,14 +137,7 @@ class LoraNetwork(nn.Module):
                 base_rate = rate if index is None else spec.reg_lrs[index][1]
                 suffix = "" if index is None else f" reg_lr_{index}"
                 groups += _rate_groups(by_rate[index], base_rate, f"{label}{suffix}", ratio)
-        if not groups:
-            raise UserError(
-                "every learning rate is 0: nothing would be trained",
-                "--learning_rate",
-                field="learning_rate",
-                exit_code=2,
-            )
-        return groups
+        return require_any(groups)
 
     def before_step(self) -> None:
         """Between backward and an optimizer step: GGPO takes the norms of weights and gradients."""
@@ -212,13 +206,17 @@ class LoraNetwork(nn.Module):
     def published_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """The tensors of a file, on the host: alpha, down and up of every LoRA, and what other kinds have.
 
-        `dtype` None keeps float32, and alpha an int64 where it was given as a whole number.
+        `dtype` None keeps float32, and alpha an int64 where it was given as a whole number. An alpha that `dtype` cannot
+        hold exactly is float32.
         """
         state: dict[str, Tensor] = {}
         for name, adapter in self._adapters.items():
             for part, tensor in adapter.published().items():
                 host = tensor.detach().cpu()
-                state[published_key(name, part)] = host.clone() if dtype is None else host.to(dtype, copy=True)
+                saved = host.clone() if dtype is None else host.to(dtype, copy=True)
+                # A rounded alpha would change the strength of the whole LoRA.
+                is_rounded = part == "alpha" and float(saved) != float(host)
+                state[published_key(name, part)] = host.float() if is_rounded else saved
         return state
 
     def load_file(self, path: Path) -> LoadReport:
@@ -265,14 +263,12 @@ def take_tensors(own: Mapping[str, Tensor], given: Mapping[str, object]) -> None
 
 
 def _rate_groups(trained: Sequence[Trained], rate: float, name: str, ratio: float | None) -> list[dict[str, object]]:
-    """One group at `rate`, or with a ratio one without and one with the ups. Groups without a rate are left out."""
-    normal = [entry.parameter for entry in trained if ratio is None or entry.role != "up"]
-    plus = [entry.parameter for entry in trained if ratio is not None and entry.role == "up"]
-    return [
-        {"params": parameters, "lr": group_rate, "name": group_name}
-        for parameters, group_rate, group_name in ((normal, rate, name), (plus, rate * (ratio or 0), f"{name} plus"))
-        if parameters and group_rate > 0
-    ]
+    """One group at `rate`, or with a ratio one without and one with the ups."""
+    if ratio is None:
+        return rate_groups([entry.parameter for entry in trained], rate, name)
+    normal = [entry.parameter for entry in trained if entry.role != "up"]
+    plus = [entry.parameter for entry in trained if entry.role == "up"]
+    return rate_groups(normal, rate, name, plus=plus, ratio=ratio)
 
 
 def _rows_of(adapter: Adapter, entry: Trained) -> list[tuple[str, slice]]:

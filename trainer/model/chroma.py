@@ -9,30 +9,20 @@ packed latents, `txt` (B, L, context_in_dim) the T5 sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
-
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from trainer.model.attention import QKNorm, RMSNorm, SelfAttention
+from trainer.model.frozen_linear import FrozenLinear
+from trainer.model.half import saturated
+from trainer.model.joint import JointTransformer
 from trainer.model.layers import (
-    FrozenLinear,
     MLPEmbedder,
-    QKNorm,
-    RMSNorm,
-    SelfAttention,
-    as_stream,
     double_stream,
     feed_forward,
-    joint_ids,
-    joint_key_mask,
     modulated_norm,
-    rotation_table,
-    saturated,
     single_stream,
     timestep_embedding,
-    to_compute,
 )
 from trainer.schema.chroma_header import DOUBLE_VECTORS, LAST_VECTORS, SINGLE_VECTORS, ChromaParams
 
@@ -107,15 +97,12 @@ class ChromaLastLayer(nn.Module):
         return saturated(self.linear(modulated_norm(img, shift, scale)))
 
 
-class Chroma(nn.Module):
+class Chroma(JointTransformer):
     """The whole transformer. LoRA, block swap and checkpointing treat it as they do `Flux`."""
 
     def __init__(self, params: ChromaParams) -> None:
-        super().__init__()
-        if sum(params.axes_dim) * params.num_heads != params.hidden_size:
-            raise ValueError(f"axes_dim {params.axes_dim} times {params.num_heads} heads is not {params.hidden_size}")
+        super().__init__(params)
         self.params = params
-        self.gradient_checkpointing = False
         dim = params.hidden_size
         self.img_in = FrozenLinear(params.in_channels, dim)
         self.distilled_guidance_layer = Approximator(params)
@@ -123,15 +110,6 @@ class Chroma(nn.Module):
         self.double_blocks = nn.ModuleList(ChromaDoubleBlock(params) for _ in range(params.depth))
         self.single_blocks = nn.ModuleList(ChromaSingleBlock(params) for _ in range(params.depth_single_blocks))
         self.final_layer = ChromaLastLayer(dim, params.out_channels)
-
-    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Keep only each block's inputs for backward and run the block again there (non-reentrant)."""
-        self.gradient_checkpointing = enabled
-
-    def blocks(self) -> Iterator[nn.Module]:
-        """All blocks in the order they run."""
-        yield from self.double_blocks
-        yield from self.single_blocks
 
     def forward(
         self,
@@ -149,24 +127,13 @@ class Chroma(nn.Module):
         `txt_attention_mask` (B, L) is non-zero for tokens that are visible as keys: the real ones and one padding token.
         None hides nothing. Inputs are cast to the type of the weights.
         """
-        dtype = self._input_dtype()
-        vectors = self.modulation_vectors(timesteps, guidance)
-        img = as_stream(self.img_in(to_compute(img, dtype)))
-        txt = as_stream(self.txt_in(to_compute(txt, dtype)))
-
-        pe = rotation_table(joint_ids(txt_ids, img_ids), self.params.axes_dim, self.params.theta)
-        key_mask = None if txt_attention_mask is None else joint_key_mask(txt_attention_mask, img.shape[1])
-        num_text = txt.shape[1]
-        single, img_part, txt_part, last = self._split(vectors)
-        for index, block in enumerate(self.double_blocks):
-            own = slice(STREAM_VECTORS * index, STREAM_VECTORS * (index + 1))
-            modulation = torch.cat((img_part[:, own], txt_part[:, own]), dim=1)
-            img, txt = cast("tuple[Tensor, Tensor]", self._run(block, img, txt, modulation, pe, key_mask))
-        x = torch.cat((txt, img), dim=1)
-        for index, block in enumerate(self.single_blocks):
-            modulation = single[:, SINGLE_VECTORS * index : SINGLE_VECTORS * (index + 1)]
-            x = cast("Tensor", self._run(block, x, modulation, pe, key_mask))
-        return self.final_layer(x[:, num_text:], last)
+        single, img_part, txt_part, last = self._split(self.modulation_vectors(timesteps, guidance))
+        doubles = [
+            torch.cat((img_part[:, first : first + STREAM_VECTORS], txt_part[:, first : first + STREAM_VECTORS]), dim=1)
+            for first in range(0, img_part.shape[1], STREAM_VECTORS)
+        ]
+        singles = [single[:, first : first + SINGLE_VECTORS] for first in range(0, single.shape[1], SINGLE_VECTORS)]
+        return self.final_layer(self.run_blocks(img, img_ids, txt, txt_ids, txt_attention_mask, doubles, singles), last)
 
     def modulation_vectors(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
         """(B, S, C): the vectors of all single blocks, of the double blocks' images, of their texts, of the last layer."""
@@ -175,17 +142,8 @@ class Chroma(nn.Module):
         moment = torch.cat((timestep_embedding(timesteps, dim // 4), timestep_embedding(guidance, dim // 4)), dim=-1)
         index = timestep_embedding(torch.arange(num_vectors, device=timesteps.device), dim // 2)
         given = torch.cat((moment[:, None].expand(-1, num_vectors, -1), index[None].expand(batch, -1, -1)), dim=-1)
-        return saturated(self.distilled_guidance_layer(given.to(self._input_dtype())))
+        return saturated(self.distilled_guidance_layer(given.to(self.input_dtype())))
 
     def _split(self, vectors: Tensor) -> tuple[Tensor, ...]:
         stream = STREAM_VECTORS * self.params.depth
         return vectors.split([SINGLE_VECTORS * self.params.depth_single_blocks, stream, stream, LAST_VECTORS], dim=1)
-
-    def _input_dtype(self) -> torch.dtype:
-        # No LoRA ever wraps this Linear, so that it has its weight at hand.
-        return self.final_layer.linear.weight.dtype
-
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> object:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)

@@ -6,30 +6,20 @@ B batch, N image tokens, L text tokens, C hidden size, D head dim. `img` (B, N, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
-
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from trainer.model.attention import QKNorm, SelfAttention
+from trainer.model.frozen_linear import FrozenLinear
+from trainer.model.half import saturated, to_compute
+from trainer.model.joint import JointTransformer
 from trainer.model.layers import (
-    FrozenLinear,
     MLPEmbedder,
     Modulation,
-    QKNorm,
-    SelfAttention,
-    as_stream,
     double_stream,
     feed_forward,
-    joint_ids,
-    joint_key_mask,
     modulated_norm,
-    rotation_table,
-    saturated,
     single_stream,
     timestep_embedding,
-    to_compute,
 )
 from trainer.schema.checkpoint_header import FluxParams
 
@@ -88,15 +78,12 @@ class LastLayer(nn.Module):
         return saturated(self.linear(modulated_norm(img, shift, scale)))
 
 
-class Flux(nn.Module):
-    """The whole transformer. Nothing in it knows about LoRA, block swap or quantised storage: those are put on from outside."""
+class Flux(JointTransformer):
+    """The whole transformer."""
 
     def __init__(self, params: FluxParams) -> None:
-        super().__init__()
-        if sum(params.axes_dim) * params.num_heads != params.hidden_size:
-            raise ValueError(f"axes_dim {params.axes_dim} times {params.num_heads} heads is not {params.hidden_size}")
+        super().__init__(params)
         self.params = params
-        self.gradient_checkpointing = False
         dim = params.hidden_size
         self.img_in = FrozenLinear(params.in_channels, dim)
         self.time_in = MLPEmbedder(TIME_EMBEDDING_DIM, dim)
@@ -106,15 +93,6 @@ class Flux(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleStreamBlock(params) for _ in range(params.depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock(params) for _ in range(params.depth_single_blocks))
         self.final_layer = LastLayer(dim, params.out_channels)
-
-    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Keep only each block's inputs for backward and run the block again there (non-reentrant)."""
-        self.gradient_checkpointing = enabled
-
-    def blocks(self) -> Iterator[nn.Module]:
-        """All blocks in the order they run."""
-        yield from self.double_blocks
-        yield from self.single_blocks
 
     def forward(
         self,
@@ -135,29 +113,10 @@ class Flux(nn.Module):
         """
         if self.guidance_in is not None and guidance is None:
             raise ValueError("this model has a guidance embedding; guidance is needed")
-        dtype = self._input_dtype()
+        dtype = self.input_dtype()
         vec = self.time_in(timestep_embedding(timesteps, TIME_EMBEDDING_DIM).to(dtype))
         if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_EMBEDDING_DIM).to(dtype))
         vec = saturated(vec + self.vector_in(to_compute(y, dtype)))
-        img = as_stream(self.img_in(to_compute(img, dtype)))
-        txt = as_stream(self.txt_in(to_compute(txt, dtype)))
-
-        pe = rotation_table(joint_ids(txt_ids, img_ids), self.params.axes_dim, self.params.theta)
-        key_mask = None if txt_attention_mask is None else joint_key_mask(txt_attention_mask, img.shape[1])
-        num_text = txt.shape[1]
-        for block in self.double_blocks:
-            img, txt = cast("tuple[Tensor, Tensor]", self._run(block, img, txt, vec, pe, key_mask))
-        x = torch.cat((txt, img), dim=1)
-        for block in self.single_blocks:
-            x = cast("Tensor", self._run(block, x, vec, pe, key_mask))
-        return self.final_layer(x[:, num_text:], vec)
-
-    def _input_dtype(self) -> torch.dtype:
-        # No LoRA ever wraps this Linear, so that it has its weight at hand.
-        return self.final_layer.linear.weight.dtype
-
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> object:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        doubles, singles = [vec] * len(self.double_blocks), [vec] * len(self.single_blocks)
+        return self.final_layer(self.run_blocks(img, img_ids, txt, txt_ids, txt_attention_mask, doubles, singles), vec)

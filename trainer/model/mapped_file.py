@@ -1,7 +1,7 @@
 """Tensors out of a mapped safetensors file, one at a time.
 
 The file is mapped, so every process that loads it uses the same pages of the system's cache. Pages are handed back as
-soon as a tensor has been copied out of them: what a process holds while it loads is the model and one tensor, not the
+soon as they have been copied: what a process holds while it loads is the model and what it copies at the moment, not the
 model and the file.
 """
 
@@ -38,20 +38,30 @@ class MappedFile:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._data_start = 8 + int.from_bytes(self._map[:8], "little")
 
-    def read(self, info: TensorInfo, read_as: str | None = None) -> Tensor:
-        """The tensor of this header entry, in memory of its own.
+    def read(self, info: TensorInfo, read_as: str | None = None, rows: tuple[int, int] | None = None) -> Tensor:
+        """The tensor of this header entry, in memory of its own; or its `rows` (first, end) alone.
 
         The bytes lie anywhere in the file; the copy is aligned, so that equal weights give equal results whatever file
         they came from. `read_as` names another type of the same width for the bytes.
         """
-        tensor = torch.empty(info.shape, dtype=DTYPES[read_as or info.dtype])
-        num_bytes = info.end - info.start
-        if num_bytes:
-            start = self._data_start + info.start
-            source = np.frombuffer(self._map, dtype=np.uint8, count=num_bytes, offset=start)
-            np.copyto(tensor.reshape(-1).view(torch.uint8).numpy(), source)
-            self._hand_back(start, num_bytes)
+        shape = info.shape if rows is None else (rows[1] - rows[0], *info.shape[1:])
+        tensor = torch.empty(shape, dtype=DTYPES[read_as or info.dtype])
+        self.read_into(tensor, info, rows)
         return tensor
+
+    def read_into(self, target: Tensor, info: TensorInfo, rows: tuple[int, int] | None = None) -> None:
+        """Copies the bytes into `target`, a contiguous tensor in main memory that is as large."""
+        start, num_bytes = info.start, info.end - info.start
+        if rows is not None:
+            row_bytes = num_bytes // info.shape[0]
+            start, num_bytes = start + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
+        if num_bytes != target.nbytes:
+            raise ValueError(f"{num_bytes} bytes do not fit into {target.nbytes}")
+        if num_bytes:
+            start += self._data_start
+            source = np.frombuffer(self._map, dtype=np.uint8, count=num_bytes, offset=start)
+            np.copyto(target.reshape(-1).view(torch.uint8).numpy(), source)
+            self._hand_back(start, num_bytes)
 
     def close(self) -> None:
         """Unmap the file. Tensors that were read stay valid."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ from trainer.schema.key_plans import (
 from trainer.schema.weight_files import read_weights
 
 PlaceTensor = Callable[[str], torch.device | str]
+
+_NUMBERS_AT_ONCE: Final = 1 << 20
+"""Of a tensor, so many numbers are read and converted at once; 4 MB in float32."""
 
 
 def load_flux(
@@ -141,7 +145,8 @@ def _fill(
 ) -> None:
     """Give every parameter of `model`, which is on the meta device, its tensor from the files, frozen.
 
-    `prefix` stands before the plan's names in the module. One parameter at a time is in memory twice.
+    `prefix` stands before the plan's names in the module. Beside the model, no more than a piece of one tensor is in
+    memory.
     """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if expected != {prefix + planned.target: planned.shape for planned in plan}:
@@ -156,9 +161,7 @@ def _fill(
         # In the order of the file, which is how disks are fast.
         for planned in sorted(plan, key=lambda entry: _place_in_files(header, entry)):
             device = torch.device(device_of(planned.target))
-            tensors = [_read_piece(files, header, piece, dtype, device) for piece in planned.pieces]
-            value = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-            _set_parameter(model, prefix + planned.target, value.reshape(planned.shape))
+            _set_parameter(model, prefix + planned.target, _read_parameter(files, header, planned, dtype, device))
 
 
 def read_planned(header: Header, planned_tensors: Iterable[PlannedTensor]) -> dict[str, Tensor]:
@@ -168,8 +171,7 @@ def read_planned(header: Header, planned_tensors: Iterable[PlannedTensor]) -> di
         files = {path: stack.enter_context(closing(MappedFile(path))) for path in header.files}
         for planned in planned_tensors:
             dtype = DTYPES[planned.pieces[0].info.dtype]
-            pieces = [_read_piece(files, header, piece, dtype, torch.device("cpu")) for piece in planned.pieces]
-            tensors[planned.target] = torch.cat(pieces).reshape(planned.shape)
+            tensors[planned.target] = _read_parameter(files, header, planned, dtype, torch.device("cpu"))
     return tensors
 
 
@@ -178,29 +180,48 @@ def _place_in_files(header: Header, planned: PlannedTensor) -> tuple[Path, int]:
     return header.file_of(first.source), first.info.start
 
 
-def _read_piece(
-    files: dict[Path, MappedFile],
-    header: Header,
-    piece: Piece,
-    dtype: torch.dtype,
-    device: torch.device,
+def _read_parameter(
+    files: dict[Path, MappedFile], header: Header, planned: PlannedTensor, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """A piece in `dtype` on `device`. Scaled numbers are multiplied in float32 and rounded once.
+    """A parameter in `dtype` on `device`, its pieces read into their places."""
+    value = torch.empty(planned.shape, dtype=dtype, device=device)
+    rows = value.view(planned.shape[0], -1)
+    start = 0
+    for piece in planned.pieces:
+        first, end = piece.rows or (0, piece.info.shape[0])
+        _read_piece(files, header, piece, (first, end), rows[start : start + end - first])
+        start += end - first
+    return value
+
+
+def _read_piece(
+    files: dict[Path, MappedFile], header: Header, piece: Piece, rows: tuple[int, int], target: Tensor
+) -> None:
+    """The piece's `rows` into `target` (R, C), some at a time. Scaled numbers are multiplied in float32 and rounded once.
 
     What travels to another device is the smaller of the two types.
     """
-    file = files[header.file_of(piece.source)]
-    if piece.scale is None:
-        stored = file.read(piece.info)
-        narrow = stored.dtype.itemsize < dtype.itemsize
-        value = stored.to(device).to(dtype) if narrow else stored.to(dtype).to(device)
-    else:
-        scale_info = header.tensors[piece.scale.name]
-        scale = files[header.file_of(piece.scale.name)].read(scale_info).to(device, torch.float32)
-        stored = file.read(piece.info, piece.scale.read_as).to(device).to(torch.float32)
+    file, device = files[header.file_of(piece.source)], target.device
+    scale, read_as = None, piece.info.dtype
+    if piece.scale is not None:
+        scale_info, read_as = header.tensors[piece.scale.name], piece.scale.read_as
         # One number, or one for each row.
-        value = stored.mul_(scale.reshape(-1, *[1] * (stored.dim() - 1))).to(dtype)
-    return value if piece.rows is None else value[piece.rows[0] : piece.rows[1]]
+        scale = files[header.file_of(piece.scale.name)].read(scale_info).to(device, torch.float32).reshape(-1, 1)
+    stored_type = DTYPES[read_as]
+    is_plain_copy = scale is None and stored_type is target.dtype and device.type == "cpu"
+    num_rows = max(1, _NUMBERS_AT_ONCE // target.shape[1])
+    for first in range(*rows, num_rows):
+        some = first, min(first + num_rows, rows[1])
+        place = target[some[0] - rows[0] : some[1] - rows[0]]
+        if is_plain_copy:
+            file.read_into(place, piece.info, some)
+            continue
+        stored = file.read(piece.info, read_as, some).view(place.shape)
+        if scale is not None:
+            stored = stored.to(device).to(torch.float32).mul_(scale if len(scale) == 1 else scale[slice(*some)])
+        elif stored_type.itemsize > target.dtype.itemsize:
+            stored = stored.to(target.dtype)
+        place.copy_(stored.to(device))
 
 
 def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:

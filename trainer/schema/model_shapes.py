@@ -18,7 +18,7 @@ def flux_shapes(params: FluxParams) -> dict[str, Shape]:
     """The parameters of a FLUX.1 transformer."""
     dim = params.hidden_size
     head_dim = dim // params.num_heads
-    mlp = int(dim * params.mlp_ratio)
+    mlp = round(dim * params.mlp_ratio)
     shapes: dict[str, Shape] = {}
 
     def linear(name: str, num_in: int, num_out: int, bias: bool = True) -> None:

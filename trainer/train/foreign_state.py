@@ -22,7 +22,7 @@ from trainer.lora.forms import to_published
 from trainer.lora.lora_file import read_lora_file
 from trainer.schema.base import UserError
 from trainer.train.reporting import Reporter
-from trainer.train.state_saver import Trainables
+from trainer.train.state_saver import Trainables, advance
 
 _LORA_FILES: Final = ("model.safetensors", "pytorch_model.bin")
 _OPTIMIZER_FILE: Final = "optimizer.bin"
@@ -110,7 +110,7 @@ def resume_foreign(state: ForeignState, trained: Trainables, reporter: Reporter,
     reason = _take_optimizer(state.path / _OPTIMIZER_FILE, trained.optimizer)
     if reason is None:
         taken.append("the optimizer")
-    trained.schedule.load_state_dict({**trained.schedule.state_dict(), "step": step})
+    advance(trained.schedule, step)
     left = ["the random generators, whose files can hold code"]
     if reason is not None:
         left.insert(0, f"the optimizer ({reason}), which begins anew")

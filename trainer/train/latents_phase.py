@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.data.batches import BatchPlan
 from trainer.data.cache import Encode, TensorCache, latent_key, latent_requests
+from trainer.data.cache_files import num_foreign_files
 from trainer.data.images import map_ahead, read_pixels
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.weights import load_autoencoder
@@ -150,6 +151,12 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
     cache = TensorCache(
         "latents", on_disk=options.cache_latents_to_disk, warn=reporter.warning, skip_check=options.skip_cache_check
     )
+    folders = {item.path.parent for item in checked.index.items}
+    if options.cache_latents_to_disk and (num_foreign := num_foreign_files(folders, "_flux.npz")):
+        reporter.note(
+            f"{num_foreign} cache files of sd-scripts (_flux.npz) are not used: nothing in them says which picture and which autoencoder "
+            "they were made from"
+        )
     requests = latent_requests(checked.index, encoder=identity)
     autoencoder: AutoEncoder | None = None
     if missing := cache.missing(requests):

@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from trainer.schema.base import UserError, nearest
 from trainer.schema.optimizer_rules import schedule_arguments
@@ -175,7 +175,7 @@ def rate_factors(
     What the options mean for each schedule is as in kohya-ss/sd-scripts (`library/train_util.py`, `get_scheduler_fix`);
     so are the half cycles of the cosines that end at a lowest rate.
     """
-    given = dict(arguments or {})
+    given: dict[str, Any] = dict(arguments or {})
     if schedule == "constant":
         return lambda _step: 1.0
     from transformers import optimization  # noqa: PLC0415 - takes seconds, which a constant rate need not cost
@@ -223,7 +223,7 @@ def rate_factors(
             )
         case _:
             raise AssertionError(f"{schedule} is not a schedule")
-    (factor,) = cast("list[Callable[[int], float]]", cast(LambdaLR, made).lr_lambdas)
+    (factor,) = made.lr_lambdas
     return factor
 
 

@@ -294,6 +294,7 @@ class TrainingLoop:
 
     def _epoch(self, epoch: int, step: int) -> Iterator[tuple[StepPosition, bool]]:
         settings = self._settings
+        self._reporter.note(f"epoch {epoch}/{settings.num_epochs}")
         skipped = (step - (epoch - 1) * settings.steps_per_epoch) * settings.num_micro_steps
         remaining = settings.micro_steps_per_epoch - skipped
         losses: list[Tensor] = []

@@ -62,7 +62,7 @@ from trainer.train.resume import Start
 from trainer.train.sample_maker import SampleMaker
 from trainer.train.saver import LoraSaver
 from trainer.train.session import DeviceLock
-from trainer.train.state_saver import StateSaver, Trainables, resume_state
+from trainer.train.state_saver import StateSaver, Trainables, advance, resume_state
 from trainer.train.text_phase import PreparedText, prepare_text, trains_clip
 from trainer.train.text_plan import TextPlan, caption_course, plan_texts
 from trainer.train.trackers import start_trackers
@@ -241,7 +241,7 @@ def begin(start: Start, trained: Trainables, reporter: Reporter) -> None:
     elif start.foreign is not None:
         resume_foreign(start.foreign, trained, reporter, step=step)
     elif step:
-        trained.schedule.load_state_dict({**trained.schedule.state_dict(), "step": step})
+        advance(trained.schedule, step)
 
 
 def _save_for_good(save: LoraSaver, position: StepPosition, kind: CheckpointKind) -> None:

@@ -258,7 +258,8 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], options: Optio
 def _counts(name: str, options: Options) -> bool:
     if name in _LENGTH:
         # A longer run changes only those schedules that look at the end.
-        return options.lr_scheduler not in _STEADY or 0 < options.lr_warmup_steps < 1
+        is_steady = options.lr_scheduler in _STEADY and not options.lr_scheduler_type
+        return not is_steady or 0 < options.lr_warmup_steps < 1
     return name not in FREE and name not in REFUSED
 
 

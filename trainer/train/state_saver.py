@@ -48,13 +48,19 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Any, /) -> Any: ...
 
 
+class Steps(Stateful, Protocol):
+    """A schedule."""
+
+    def step(self) -> object: ...
+
+
 @dataclass(frozen=True)
 class Trainables:
     """Everything of one process that changes from step to step, the loop's own counters apart."""
 
     network: AnyNetwork
     optimizer: torch.optim.Optimizer
-    schedule: Stateful
+    schedule: Steps
     scaler: Stateful
     device: torch.device
     rank: int
@@ -211,6 +217,12 @@ class StateSaver:
 
 
 # ---------------------------------------------------------------------------------------------------------- resuming
+
+
+def advance(schedule: Steps, step: int) -> None:
+    """Brings a schedule that is at its start to where it would be after `step` steps, whatever kind it is of."""
+    for _ in range(step):
+        schedule.step()
 
 
 def progress_of(head: StateHead) -> Progress:

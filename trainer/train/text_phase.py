@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
 from trainer.data.cache import Encode, TensorCache, text_key, text_requests
+from trainer.data.cache_files import num_foreign_files
 from trainer.model.weights import load_clip_l, load_t5xxl
 from trainer.schema.folders import data_home
 from trainer.schema.memory import text_encoders_fit
@@ -91,6 +92,12 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
     # What is in memory belongs to this run alone; reading ten gigabytes to name it would be for nothing.
     identity = _identity(checked, engine, reporter) if on_disk else ""
     cache = TensorCache("text", on_disk=on_disk, warn=reporter.warning, skip_check=options.skip_cache_check)
+    folders = {item.path.parent for item in checked.index.items}
+    if on_disk and (num_foreign := num_foreign_files(folders, "_flux_te.npz")):
+        reporter.note(
+            f"{num_foreign} cache files of sd-scripts (_flux_te.npz) are not used: nothing in them says which caption and which text encoders "
+            "they were made from"
+        )
     # Prompts go beside the pictures, too: else the encoders would be loaded again for them alone.
     spare = checked.index.items[0].path.parent
     requests = text_requests(
