@@ -281,9 +281,10 @@ SHOWN_ELSEWHERE = {
     "huggingface_repo_visibility": "tests/train/test_hub_upload.py",
     "save_state_to_huggingface": "tests/train/test_hub_upload.py",
     "resume_from_huggingface": "tests/train/test_hub_upload.py",
+    "skip_cache_check": "tests/data/test_cache.py",
     "async_upload": "tests/train/test_hub_upload.py",
 }
-"""Options whose effect is outside of this machine, and the test that shows it against a local stand-in."""
+"""Options whose effect is outside of this machine or in no result, and the test that shows it."""
 
 SUPPORTED = [name for name, status in STATUS.items() if status.status == "supported"]
 
