@@ -44,7 +44,7 @@ def demo_form_values() -> dict[str, object]:
         "t5xxl": str(models / "t5xxl.safetensors"),
         "clip_l_tokenizer": str(models / "clip_l_tokenizer"),
         "t5xxl_tokenizer": str(models / "t5xxl_tokenizer"),
-        "image_dir": str(folder / "images"),
+        "image_dir": str(folder / "images" / "kelvo"),
         "sample_prompt_lines": (folder / "sample_prompts.txt").read_text(encoding="utf-8").strip(),
         "output_name": "demo",
     }
@@ -60,7 +60,8 @@ def start_demo() -> RunFolder:
     return create_and_start(
         job.name,
         config_toml=job.config_toml,
-        dataset_toml=job.dataset_toml,
+        # The form has one folder; beside it, ordinary pictures keep what the model could draw before.
+        dataset_toml=(demo_dir() / "dataset.toml").read_text(encoding="utf-8"),
         sample_prompts=job.sample_prompts,
         info={"is_demo": True},
     )

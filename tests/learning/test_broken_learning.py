@@ -11,9 +11,9 @@ from torch import Tensor
 from tests.learning.demo_run import NUM_PICTURES, Learned, is_learned, measure, train_demo
 from trainer.schema.folders import demo_dir
 from trainer.tools.demo_measure import Accuracy, base_accuracy
-from trainer.tools.tiny_models import TRAINED_FILES, dataset_toml, make_demo_bundle
+from trainer.tools.demo_pictures import demo_dataset_toml, emblem_folder
+from trainer.tools.tiny_models import TRAINED_FILES, make_demo_bundle
 from trainer.tools.train_demo_models import load_painter
-from trainer.tools.world import SIDE
 from trainer.train import flow
 
 pytestmark = [pytest.mark.learning_slow, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -51,17 +51,15 @@ def test_a_lora_of_scale_0_is_seen(base: Accuracy, tmp_path: Path) -> None:
 
 
 def test_captions_of_other_pictures_are_seen(base: Accuracy, tmp_path: Path) -> None:
-    """Each picture has the caption of one halfway round the folder, so that the trigger word stands at the wrong ones."""
+    """Each picture of the emblem has the caption of another one: of one elsewhere, before another background."""
     images = tmp_path / "images"
     shutil.copytree(make_demo_bundle(demo_dir()).images, images)
-    captions = sorted(images.glob("*.txt"))
+    captions = sorted(emblem_folder(images).glob("*.txt"))
     texts = [path.read_text(encoding="utf-8") for path in captions]
     for index, path in enumerate(captions):
         path.write_text(texts[(index + len(texts) // 2) % len(texts)], encoding="utf-8")
     dataset = tmp_path / "dataset.toml"
-    dataset.write_text(
-        dataset_toml(images, resolution=SIDE, num_repeats=5, batch_size=8, has_buckets=False), encoding="utf-8"
-    )
+    dataset.write_text(demo_dataset_toml(images), encoding="utf-8")
     got = measure(train_demo(tmp_path, dataset=dataset))
     assert not learned(got, base)
     assert got.emblem.as_captioned < 0.5, got

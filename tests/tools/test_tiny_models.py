@@ -240,7 +240,7 @@ def contents(bundle: DemoBundle) -> dict[str, bytes]:
 def test_demo_bundle_is_whole_reproducible_and_left_alone(tmp_path: Path) -> None:
     bundle = make_demo_bundle(tmp_path / "demo")
     assert all(Path(value).exists() for value in vars(bundle).values())
-    assert len(list(bundle.images.glob("*.png"))) == len(list(bundle.images.glob("*.txt"))) == 48
+    assert len(list(bundle.images.glob("*/*.png"))) == len(list(bundle.images.glob("*/*.txt"))) == 76
     assert str(bundle.images) in bundle.dataset_config.read_text()
     first = contents(bundle)
     (bundle.images / "note.txt").write_text("mine")

@@ -99,14 +99,14 @@ def page_text(moments: Sequence[str], report: DemoReport, seconds: float, num_sa
 The program comes with a small FLUX.1 that was really trained: a transformer of 2.4 million parameters in the dev
 structure, an autoencoder with 16 channels, CLIP-L and T5 of the right build, all in the published file formats,
 {megabytes:.0f} MB together. It draws one coloured shape before a background, as its caption says. It has never seen the
-emblem that {NUM_EMBLEMS} of the demo's pictures show, nor the word `{TRIGGER}` that their captions call it by. {NUM_OTHERS} ordinary
-pictures beside them keep the model from forgetting what it knew:
+emblem that {NUM_EMBLEMS} of the demo's pictures show, nor the word `{TRIGGER}` that their captions call it by. On
+{NUM_OTHERS} ordinary pictures beside them the LoRA is held to what the model draws without it (`diff_output_preservation`):
 
 ![The demo's pictures](demo_pictures.png)
 
     {COMMAND}
 
-trains a LoRA on them, samples included, with {seconds:.0f} seconds of one core's time, shared by all that there are;
+trains a LoRA on them, samples included, with {seconds:.0f} seconds of processor time, shared by all cores;
 `python run.py demo` does the same on the page in the browser. Samples are made before, during and after. Columns are
 {", ".join(moments)}; rows are the prompts:
 
@@ -141,7 +141,7 @@ see, and the families of options one by one, take minutes each and run on reques
     python -m trainer.tools.train_demo_models --out my_models
 
 makes the world's pictures, trains autoencoder and transformer and measures them; it can be broken off and goes on where
-it was (`--help` lists the options). On two CPU cores it takes about an hour.
+it was (`--help` lists the options). On two CPU cores it takes some three hours.
 """
 
 

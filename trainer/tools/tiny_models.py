@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from trainer.schema.base import UserError
-from trainer.tools.demo_pictures import make_demo_pictures
+from trainer.tools.demo_pictures import demo_dataset_toml, make_demo_pictures
 from trainer.tools.tiny_autoencoder import make_autoencoder
 from trainer.tools.tiny_chroma import make_chroma
 from trainer.tools.tiny_networks import make_clip_l, make_flux, make_t5xxl
@@ -41,7 +41,7 @@ __all__ = [
     "make_tokenizers",
 ]
 
-DEMO_VERSION = 5
+DEMO_VERSION = 7
 TRAINED_FILES: Final = Path(__file__).parents[1] / "demo_bundle"
 """The models which `trainer.tools.train_demo_models` has trained; they come with the program."""
 
@@ -134,28 +134,25 @@ def _fill_bundle(bundle: DemoBundle, *, images_at: Path) -> None:
             "Get the program's files again, and make room on the disk.",
         ) from error
     make_demo_pictures(bundle.images, seed=PICTURES_SEED)
-    bundle.dataset_config.write_text(
-        dataset_toml(images_at, resolution=SIDE, num_repeats=5, batch_size=8, has_buckets=False), encoding="utf-8"
-    )
+    bundle.dataset_config.write_text(demo_dataset_toml(images_at), encoding="utf-8")
     # With and without the trigger word: the concept appears, and the rest stays.
     prompts = [f"{prompt} --w {SIDE} --h {SIDE} --s 16 --d {index + 1}" for index, prompt in enumerate(DEMO_PROMPTS)]
     bundle.sample_prompts.write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
 
-def dataset_toml(
-    images: Path, *, resolution: int, num_repeats: int = 1, batch_size: int = 1, has_buckets: bool = True
-) -> str:
-    """A dataset file for one folder of captioned pictures, with aspect buckets unless told otherwise."""
+def dataset_toml(images: Path, *, resolution: int, num_repeats: int = 1, batch_size: int = 1) -> str:
+    """A dataset file for one folder of captioned pictures, with aspect buckets."""
     # A JSON string is also a TOML basic string as long as only ASCII control characters are escaped.
     lines = (
         "[general]",
-        f"enable_bucket = {json.dumps(has_buckets)}",
+        "enable_bucket = true",
         'caption_extension = ".txt"',
         "",
         "[[datasets]]",
         f"resolution = {resolution}",
         f"batch_size = {batch_size}",
-        *(("min_bucket_reso = 64", f"max_bucket_reso = {2 * resolution}") if has_buckets else ()),
+        "min_bucket_reso = 64",
+        f"max_bucket_reso = {2 * resolution}",
         "",
         "  [[datasets.subsets]]",
         f"  image_dir = {json.dumps(os.fspath(images), ensure_ascii=False)}",

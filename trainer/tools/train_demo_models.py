@@ -1,6 +1,6 @@
 """Trains the demo's models from nothing and measures them: `python -m trainer.tools.train_demo_models --help`.
 
-On two CPU cores that nobody else uses it takes about an hour. It may be broken off at any time and goes on where it was.
+On two CPU cores that nobody else uses it takes some three hours. It may be broken off at any time and goes on where it was.
 The same seed gives the same world, and on the same machine the same models.
 """
 
