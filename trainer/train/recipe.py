@@ -306,7 +306,7 @@ def attach_network(
     """The network around the transformer's layers, and those of the text encoders that are given, on the device; and how
     the file was written that it starts from."""
     network: AnyNetwork
-    for line in settings_without_layers(model, spec):
+    for line in settings_without_layers(model, spec, clip, t5):
         reporter.warning(line)
     if spec.kind == "lycoris":
         if engine.dtype is torch.float16:
