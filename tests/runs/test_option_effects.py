@@ -279,8 +279,8 @@ SHOWN_ELSEWHERE = {
     "huggingface_path_in_repo": "tests/train/test_hub_upload.py",
     "huggingface_token": "tests/train/test_hub_upload.py",
     "huggingface_repo_visibility": "tests/train/test_hub_upload.py",
-    "save_state_to_huggingface": "tests/train/test_hub_upload.py",
-    "resume_from_huggingface": "tests/train/test_hub_upload.py",
+    "save_state_to_huggingface": "tests/train/test_hub_state.py",
+    "resume_from_huggingface": "tests/train/test_hub_state.py",
     "async_upload": "tests/train/test_hub_upload.py",
 }
 """Options whose effect is outside of this machine, and the test that shows it against a local stand-in."""

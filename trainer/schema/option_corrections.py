@@ -96,10 +96,16 @@ def option_advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
         yield f"guidance_scale is {options.guidance_scale:g}; Chroma was made with 0"
     if options.huggingface_repo_id is None:
         for name in ("repo_type", "path_in_repo", "token", "repo_visibility"):
-            if getattr(options, f"huggingface_{name}") is not None:
+            is_for_resuming = name == "token" and options.resume_from_huggingface
+            if getattr(options, f"huggingface_{name}") is not None and not is_for_resuming:
                 yield f"huggingface_{name} has no effect: huggingface_repo_id is not given"
-        if options.async_upload:
-            yield "async_upload has no effect: huggingface_repo_id is not given"
+        for name in ("save_state_to_huggingface", "async_upload"):
+            if getattr(options, name):
+                yield f"{name} has no effect: huggingface_repo_id is not given"
+    elif options.save_state_to_huggingface and not (options.save_state or options.save_state_on_train_end):
+        yield "save_state_to_huggingface has no effect: no states are saved (save_state, save_state_on_train_end)"
+    if options.resume_from_huggingface and options.resume is None:
+        yield "resume_from_huggingface has no effect: resume is not given"
     if options.log_with not in ("wandb", "all"):
         for name in ("wandb_run_name", "wandb_api_key"):
             if getattr(options, name) is not None:
