@@ -182,6 +182,7 @@ def test_damage_during_the_run_is_an_error_that_names_the_file(tmp_path: Path) -
 
 
 def test_skipping_the_check_reads_no_file_until_it_is_used(tmp_path: Path) -> None:
+    """What `--skip_cache_check` asks for."""
     requests = latent_requests(index_of(tmp_path), encoder="ae")
     disk_cache().fill(requests, Encoder())
     cached_files(tmp_path)[0].write_bytes(b"damaged")

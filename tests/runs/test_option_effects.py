@@ -73,6 +73,7 @@ HUBER = ("--loss_type=huber", "--huber_schedule=constant")
 BF16 = ("--mixed_precision=bf16",)
 TEXT = ("--cache_text_encoder_outputs",)
 FOLDERS = ("--train_data_dir={folders}", "--resolution=64")
+BIG_FOLDERS = ("--train_data_dir={more}", "--resolution=64")
 LOGS = ("--logging_dir={out}/logs",)
 
 EFFECTS: dict[str, Effect] = {
@@ -159,14 +160,14 @@ EFFECTS: dict[str, Effect] = {
     "optimizer_args": e("weights", "weight_decay=0.5"),
     "max_grad_norm": e("weights", "0.000001"),
     "lr_scheduler": e("weights", "cosine"),
-    "lr_scheduler_type": e("weights", "CosineAnnealingLR", "--lr_scheduler_args=T_max=2"),
-    "lr_scheduler_args": e("weights", "T_max=2", "--lr_scheduler_type=CosineAnnealingLR"),
+    "lr_scheduler_type": e("code", "CosineAnnealingLR", "--lr_scheduler_args=T_max=2"),
+    "lr_scheduler_args": e("code", "T_max=2", "--lr_scheduler_type=CosineAnnealingLR"),
     "lr_warmup_steps": e("weights", "2", "--lr_scheduler=constant_with_warmup"),
     "lr_decay_steps": e("weights", "2", "--lr_scheduler=warmup_stable_decay"),
     "lr_scheduler_num_cycles": e("weights", "3", "--lr_scheduler=cosine_with_restarts", "--max_train_steps=4"),
     "lr_scheduler_power": e("weights", "3", "--lr_scheduler=polynomial"),
     "lr_scheduler_timescale": e("weights", "1", "--lr_scheduler=inverse_sqrt", "--max_train_steps=4"),
-    "lr_scheduler_min_lr_ratio": e("weights", "0.9", "--lr_scheduler=cosine_with_min_lr"),
+    "lr_scheduler_min_lr_ratio": e("code", "0.9", "--lr_scheduler=cosine_with_min_lr"),
     # ---- flow
     "timestep_sampling": e("weights", "sigmoid"),
     "sigmoid_scale": e("weights", "3", "--timestep_sampling=sigmoid"),
@@ -205,7 +206,6 @@ EFFECTS: dict[str, Effect] = {
     "cpu_offload_checkpointing": e("lines", "", "--gradient_checkpointing"),
     "blocks_to_swap": e("lines", "2"),
     "split_mode": e("code"),
-    "max_data_loader_n_workers": e("lines", "2"),
     "persistent_data_loader_workers": e("lines"),
     # ---- cache
     "cache_latents": e("calls", "", "--max_train_epochs=3"),
@@ -221,7 +221,9 @@ EFFECTS: dict[str, Effect] = {
     "validation_seed": e("lines", "9", "--validation_split=0.5", "--max_train_epochs=1"),
     "validate_every_n_steps": e("lines", "1", "--validation_split=0.5"),
     "validate_every_n_epochs": e("calls", "2", "--validation_split=0.5", "--max_train_epochs=3"),
-    "max_validation_steps": e("calls", "1", "--validation_split=0.6", "--dataset_repeats=2"),
+    "max_validation_steps": e(
+        "calls", "1", "--validation_split=0.6", "--validate_every_n_steps=1", *BIG_FOLDERS, without=("dataset_config",)
+    ),
     # ---- saving
     "output_dir": e("files", "{out}/elsewhere"),
     "output_name": e("files", "mine"),
@@ -281,9 +283,11 @@ SHOWN_ELSEWHERE = {
     "huggingface_repo_visibility": "tests/train/test_hub_upload.py",
     "save_state_to_huggingface": "tests/train/test_hub_state.py",
     "resume_from_huggingface": "tests/train/test_hub_state.py",
+    "max_data_loader_n_workers": "tests/train/test_reading_ahead.py",
+    "skip_cache_check": "tests/data/test_cache.py",
     "async_upload": "tests/train/test_hub_upload.py",
 }
-"""Options whose effect is outside of this machine, and the test that shows it against a local stand-in."""
+"""Options whose effect is outside of this machine or in no result, and the test that shows it."""
 
 SUPPORTED = [name for name, status in STATUS.items() if status.status == "supported"]
 
@@ -334,6 +338,10 @@ class Workshop:
                 image.save(path)
                 words = f"a {colour} circle, large ||| square;;; small, {{green|black|white}}; star, on the left"
                 path.with_suffix(".txt").write_text(words, encoding="utf-8")
+        shutil.copytree(folder / "images", folder / "more" / "1_cat")
+        for path in list((folder / "more" / "1_cat").iterdir()):
+            if path.suffix == ".png":
+                Image.open(path).rotate(180).save(path.with_name(f"again_{path.name}"))
         (folder / "masks").mkdir()
         for number in range(2):
             Image.linear_gradient("L").resize((100 - 30 * number, 70)).save(
@@ -372,6 +380,7 @@ class Workshop:
             "masked": str(folder / "masked.toml"),
             "images": str(folder / "images"),
             "folders": str(folder / "folders"),
+            "more": str(folder / "more"),
             "masks": str(folder / "masks"),
             "metadata": str(folder / "meta.json"),
             "regularisation": str(folder / "regularisation"),

@@ -284,7 +284,7 @@ def test_help_is_written_and_ends_the_program_well(words: list[str], capsys: pyt
     missing = [name for name in STATUS if f"--{name}" not in text]
     assert missing == []
     assert "--device {auto,cpu,cuda,mps} [ours]" in text
-    assert "--optimizer_type {AdamW,AdamW8bit}\n" in text
+    assert "--optimizer_type {AdamW,AdamW8bit,PagedAdamW8bit," in text
     assert "--save_model_as {safetensors}\n" in text
     assert "--network_args [TEXT ...]" in text
     assert "Default: 1600." in text

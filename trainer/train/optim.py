@@ -118,8 +118,11 @@ def optimizer_class(optimizer_type: str) -> MakeOptimizer:
 def check_optimizer(optimizer_type: str, arguments: Mapping[str, object]) -> None:
     """Raises `UserError` when `create_optimizer` would, before there is anything to train.
 
-    The optimizers of bitsandbytes, whose import takes seconds, are only looked for.
+    The optimizers of bitsandbytes, whose import takes seconds, are only looked for. AdamW is not made either: torch
+    imports its compiler with the first optimizer, for seconds, and AdamW's settings have been checked one by one.
     """
+    if optimizer_type == "AdamW":
+        return
     kind = OPTIMIZERS.get(optimizer_type)
     if kind is not None and kind.module == "bitsandbytes.optim":
         if not is_installed(kind.module):
