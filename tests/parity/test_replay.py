@@ -23,7 +23,9 @@ from trainer.schema.base import UserError
 from trainer.schema.cli import parse_command_line
 from trainer.schema.lora_spec import spec_from_network_args
 from trainer.tools.tiny_models import make_chroma, make_flux
+from trainer.train.recording import read_recording
 from trainer.train.replay import replay
+from trainer.train.replay_options import replay_advice
 from trainer.train.reporting import Reporter
 
 RAW = ("--model_prediction_type=raw",)
@@ -358,3 +360,53 @@ def test_a_loss_that_is_no_number_is_replayed_and_reported(small_flux: Path, tmp
     written = load_file(tmp_path / "replayed.safetensors")
     assert torch.isnan(written["losses"]).tolist() == [True, True, True]
     assert torch.isnan(written["out.model_pred"]).any()
+
+
+def test_options_that_a_replay_has_no_use_for_get_one_line(small_flux: Path, tmp_path: Path) -> None:
+    source = tmp_path / "recording.safetensors"
+    given = make_recording(source, small_flux, {})
+    model = f"--pretrained_model_name_or_path={small_flux}"
+    words = ["--gradient_accumulation_steps=4", "--sigmoid_scale=2", "--guidance_scale=2"]
+    save_file(given, source, metadata={"options": json.dumps(words[1:])})
+    recording = read_recording(source)
+
+    def lines(*more: str) -> list[str]:
+        return list(replay_advice(parse_command_line([model, *more]), recording))
+
+    assert lines(*words, "--learning_rate=1", "--noise_offset=0.1", "--save_every_n_steps=1") == [
+        "gradient_accumulation_steps, save_every_n_steps have no effect on a replay: it makes --steps steps on one batch "
+        "that is recorded"
+    ]
+    assert [line.split(" has no")[0] for line in lines("--sigmoid_scale=3")] == ["sigmoid_scale"], "not as recorded"
+    assert lines(*words[1:], "--device=cpu", "--network_dim=2") == []
+
+
+def test_a_replay_refuses_what_it_cannot_train_and_files_that_are_not_there(small_flux: Path, tmp_path: Path) -> None:
+    source = tmp_path / "recording.safetensors"
+    make_recording(source, small_flux, {})
+    model = f"--pretrained_model_name_or_path={small_flux}"
+    with pytest.raises(UserError) as error:
+        replayed(source, tmp_path, model, "--network_train_text_encoder_only", f"--network_weights={tmp_path / 'a'}")
+    assert [(problem.field, problem.what) for problem in error.value.problems] == [
+        (
+            "network_train_text_encoder_only",
+            "a replay trains the transformer alone, which network_train_text_encoder_only rules out",
+        ),
+        ("network_weights", "this file does not exist"),
+    ]
+
+
+def test_a_replay_takes_layers_and_ranks_from_the_file_that_is_named(small_flux: Path, tmp_path: Path) -> None:
+    source, lora = tmp_path / "recording.safetensors", tmp_path / "lora.safetensors"
+    make_recording(source, small_flux, {})
+    name = "lora_unet_single_blocks_0_linear2"
+    down, up = torch.ones(3, 160), torch.ones(32, 3)
+    save_file(
+        {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(3.0)}, lora
+    )
+    words = [f"--pretrained_model_name_or_path={small_flux}", f"--network_weights={lora}", "--dim_from_weights"]
+    ours = replayed(source, tmp_path, *words, *RAW, num_steps=1)
+    assert {key: tuple(tensor.shape) for key, tensor in ours.items() if key.startswith("after.")} == {
+        f"after.{name}.lora_down.weight": (3, 160),
+        f"after.{name}.lora_up.weight": (32, 3),
+    }

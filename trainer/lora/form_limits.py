@@ -8,7 +8,7 @@ from typing import Final
 from trainer.lora.form_names import Form, inexpressible
 from trainer.lora.form_reader import listed
 from trainer.lora.layer_names import is_chroma_only
-from trainer.lora.lora_tensors import Adapter, LoraTensors
+from trainer.lora.lora_tensors import LayerTensors, LoraTensors
 from trainer.schema.base import UserError
 
 _FORM_NOUNS: Final[Mapping[Form, str]] = {
@@ -62,7 +62,7 @@ def _refuse_magnitudes(tensors: LoraTensors, form: Form, where: str, *, is_as_it
         )
 
 
-def _adapts_mlp(adapter: Adapter) -> bool:
+def _adapts_mlp(adapter: LayerTensors) -> bool:
     return bool(adapter.up[3 * adapter.down.shape[1] :].any())
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer.lora.adapter_config import AdapterConfig
 from trainer.lora.form_names import QKV_OF_LINEAR1, Form, Place, Role, form_of, norm_of, place_of, split_suffix
 from trainer.lora.layer_names import HALVES_SWAPPED
-from trainer.lora.lora_tensors import Adapter, LoraTensors, fuse, matching_alpha, part_sizes, unfold_alpha
+from trainer.lora.lora_tensors import LayerTensors, LoraTensors, fuse, matching_alpha, part_sizes, unfold_alpha
 from trainer.lora.naming import foreign_format, published_name
 from trainer.lora.split import read_as_trained
 from trainer.schema.base import UserError
@@ -108,7 +108,7 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
-def _adapter(state: Mapping[str, Tensor], keys: Mapping[Role, str], where: str) -> Adapter:
+def _adapter(state: Mapping[str, Tensor], keys: Mapping[Role, str], where: str) -> LayerTensors:
     if "down" not in keys or "up" not in keys:
         key = next(iter(keys.values()))
         raise UserError(f"{key} has no counterpart", where, "The file is incomplete.", field="network_weights")
@@ -123,7 +123,7 @@ def _adapter(state: Mapping[str, Tensor], keys: Mapping[Role, str], where: str) 
     alpha = state[keys["alpha"]].reshape(()) if "alpha" in keys else None
     bias = state[keys["bias"]] if "bias" in keys else None
     magnitude = _magnitude(state, keys["magnitude"], down, up, where) if "magnitude" in keys else None
-    return Adapter(down, up, alpha, bias, magnitude)
+    return LayerTensors(down, up, alpha, bias, magnitude)
 
 
 def _magnitude(state: Mapping[str, Tensor], key: str, down: Tensor, up: Tensor, where: str) -> Tensor:
@@ -139,17 +139,17 @@ def _magnitude(state: Mapping[str, Tensor], key: str, down: Tensor, up: Tensor, 
     return tensor
 
 
-def _with_configured_alpha(adapter: Adapter, config: AdapterConfig | None, module: str) -> Adapter:
+def _with_configured_alpha(adapter: LayerTensors, config: AdapterConfig | None, module: str) -> LayerTensors:
     alpha = None if config is None or adapter.alpha is not None else config.alpha_of(module, adapter.rank)
     return adapter if alpha is None else replace(adapter, alpha=torch.tensor(alpha))
 
 
-def _assembled(parts: Mapping[Place, Adapter], where: str) -> dict[str, Adapter]:
+def _assembled(parts: Mapping[Place, LayerTensors], where: str) -> dict[str, LayerTensors]:
     """Whole adapters, from the parts that a form cuts fused layers into, in the file's order."""
-    groups: dict[str, dict[int, tuple[Place, Adapter]]] = {}
+    groups: dict[str, dict[int, tuple[Place, LayerTensors]]] = {}
     for place, adapter in parts.items():
         groups.setdefault(place.name, {})[place.index] = (place, adapter)
-    adapters: dict[str, Adapter] = {}
+    adapters: dict[str, LayerTensors] = {}
     for name, group in groups.items():
         place, first = next(iter(group.values()))
         if any(other.num_parts != place.num_parts for other, _ in group.values()):
@@ -176,7 +176,7 @@ def _assembled(parts: Mapping[Place, Adapter], where: str) -> dict[str, Adapter]
     return adapters
 
 
-def _fused(groups: Mapping[str, Mapping[int, tuple[Place, Adapter]]], name: str) -> Adapter:
+def _fused(groups: Mapping[str, Mapping[int, tuple[Place, LayerTensors]]], name: str) -> LayerTensors:
     group = groups[name]
     place, first = next(iter(group.values()))
     parts = [group[index][1] if index in group else None for index in range(place.num_parts)]
@@ -189,7 +189,7 @@ def _fused(groups: Mapping[str, Mapping[int, tuple[Place, Adapter]]], name: str)
     return fuse(parts, sizes)
 
 
-def _mlp_width(groups: Mapping[str, Mapping[int, tuple[Place, Adapter]]], name: str, in_features: int) -> int:
+def _mlp_width(groups: Mapping[str, Mapping[int, tuple[Place, LayerTensors]]], name: str, in_features: int) -> int:
     """Out features of linear1's MLP part: what linear2 takes beside the attention's, or four times the input."""
     sibling = groups.get(name.removesuffix("linear1") + "linear2")
     if sibling is None:
@@ -197,7 +197,7 @@ def _mlp_width(groups: Mapping[str, Mapping[int, tuple[Place, Adapter]]], name: 
     return next(iter(sibling.values()))[1].down.shape[1] - in_features
 
 
-def with_halves_swapped(adapter: Adapter) -> Adapter:
+def with_halves_swapped(adapter: LayerTensors) -> LayerTensors:
     """The last modulation's adapter with its output's halves in the other order, as diffusers has them."""
     first, second = adapter.up.chunk(2)
     bias = None if adapter.bias is None else torch.cat(adapter.bias.chunk(2)[::-1])
@@ -219,7 +219,7 @@ def _at_trained_strength(tensors: LoraTensors, form: Form, metadata: Mapping[str
     return replace(tensors, adapters={name: replace(a, alpha=alphas[name]) for name, a in tensors.adapters.items()})
 
 
-def split_layer(adapter: Adapter) -> dict[str, Tensor]:
+def split_layer(adapter: LayerTensors) -> dict[str, Tensor]:
     """The adapter's parts as a published file calls them."""
     alpha = {} if adapter.alpha is None else {"alpha": adapter.alpha}
     return {**alpha, "lora_down.weight": adapter.down, "lora_up.weight": adapter.up}
@@ -232,7 +232,7 @@ def _with_known_alpha(tensors: LoraTensors, metadata: Mapping[str, str]) -> Lora
         return tensors
     table = cast("dict[str, list[object]]", known)
     usual = table.get("")
-    adapters: dict[str, Adapter] = {}
+    adapters: dict[str, LayerTensors] = {}
     for name, adapter in tensors.adapters.items():
         alpha = _alpha_tensor(table.get(name, usual))
         if alpha is None:

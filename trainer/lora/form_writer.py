@@ -34,7 +34,7 @@ from trainer.lora.form_reader import (
     with_halves_swapped,
 )
 from trainer.lora.layer_names import HALVES_SWAPPED, layer_of
-from trainer.lora.lora_tensors import Adapter, LoraTensors, cut, fold_alpha, folds_exactly, part_sizes
+from trainer.lora.lora_tensors import LayerTensors, LoraTensors, cut, fold_alpha, folds_exactly, part_sizes
 from trainer.lora.naming import published_name
 from trainer.schema.base import UserError
 
@@ -116,7 +116,9 @@ def _model_part(name: str) -> str:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def _parts(name: str, adapter: Adapter, form: Form, origin: Origin | None) -> Iterable[tuple[int, str, Adapter]]:
+def _parts(
+    name: str, adapter: LayerTensors, form: Form, origin: Origin | None
+) -> Iterable[tuple[int, str, LayerTensors]]:
     """Number, the form's own module name, and adapter of every part that `form` cuts this adapter into."""
     if form == "bfl":
         yield 0, bfl_name(name) or "", adapter
@@ -141,7 +143,7 @@ def _parts(name: str, adapter: Adapter, form: Form, origin: Origin | None) -> It
                 yield number, module, part if known is None else _as_it_stood(part, known)
 
 
-def _as_it_stood(part: Adapter, known: OwnKeys) -> Adapter:
+def _as_it_stood(part: LayerTensors, known: OwnKeys) -> LayerTensors:
     """With the scale that it had in its file, where fusing gave it that of the first part."""
     if part.alpha is None or known.alpha is None or part.rank != known.rank:
         return part
@@ -158,7 +160,7 @@ def _known_ranks(origin: Origin | None, name: str, num_parts: int) -> list[int |
     return None if not any(own) else [None if keys is None else keys.rank for keys in own]
 
 
-def _tensors_of(adapter: Adapter, keys: Mapping[Role, str]) -> dict[str, Tensor]:
+def _tensors_of(adapter: LayerTensors, keys: Mapping[Role, str]) -> dict[str, Tensor]:
     tensors = {keys["down"]: adapter.down, keys["up"]: adapter.up}
     if adapter.bias is not None:
         tensors[keys["bias"]] = adapter.bias
@@ -167,7 +169,7 @@ def _tensors_of(adapter: Adapter, keys: Mapping[Role, str]) -> dict[str, Tensor]
     return tensors
 
 
-def _alpha_beside(adapter: Adapter, known: Tensor | None) -> Tensor:
+def _alpha_beside(adapter: LayerTensors, known: Tensor | None) -> Tensor:
     alpha = torch.tensor(float(adapter.rank)) if adapter.alpha is None else adapter.alpha
     if known is not None and math.isclose(float(alpha), float(known), rel_tol=1e-6):
         # A part's alpha was computed from that of the whole, and may be off by a rounding.
@@ -235,7 +237,7 @@ def _alpha_metadata(tensors: LoraTensors) -> dict[str, str]:
     return {ALPHA_KEY: json.dumps({"": json.loads(usual), **others})}
 
 
-def _alpha_entry(adapter: Adapter) -> list[object] | None:
+def _alpha_entry(adapter: LayerTensors) -> list[object] | None:
     if adapter.alpha is None:
         return None
     return [str(adapter.alpha.dtype).removeprefix("torch."), adapter.alpha.item()]
@@ -259,10 +261,10 @@ def _made_whole(tensors: LoraTensors, base: BaseLayers, where: str) -> tuple[Lor
             f"the model has no layers of these sizes: {listed(strange)}", where, "The LoRA belongs to another model."
         )
     like = next(iter(tensors.adapters.values())).down
-    adapters: dict[str, Adapter] = {}
+    adapters: dict[str, LayerTensors] = {}
     for path, (out_features, in_features) in base.linears.items():
         name = published_name("unet", path)
-        nothing = Adapter(like.new_zeros(_FILLING_RANK, in_features), like.new_zeros(out_features, _FILLING_RANK))
+        nothing = LayerTensors(like.new_zeros(_FILLING_RANK, in_features), like.new_zeros(out_features, _FILLING_RANK))
         adapters[name] = tensors.adapters.get(name, nothing)
     norms = {path: tensor.detach().cpu() for path, tensor in base.norms.items()}
     trained = json.dumps(list(tensors.adapters))

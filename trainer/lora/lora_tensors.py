@@ -16,8 +16,8 @@ _NOTHING: Final[Mapping[str, Tensor]] = {}
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """`down` (R, I) and `up` (O, R). `alpha` (0-d) None stands for alpha = R; `bias` (O) is added as it is.
+class LayerTensors:
+    """One layer's adapter: `down` (R, I) and `up` (O, R). `alpha` (0-d) None stands for alpha = R; `bias` (O) is added as it is.
 
     `magnitude` makes it a DoRA: the norms of the adapted weight's columns (1, I), or of its rows (O, 1).
     """
@@ -47,7 +47,7 @@ class Adapter:
 class LoraTensors:
     """Adapters by published name, and the query and key norms that a control LoRA replaces, by path in FLUX."""
 
-    adapters: Mapping[str, Adapter]
+    adapters: Mapping[str, LayerTensors]
     norms: Mapping[str, Tensor] = field(default_factory=lambda: _NOTHING)
 
 
@@ -74,7 +74,7 @@ def _alpha_like(alpha: Tensor, value: float) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- fusing
 
 
-def fuse(parts: Sequence[Adapter | None], sizes: Sequence[int]) -> Adapter:
+def fuse(parts: Sequence[LayerTensors | None], sizes: Sequence[int]) -> LayerTensors:
     """One adapter for a fused Linear from those of its parts; None for a part without one.
 
     Parts that share one `down` and one scale keep it and the rank, their `up` below one another. Others stand on the
@@ -90,7 +90,7 @@ def fuse(parts: Sequence[Adapter | None], sizes: Sequence[int]) -> Adapter:
             first.up.new_zeros(size, first.rank) if part is None else part.up
             for part, size in zip(parts, sizes, strict=True)
         ]
-        return Adapter(first.down, torch.cat(ups), first.alpha, _fused_bias(parts, sizes), magnitude)
+        return LayerTensors(first.down, torch.cat(ups), first.alpha, _fused_bias(parts, sizes), magnitude)
     rank = sum(part.rank for part in present)
     up = first.up.new_zeros(sum(sizes), rank)
     row = column = 0
@@ -103,10 +103,10 @@ def fuse(parts: Sequence[Adapter | None], sizes: Sequence[int]) -> Adapter:
     alpha = None
     if first.alpha is not None:
         alpha = _alpha_like(first.alpha, first.scale * rank)
-    return Adapter(torch.cat([part.down for part in present]), up, alpha, _fused_bias(parts, sizes), magnitude)
+    return LayerTensors(torch.cat([part.down for part in present]), up, alpha, _fused_bias(parts, sizes), magnitude)
 
 
-def _fused_magnitude(parts: Sequence[Adapter | None]) -> Tensor | None:
+def _fused_magnitude(parts: Sequence[LayerTensors | None]) -> Tensor | None:
     """The rows' magnitudes below one another. What a part without one has depends on the model's own weight."""
     given = [None if part is None else part.magnitude for part in parts]
     found = [magnitude for magnitude in given if magnitude is not None]
@@ -115,7 +115,7 @@ def _fused_magnitude(parts: Sequence[Adapter | None]) -> Tensor | None:
     return torch.cat(found) if found else None
 
 
-def _fused_bias(parts: Sequence[Adapter | None], sizes: Sequence[int]) -> Tensor | None:
+def _fused_bias(parts: Sequence[LayerTensors | None], sizes: Sequence[int]) -> Tensor | None:
     given = next((part.bias for part in parts if part is not None and part.bias is not None), None)
     if given is None:
         return None
@@ -129,7 +129,9 @@ def _fused_bias(parts: Sequence[Adapter | None], sizes: Sequence[int]) -> Tensor
 # ------------------------------------------------------------------------------------------------------------- cutting
 
 
-def cut(adapter: Adapter, sizes: Sequence[int], ranks: Sequence[int | None] | None = None) -> list[Adapter | None]:
+def cut(
+    adapter: LayerTensors, sizes: Sequence[int], ranks: Sequence[int | None] | None = None
+) -> list[LayerTensors | None]:
     """The adapters of a fused Linear's parts: the inverse of `fuse`, each with the strength of the whole.
 
     Where every column of `up` serves one part only, the parts get their own columns and rows of `down`; else each has
@@ -165,13 +167,13 @@ def cut(adapter: Adapter, sizes: Sequence[int], ranks: Sequence[int | None] | No
 _Columns: TypeAlias = "list[tuple[int, int] | None]"
 
 
-def _part(adapter: Adapter, up: Tensor, span: tuple[int, int]) -> Adapter:
+def _part(adapter: LayerTensors, up: Tensor, span: tuple[int, int]) -> LayerTensors:
     start, stop = span
     alpha = adapter.alpha
     if alpha is not None and stop - start != adapter.rank:
         alpha = _alpha_like(alpha, float(alpha) / adapter.rank * (stop - start))
     down = adapter.down if stop - start == adapter.rank else adapter.down[start:stop].contiguous()
-    return Adapter(down, up[:, start:stop].contiguous(), alpha)
+    return LayerTensors(down, up[:, start:stop].contiguous(), alpha)
 
 
 def _columns_from_ranks(ups: Sequence[Tensor], ranks: Sequence[int | None]) -> _Columns | None:
@@ -226,13 +228,13 @@ def _have_equal_rows(down: Tensor, columns: _Columns) -> bool:
 # --------------------------------------------------------------------------------------------------------------- alpha
 
 
-def folds_exactly(adapter: Adapter) -> bool:
+def folds_exactly(adapter: LayerTensors) -> bool:
     """Whether `down` times the scale, divided by it again, is `down` to the last bit."""
     alpha = adapter.alpha
     return alpha is None or torch.equal(unfold_alpha(fold_alpha(adapter), alpha).down, adapter.down)
 
 
-def fold_alpha(adapter: Adapter) -> Adapter:
+def fold_alpha(adapter: LayerTensors) -> LayerTensors:
     """The same adapter with alpha = R: the scale multiplied into `down`, computed in float32."""
     if adapter.scale == 1:
         return replace(adapter, alpha=None)
@@ -240,7 +242,7 @@ def fold_alpha(adapter: Adapter) -> Adapter:
     return replace(adapter, down=down, alpha=None)
 
 
-def unfold_alpha(adapter: Adapter, alpha: Tensor) -> Adapter:
+def unfold_alpha(adapter: LayerTensors, alpha: Tensor) -> LayerTensors:
     """The inverse of `fold_alpha` for an adapter that had `alpha`."""
     scale = float(alpha) / adapter.rank
     if scale in (0, 1):

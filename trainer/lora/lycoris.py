@@ -25,25 +25,7 @@ from trainer.schema.lora_spec import LoraSpec
 
 PACKAGE: Final = "lycoris-lora"
 
-_FLAGS: Final = {"true": True, "1": True, "false": False, "0": False}
-_FLAG_KEYS: Final = frozenset(
-    {
-        "use_tucker",
-        "use_cp",
-        "use_conv_cp",
-        "disable_conv_cp",
-        "use_scalar",
-        "train_norm",
-        "rescaled",
-        "dora_wd",
-        "wd_on_output",
-        "full_matrix",
-        "bypass_mode",
-        "rs_lora",
-        "unbalanced_factorization",
-        "decompose_both",
-    }
-)
+_UP: Final = "lora_up"
 _BARE_CLIP, _PUBLISHED_CLIP = "lora_te1_", "lora_te1_text_model_"
 
 
@@ -64,9 +46,10 @@ def not_installed() -> UserError:
 class LycorisNetwork(nn.Module):
     """A network of the package, with the methods that training needs of a `LoraNetwork`."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, spec: LoraSpec) -> None:
         super().__init__()
         self._network = network
+        self._spec = spec
 
     @classmethod
     def attach(cls, flux: nn.Module, clip_l: nn.Module | None, spec: LoraSpec, seed: int) -> LycorisNetwork:
@@ -77,7 +60,6 @@ class LycorisNetwork(nn.Module):
         if not is_installed():
             raise not_installed()
         kohya = cast(Any, importlib.import_module("lycoris.kohya"))
-        settings = {key: _value(key, text) for key, text in spec.lycoris.items()}
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -89,7 +71,7 @@ class LycorisNetwork(nn.Module):
                     None if clip_l is None else [clip_l],
                     flux,
                     warn_on_unmatched=False,
-                    **{"dropout": spec.dropout, **settings},
+                    **{"dropout": spec.dropout, **spec.lycoris},
                 )
         except (AssertionError, KeyError, TypeError, ValueError, NotImplementedError, OSError) as error:
             raise UserError(
@@ -99,7 +81,7 @@ class LycorisNetwork(nn.Module):
             raise UserError("no layer is left to train", "--network_args", "Choose another preset.", exit_code=2)
         network.apply_to(None if clip_l is None else [clip_l], flux, clip_l is not None, True)
         network.requires_grad_(True)
-        return cls(network)
+        return cls(network, spec)
 
     @property
     def num_modules(self) -> int:
@@ -121,15 +103,28 @@ class LycorisNetwork(nn.Module):
     def parameter_groups(
         self, unet_lr: float, text_encoder_lr: float, t5xxl_lr: float | None = None
     ) -> list[dict[str, object]]:
-        """Groups for an optimizer, CLIP-L first. A group whose rate is 0 is left out. T5 is never trained."""
+        """Groups for an optimizer, CLIP-L first. A group whose rate is 0 is left out. T5 is never trained.
+
+        With LoRA+ the parameters named `lora_up`, of the algorithms that have such, get a group of their own.
+        """
         groups: list[dict[str, object]] = []
-        for attribute, rate, name in (
-            ("text_encoder_loras", text_encoder_lr, "textencoder"),
-            ("unet_loras", unet_lr, "unet"),
+        for attribute, rate, ratio, name in (
+            ("text_encoder_loras", text_encoder_lr, self._spec.loraplus_text_encoder_ratio, "textencoder"),
+            ("unet_loras", unet_lr, self._spec.loraplus_unet_ratio, "unet"),
         ):
-            parameters = [p for module in self._modules_of(attribute) for p in module.parameters()]
-            groups += rate_groups(parameters, rate, name)
+            normal, ups = list[nn.Parameter](), list[nn.Parameter]()
+            for module in self._modules_of(attribute):
+                for key, parameter in module.named_parameters():
+                    (ups if ratio is not None and _UP in key else normal).append(parameter)
+            groups += rate_groups(normal, rate, name, plus=ups, ratio=ratio or 0.0)
         return require_any(groups)
+
+    @property
+    def lacks_ups(self) -> bool:
+        """Whether LoRA+ is asked for and the algorithm has nothing that it applies to."""
+        spec = self._spec
+        has_ratio = spec.loraplus_unet_ratio is not None or spec.loraplus_text_encoder_ratio is not None
+        return has_ratio and not any(_UP in key for key, _ in self._network.named_parameters())
 
     def before_step(self) -> None:
         """Nothing is to be done."""
@@ -187,12 +182,6 @@ class LycorisNetwork(nn.Module):
 
 
 AnyNetwork = LoraNetwork | LycorisNetwork
-
-
-def _value(key: str, text: str) -> object:
-    if key in _FLAG_KEYS and text.lower() in _FLAGS:
-        return _FLAGS[text.lower()]
-    return int(text) if key == "factor" else text
 
 
 def _published(key: str) -> str:

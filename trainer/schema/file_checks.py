@@ -33,6 +33,17 @@ def needed_models(options: Options) -> tuple[tuple[str, ModelKind, str], ...]:
     return (path, "flux", "the FLUX.1 model"), *_MODELS
 
 
+def check_network_files(options: Options) -> list[Problem]:
+    """What is wrong with the LoRA files that are started from or merged before."""
+    problems: list[Problem] = []
+    if options.network_weights is not None and not _is_oft(options.network_weights):
+        problems += _model_problems(options.network_weights, "lora", "network_weights", read=_read_one_file)
+    for path in options.base_weights or ():
+        if not _is_oft(path):
+            problems += _model_problems(path, "lora", "base_weights", read=_read_one_file)
+    return problems
+
+
 def check_files(options: Options) -> list[Problem]:
     """Everything that is wrong with the files and folders, each with the option that names it. Never raises.
 
@@ -46,11 +57,7 @@ def check_files(options: Options) -> list[Problem]:
             problems.append(_not_given(name, noun))
         else:
             problems += _model_problems(path, kind, name)
-    if options.network_weights is not None and not _is_oft(options.network_weights):
-        problems += _model_problems(options.network_weights, "lora", "network_weights", read=_read_one_file)
-    for path in options.base_weights or ():
-        if not _is_oft(path):
-            problems += _model_problems(path, "lora", "base_weights", read=_read_one_file)
+    problems += check_network_files(options)
     problems += _dataset_problems(options)
     if options.sample_prompts is not None:
         problems += _file_problems(options.sample_prompts, "sample_prompts")

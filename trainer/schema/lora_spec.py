@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from trainer.schema.base import Problem, UserError
+from trainer.schema.lycoris_args import lycoris_values
 from trainer.schema.network_args import (
     IN_LAYERS,
     KINDS,
@@ -54,6 +55,7 @@ class LoraSpec:
     the ranks of `IN_LAYERS`; None trains none of them. `reg_dims` and `reg_lrs` are (regular expression, value), of
     which the first that is found in a published name holds. `file_ranks` and `file_alphas` come from a LoRA file
     (`dim_from_weights`) and then decide alone. For OFT, `rank` is the number of blocks and `alpha` the constraint.
+    `lycoris` are the arguments of the package lycoris-lora.
     """
 
     rank: int = DEFAULT_RANK
@@ -84,7 +86,7 @@ class LoraSpec:
     enable_all_linear: bool = False
     file_ranks: Mapping[str, int] | None = None
     file_alphas: Mapping[str, float] = field(default_factory=_empty)
-    lycoris: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    lycoris: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -178,12 +180,24 @@ def spec_from_network_args(
     def get(key: str, parse: Callable[[str | None], _T], default: _T) -> _T:
         return attempt(key, lambda: parse(values.get(key)), default)
 
+    general, unet_ratio, text_encoder_ratio = (get(key, parse_number, None) for key in LORAPLUS_KEYS)
+    unet_ratio = general if unet_ratio is None else unet_ratio
+    text_encoder_ratio = general if text_encoder_ratio is None else text_encoder_ratio
     if kind == "lycoris":
+        own = {key: value for key, value in values.items() if key not in LORAPLUS_KEYS}
+        lycoris = lycoris_values(own, complain)
         if problems:
             raise UserError.many(problems, exit_code=2)
-        return LoraSpec(rank=rank, alpha=alpha, dropout=dropout, kind=kind, lycoris=MappingProxyType(values))
+        return LoraSpec(
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            kind=kind,
+            lycoris=lycoris,
+            loraplus_unet_ratio=unet_ratio,
+            loraplus_text_encoder_ratio=text_encoder_ratio,
+        )
 
-    ratios: list[float | None] = [get(key, parse_number, None) for key in LORAPLUS_KEYS]
     is_alpha_wrong = not math.isfinite(alpha) or alpha < 0
     spec = LoraSpec(
         # What is wrong with these two is noted already; the rest is read all the same, to be told at once.
@@ -205,8 +219,8 @@ def spec_from_network_args(
         train_t5xxl=get("train_t5xxl", parse_switch, False),
         reg_dims=get("network_reg_dims", _regex_dims, ()),
         reg_lrs=get("network_reg_lrs", _regex_rates, ()),
-        loraplus_unet_ratio=ratios[0] if ratios[1] is None else ratios[1],
-        loraplus_text_encoder_ratio=ratios[0] if ratios[2] is None else ratios[2],
+        loraplus_unet_ratio=unet_ratio,
+        loraplus_text_encoder_ratio=text_encoder_ratio,
         ggpo_sigma=get("ggpo_sigma", parse_number, None),
         ggpo_beta=get("ggpo_beta", parse_number, None),
         dora=get("dora", parse_switch, False),

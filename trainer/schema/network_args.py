@@ -92,6 +92,7 @@ _LYCORIS_KEYS: Final = (
     "unbalanced_factorization",
     "decompose_both",
     "factor",
+    *LORAPLUS_KEYS,
 )
 KEYS: Final[Mapping[NetworkKind, tuple[str, ...]]] = MappingProxyType(
     {"lora": _LORA_KEYS, "oft": ("enable_all_linear", "verbose"), "lycoris": _LYCORIS_KEYS}

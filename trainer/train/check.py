@@ -17,6 +17,7 @@ from trainer.schema.chroma_header import TransformerParams
 from trainer.schema.cli import ParsedCommand, check_files
 from trainer.schema.dataset_file import dataset_config
 from trainer.schema.dataset_keys import DatasetConfig
+from trainer.schema.file_checks import check_network_files
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.network_rules import spec_of
 from trainer.schema.options import Options
@@ -148,7 +149,16 @@ def check_replay(options: Options) -> CheckedReplay:
     flux = read_flux(options, findings)
     check_device(options, findings)
     check_optimization(options, findings, num_steps=options.max_train_steps)
+    if options.network_train_text_encoder_only:
+        what = "a replay trains the transformer alone, which network_train_text_encoder_only rules out"
+        hint = "Leave it out; a recording has the text encoded already."
+        field = "network_train_text_encoder_only"
+        findings.add(Problem(what, f"--{field}", hint, field), EXIT_OPTIONS)
     spec = findings.attempt(lambda: spec_of(options))
+    for problem in check_network_files(options):
+        findings.add(problem)
+    if spec is not None and options.dim_from_weights and not findings.has("network_weights"):
+        spec = spec_from_weights(options, spec, findings)
     if flux is not None:
         check_against_model(options, spec, flux, findings)
     findings.raise_if_any()

@@ -312,6 +312,8 @@ def attach_network(
         if engine.dtype is torch.float16:
             reporter.warning("lycoris.kohya does not keep fp16's range; if a loss is no number, use bf16")
         network = LycorisNetwork.attach(model, clip, spec, seed)
+        if network.lacks_ups:
+            reporter.warning("the LoRA+ ratios have no effect: this algorithm has no ups to learn faster")
     else:
         flux = None if options.network_train_text_encoder_only else model
         network = LoraNetwork.attach(flux, clip, spec, torch.Generator().manual_seed(seed), t5)

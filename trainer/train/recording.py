@@ -33,8 +33,15 @@ from trainer.train.objective import FlowBatch
 
 LATENT_CHANNELS: Final = 16
 
-_GROUPS_OF_A_STEP: Final = ("model", "network", "optimizer", "flow", "memory", "course")
-_NOT_OF_A_STEP: Final = frozenset({"clip_l", "t5xxl", "ae", "network_weights", "max_train_epochs", "max_train_steps"})
+GROUPS_OF_A_STEP: Final = ("model", "network", "optimizer", "flow", "memory", "course")
+"""The groups of options that may decide what a step computes."""
+_NOT_OF_A_STEP: Final = frozenset(
+    {
+        *("clip_l", "t5xxl", "ae", "network_weights", "max_train_epochs", "max_train_steps"),
+        # Of such a run too the transformer is replayed: its text is recorded as the trained encoders gave it.
+        "network_train_text_encoder_only",
+    }
+)
 _REQUIRED: Final = ("latents", "noise", "timesteps", "clip_pooled", "t5_out")
 _OPTIONAL: Final = ("t5_attn_mask", "loss_weights", "noisy", "mask", "preserved")
 _NUM_DIMENSIONS: Final[Mapping[str, int]] = {
@@ -98,7 +105,7 @@ def write_recording(path: Path, batch: FlowBatch, initial: Mapping[str, Tensor],
 
 def _words_of_a_step(options: Options) -> list[str]:
     """The options that decide what a step computes."""
-    names = {name for group in _GROUPS_OF_A_STEP for name in GROUPS[group].model_fields} - _NOT_OF_A_STEP
+    names = {name for group in GROUPS_OF_A_STEP for name in GROUPS[group].model_fields} - _NOT_OF_A_STEP
     values = {name: getattr(options, name) for name in names}
     chosen = {name: value for name, value in values.items() if value is not None}
     model = options.pretrained_model_name_or_path

@@ -44,6 +44,7 @@ from trainer.train.recipe import (
     unet_rate,
 )
 from trainer.train.recording import Recording, read_recording
+from trainer.train.replay_options import replay_advice
 from trainer.train.reporting import Reporter, StopRequested
 
 _ENCODER_LORAS = ("lora_te1_", "lora_te2_", "lora_te3_")
@@ -59,6 +60,8 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
     for note in command.notes:
         reporter.note(note)
     recording = read_recording(source)
+    for note in replay_advice(command, recording):
+        reporter.note(note)
     checked = check_replay(options)
     engine = Engine.start(options)
     reporter.note(f"replaying {num_steps} steps on {engine.name()}, {engine.dtype}".replace("torch.", ""))
