@@ -92,6 +92,11 @@ def option_advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
     caches_text = options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk
     if "caption_variants" in explicit and not caches_text:
         yield "caption_variants has no effect: without cache_text_encoder_outputs every step encodes its own texts"
+    if options.write_reference_caches:
+        if not (options.cache_latents_to_disk or options.cache_text_encoder_outputs_to_disk):
+            yield "write_reference_caches has no effect: nothing is kept on disk (cache_latents_to_disk, ...)"
+        elif options.model_type == "chroma" and options.cache_text_encoder_outputs_to_disk:
+            yield "write_reference_caches writes no text: there is no such file for Chroma"
     if options.model_type == "chroma" and options.guidance_scale != 0:
         yield f"guidance_scale is {options.guidance_scale:g}; Chroma was made with 0"
     if options.huggingface_repo_id is None:
