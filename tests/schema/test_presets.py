@@ -128,7 +128,6 @@ def test_the_demo_preset_says_everything_a_demo_depends_on() -> None:
         "cache_text_encoder_outputs": True,
     }
     assert {name: demo[name] for name in expected} == expected
-    assert "discrete_flow_shift" not in demo
     # The page lays the demo's values over those it starts with.
     assert set(load_preset("character").values) <= set(demo)
 

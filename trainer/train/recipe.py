@@ -168,6 +168,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         reporter,
         position_after=settings.position_after,
         requested=save.requested,
+        upload=upload.state if upload is not None and options.save_state_to_huggingface else None,
     )
     loop = TrainingLoop(
         settings,
