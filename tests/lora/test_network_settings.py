@@ -258,3 +258,12 @@ def test_settings_for_layers_that_the_model_has_not_are_told() -> None:
             "img_mod_dim has no effect: this model has no such layers",
         ],
     ]
+    words = (
+        "network_reg_dims=single=2,te1_=2,double_blocks_9=0",
+        "network_reg_lrs=img_in=1e-4,proj=1e-4",
+        "img_mod_dim=0",
+    )
+    assert settings_without_layers(models[0], spec_from_network_args(words, network_dim=4)) == [
+        f"{key} has no effect with {expressions}: no layer that is trained here has such a name"
+        for key, expressions in (("network_reg_dims", "te1_, double_blocks_9"), ("network_reg_lrs", "img_in"))
+    ]

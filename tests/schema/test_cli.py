@@ -284,7 +284,8 @@ def test_help_is_written_and_ends_the_program_well(words: list[str], capsys: pyt
     missing = [name for name in STATUS if f"--{name}" not in text]
     assert missing == []
     assert "--device {auto,cpu,cuda,mps} [ours]" in text
-    assert "--optimizer_type {AdamW,AdamW8bit}\n" in text
+    assert "--optimizer_type TEXT\n" in text
+    assert "Known: AdamW, AdamW8bit, " in text
     assert "--save_model_as {safetensors}\n" in text
     assert "--network_args [TEXT ...]" in text
     assert "Default: 1600." in text
@@ -292,16 +293,21 @@ def test_help_is_written_and_ends_the_program_well(words: list[str], capsys: pyt
 
 
 def test_the_command_line_is_ready_in_a_moment() -> None:
-    """Measured inside of the process: what importing costs beyond the start of Python itself."""
+    """Measured inside of the process: the processor's time for importing, beyond the start of Python itself. What other
+    programs take meanwhile does not count."""
     code = (
-        "import sys, time; start = time.perf_counter(); import trainer.schema.cli as cli; "
-        "cli.parse_command_line(['--network_dim=4']); sys.stdout.write(str(time.perf_counter() - start))"
+        "import sys, time; start = time.process_time(); import trainer.schema.cli as cli; "
+        "cli.parse_command_line(['--network_dim=4']); "
+        "print(time.process_time() - start, *{name.partition('.')[0] for name in sys.modules})"
     )
-    seconds = [
-        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-        for _ in range(3)
+    runs = [
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+        for _ in range(2)
     ]
-    assert min(seconds) < 0.6
+    heavy = {"torch", "numpy", "PIL", "transformers", "safetensors", "huggingface_hub", "gradio", "httpx", "requests"}
+    assert heavy & set(runs[0]) == set()
+    # Three times what it takes: two threads on one core, or a low clock, count in the processor's time as well.
+    assert min(float(run[0]) for run in runs) < 1.2
 
 
 # ------------------------------------------------------------------------------------------------- writing a file

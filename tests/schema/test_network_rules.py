@@ -44,6 +44,7 @@ def read(**values: object) -> Reading:
         ({"network_module": "networks.oft_flux", "network_alpha": 0}, "network_args", "no room to move"),
         ({"network_args": ("pissa=1",), "scale_weight_norms": 1.0}, "scale_weight_norms", "what pissa begins with"),
         ({"network_args": ("pissa=1", "ggpo_sigma=1", "ggpo_beta=1")}, "network_args", "do not go together"),
+        ({"network_args": ("pissa_niter=3",)}, "network_args", "pissa_niter belongs to PiSSA"),
         ({"scale_weight_norms": 0}, "scale_weight_norms", "it must be"),
         (
             {"network_module": "networks.oft_flux", "network_args": ("train_blocks=single",)},
@@ -74,7 +75,21 @@ def test_what_does_not_go_together_is_told_at_the_option_to_change(
         ({"network_module": "networks.oft_flux"}, "trains FLUX only"),
         (
             {"dim_from_weights": True, "network_weights": "x", "network_args": ("in_dims=1,1,1,1,1",)},
-            "in_dims have no effect",
+            "in_dims has no effect",
+        ),
+        (
+            {
+                "network_train_unet_only": True,
+                "text_encoder_lr": (1e-4, 1e-5),
+                "network_args": ("loraplus_text_encoder_lr_ratio=4",),
+            },
+            "text_encoder_lr and loraplus_text_encoder_lr_ratio have no effect: only the transformer is trained",
+        ),
+        ({"model_type": "chroma", "text_encoder_lr": (1e-4,)}, "text_encoder_lr has no effect: only the transformer"),
+        ({"network_train_text_encoder_only": True, "unet_lr": 1e-4}, "unet_lr has no effect: only the text encoders"),
+        (
+            {"network_args": ("train_blocks=single", "train_double_block_indices=0-1")},
+            "train_double_block_indices has no effect: train_blocks is single",
         ),
     ],
 )

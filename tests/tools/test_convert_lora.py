@@ -66,7 +66,7 @@ def test_mistakes_have_exit_codes_2_and_3(
     target = tmp_path / "out.safetensors"
     assert convert(tmp_path / "missing.safetensors", target, "diffusers") == 3
     assert convert(tiny_models.ae, target, "diffusers") == 3
-    assert "no LoRA for FLUX.1" in capsys.readouterr().err
+    assert "this is a FLUX.1 autoencoder, given as --input" in capsys.readouterr().err
     assert convert(lora, target, "bfl") == 3
     assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj" in capsys.readouterr().err
     assert convert(lora, tmp_path / "out.pt", "diffusers") == 2
@@ -99,3 +99,8 @@ def test_a_bfl_file_is_made_whole_with_the_model(
     save_lora(source, random_lora(names=tuple(LAYERS), hidden=8), {})
     assert convert(source, target, "bfl", "--overwrite", f"--model={tiny_models.flux_schnell}") == 3
     assert "belongs to another model" in capsys.readouterr().err
+
+
+def test_a_list_that_goes_on_says_so(lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert(lora, tmp_path / "out.safetensors", "xlabs") == 3
+    assert ", ... (" in capsys.readouterr().err

@@ -38,6 +38,11 @@ class FakeHub:
             raise ConnectionError(f"401 for {TOKEN}")
         self.files.append((repo_id, path_in_repo, Path(path_or_fileobj).read_bytes()))
 
+    def upload_folder(
+        self, *, folder_path: str, path_in_repo: str, repo_id: str, repo_type: str | None, commit_message: str
+    ) -> None:
+        raise AssertionError("no test here has a folder")
+
 
 class Told:
     def __init__(self) -> None:

@@ -51,7 +51,7 @@ class CacheRequest(Generic[T]):
 
 def latent_key(picture: Picture, *, encoder: str) -> str:
     """The key of a picture's latents. `encoder` says which autoencoder, in which precision."""
-    return _key(
+    return content_key(
         "latents",
         *picture.identity,
         encoder,
@@ -60,10 +60,11 @@ def latent_key(picture: Picture, *, encoder: str) -> str:
 
 def text_key(caption: str, *, encoder: str, max_length: int, apply_mask: bool) -> str:
     """The key of a caption's encodings. `encoder` says which text encoders and tokenizers, in which precision."""
-    return _key("text", caption, encoder, max_length, apply_mask)
+    return content_key("text", caption, encoder, max_length, apply_mask)
 
 
-def _key(*parts: object) -> str:
+def content_key(*parts: object) -> str:
+    """One name for all of `parts`, which are what JSON can write."""
     return hashlib.sha256(json.dumps([FORMAT_VERSION, *parts]).encode()).hexdigest()[:KEY_DIGITS]
 
 
@@ -79,7 +80,7 @@ def latent_requests(index: DatasetIndex, *, encoder: str) -> list[CacheRequest[T
             latent_key(picture, encoder=encoder),
             picture.path.parent,
             picture.bucket,
-            partial(_read_unchanged, picture, read_pixels),
+            partial(read_unchanged, picture, read_pixels),
         )
         for picture in (
             *(picture for item in index.items for picture in item.centre_pictures()),
@@ -90,19 +91,19 @@ def latent_requests(index: DatasetIndex, *, encoder: str) -> list[CacheRequest[T
 
 def mask_key(mask: Mask) -> str:
     """The key of a mask at the size of the latents."""
-    return _key("mask", *mask.identity)
+    return content_key("mask", *mask.identity)
 
 
 def mask_requests(index: DatasetIndex) -> list[CacheRequest[Tensor]]:
     """The masks of all pictures in `latent_requests`; `load` gives (h, w)."""
     return [
-        CacheRequest(mask_key(mask), mask.path.parent, mask.bucket, partial(_read_unchanged, mask, read_mask))
+        CacheRequest(mask_key(mask), mask.path.parent, mask.bucket, partial(read_unchanged, mask, read_mask))
         for item in (*index.items, *index.validation)
         for mask in item.centre_masks()
     ]
 
 
-def _read_unchanged(source: PictureOrMask, read: Callable[[PictureOrMask], Tensor]) -> Tensor:
+def read_unchanged(source: PictureOrMask, read: Callable[[PictureOrMask], Tensor]) -> Tensor:
     """What `read` makes of the file. An entry made from other bytes than its key names would be wrong for ever after."""
     values = read(source)
     if hashlib.sha256(source.path.read_bytes()).hexdigest() != source.digest:

@@ -8,7 +8,6 @@ import os
 import secrets
 import time
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -76,14 +75,6 @@ def read_entry(path: Path, key: str) -> Entry | None:
         return entry if found == seal(key, entry) else None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
-
-
-def num_foreign_files(folders: Iterable[Path], ending: str) -> int:
-    """How many files with sd-scripts' `ending` (`_flux.npz`, `_flux_te.npz`) lie beside pictures.
-
-    Nothing in them says which picture, autoencoder, caption or text encoder they were made from, so they are not read.
-    """
-    return sum(1 for folder in set(folders) for _ in folder.glob(f"*{ending}"))
 
 
 def mark_used(path: Path) -> None:

@@ -55,6 +55,13 @@ class Mask:
 
 def read_mask(mask: Mask) -> Tensor:
     """(h, w) float32 in [0, 1]. Raises `UserError` when the file cannot be decoded."""
+    weights = read_weights(mask)
+    height, width = weights.shape
+    return to_latent_size(weights, height // LATENT_STRIDE, width // LATENT_STRIDE)
+
+
+def read_weights(mask: Mask) -> Tensor:
+    """(H, W) float32 in [0, 1], one for each pixel. Raises `UserError` when the file cannot be decoded."""
     try:
         image = load_alpha(mask.path) if mask.channel == "alpha" else load_red(mask.path)
     except DECODE_ERRORS as error:
@@ -68,8 +75,7 @@ def read_mask(mask: Mask) -> Tensor:
     cut = pixels[top : top + height, left : left + width]
     if mask.is_flipped:
         cut = cut[:, ::-1]
-    weights = torch.from_numpy(np.ascontiguousarray(cut)).float() / 255.0
-    return to_latent_size(weights, height // LATENT_STRIDE, width // LATENT_STRIDE)
+    return torch.from_numpy(np.ascontiguousarray(cut)).float() / 255.0
 
 
 def to_latent_size(weights: Tensor, height: int, width: int) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -71,9 +72,11 @@ def flux_targets(flux: nn.Module, spec: LoraSpec) -> list[Target]:
     return [target for target in targets if target.rank > 0]
 
 
-def settings_without_layers(flux: nn.Module, spec: LoraSpec) -> list[str]:
-    """One line for each setting that gives a rank to layers which this model has not: schnell has no guidance_in, Chroma
-    no modulation. They are given for dev by habit, so that they are told and not refused."""
+def settings_without_layers(
+    flux: nn.Module, spec: LoraSpec, clip_l: nn.Module | None = None, t5xxl: nn.Module | None = None
+) -> list[str]:
+    """One line for each setting that is about layers which these models have not: schnell has no guidance_in, Chroma no
+    modulation. They are given for dev by habit, so that they are told and not refused."""
     if spec.kind != "lora" or spec.file_ranks is not None:
         return []
     absent = [
@@ -86,7 +89,23 @@ def settings_without_layers(flux: nn.Module, spec: LoraSpec) -> list[str]:
     for key, rank in spec.type_dims.items():
         if rank > 0 and not any(all(word in name for word in TYPE_DIMS[key]) for name in names):
             lines.append(f"{key} has no effect: this model has no such layers")
+    candidates = _candidates(flux, clip_l, t5xxl, spec)
+    for key, pairs in (("network_reg_dims", spec.reg_dims), ("network_reg_lrs", spec.reg_lrs)):
+        idle = [pattern for pattern, _ in pairs if not any(re.search(pattern, name) for name in candidates)]
+        if idle:
+            lines.append(f"{key} has no effect with {', '.join(idle)}: no layer that is trained here has such a name")
     return lines
+
+
+def _candidates(flux: nn.Module, clip_l: nn.Module | None, t5xxl: nn.Module | None, spec: LoraSpec) -> list[str]:
+    """Published names of the layers that `spec` would train if each had the default rank."""
+    all_blocks = replace(spec, reg_dims=(), type_dims={}, double_indices=None, single_indices=None)
+    targets = flux_targets(flux, all_blocks)
+    encoders: tuple[tuple[nn.Module | None, Component], ...] = ((clip_l, "te1"), (t5xxl, "te3"))
+    for encoder, component in encoders:
+        if encoder is not None:
+            targets += text_encoder_targets(encoder, component, all_blocks)
+    return [target.name for target in targets]
 
 
 def wrap(root: nn.Module, target: Target, spec: LoraSpec, generator: torch.Generator) -> Adapter:

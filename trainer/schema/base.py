@@ -87,7 +87,8 @@ class Problem:
     def __str__(self) -> str:
         place = f" ({self.where})" if self.where else ""
         hint = f" {self.hint}" if self.hint else ""
-        return f"{self.what.rstrip('.')}{place}.{hint}"
+        what = self.what if self.what.endswith("...") else self.what.rstrip(".")
+        return f"{what}{place}.{hint}"
 
 
 class UserError(Exception):

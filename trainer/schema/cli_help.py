@@ -11,6 +11,8 @@ from trainer.schema.option_status import STATUS
 
 _WIDTH: Final = 110
 _INDENT: Final = 8
+_MAX_CHOICES: Final = 60
+"""Characters of choices that stand beside the option; longer ones go below it."""
 _VALUE_NAMES: Final = {"text": "TEXT", "path": "PATH", "integer": "N", "number": "X", "steps": "N|X|P%"}
 
 
@@ -27,7 +29,10 @@ def help_text() -> str:
         names = [name for name, status in STATUS.items() if status.group == title]
         lines += ["", f"{title}:"] if names else []
         for name in names:
-            lines += [f"  --{name}{_value(name)}{_mark(STATUS[name])}", *_entry(_description(STATUS[name]))]
+            lines += [
+                f"  --{name}{_value(name)}{_mark(STATUS[name])}",
+                *_entry(_description(STATUS[name]) + _long_choices(name)),
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -50,9 +55,14 @@ def _value(name: str) -> str:
     status = STATUS[name]
     if status.value_type == "flag":
         return ""
-    choices = usable_choices(name)
-    word = "{" + ",".join(choices) + "}" if choices else _VALUE_NAMES[status.value_type]
+    choices = ",".join(usable_choices(name))
+    word = "{" + choices + "}" if 0 < len(choices) <= _MAX_CHOICES else _VALUE_NAMES[status.value_type]
     return f" [{word} ...]" if status.is_list else f" {word}"
+
+
+def _long_choices(name: str) -> str:
+    choices = usable_choices(name)
+    return f" Known: {', '.join(choices)}." if len(",".join(choices)) > _MAX_CHOICES else ""
 
 
 def _default(status: OptionStatus) -> str:

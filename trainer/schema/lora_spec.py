@@ -232,6 +232,8 @@ def spec_from_network_args(
     )
     for what, hint in _contradictions(spec):
         complain(what, hint)
+    if "pissa_niter" in values and not spec.pissa:
+        complain("pissa_niter belongs to PiSSA, which is not switched on", "Add pissa=True, or leave it out.")
     if "dora_axis" in values and not spec.dora:
         complain("dora_axis belongs to DoRA, which is not switched on", "Add dora=True, or leave it out.")
     if problems:

@@ -99,15 +99,39 @@ def network_advice(options: Options, explicit: frozenset[str]) -> Iterator[str]:
     spec = options_spec(options)
     if spec is None:
         return
-    if options.text_encoder_lr is not None and len(options.text_encoder_lr) == 2 and not spec.train_t5xxl:
+    has_two_rates = options.text_encoder_lr is not None and len(options.text_encoder_lr) == 2
+    if has_two_rates and not spec.train_t5xxl and not options.network_train_unet_only:
         yield "the second text_encoder_lr has no effect: T5 is not trained"
+    if options.network_train_unet_only:
+        yield from _rates_without_effect(options, "text_encoder_lr", "only the transformer is trained")
+    if options.network_train_text_encoder_only:
+        yield from _rates_without_effect(options, "unet_lr", "only the text encoders are trained")
+    for blocks, other in (("single", "double"), ("double", "single")):
+        key = f"train_{other}_block_indices"
+        if spec.train_blocks == blocks and _is_given(options, key) and not options.dim_from_weights:
+            yield f"{key} has no effect: train_blocks is {blocks}"
     if options.dim_from_weights:
         selected = [key for key in _SELECTION if any(pair.startswith(key) for pair in options.network_args or ())]
         selected += [*spec.type_dims, *(name for name in ("network_dim", "network_alpha") if name in explicit)]
         if selected:
-            yield f"{', '.join(selected)} have no effect: dim_from_weights takes layers and ranks from the file"
+            have = "has" if len(selected) == 1 else "have"
+            yield f"{', '.join(selected)} {have} no effect: dim_from_weights takes layers and ranks from the file"
     if spec.kind == "oft":
         if options.network_alpha >= 1:
             yield f"network_alpha is {options.network_alpha:g}, which does not hold OFT back at all; 1e-3 is usual"
         if not options.network_train_unet_only:
             yield "networks.oft_flux trains FLUX only: the text encoders get nothing"
+
+
+def _is_given(options: Options, key: str) -> bool:
+    return any(pair.partition("=")[0].strip() == key for pair in options.network_args or ())
+
+
+def _rates_without_effect(options: Options, rate: str, why: str) -> Iterator[str]:
+    """The line about a component's rate and LoRA+ ratio when that component is not trained."""
+    ratio = f"loraplus_{rate.removesuffix('_lr')}_lr_ratio"
+    names = [rate] if getattr(options, rate) is not None else []
+    names += [ratio] if _is_given(options, ratio) else []
+    if names:
+        have = "has" if len(names) == 1 else "have"
+        yield f"{' and '.join(names)} {have} no effect: {why}"

@@ -92,14 +92,25 @@ def option_advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
     caches_text = options.cache_text_encoder_outputs or options.cache_text_encoder_outputs_to_disk
     if "caption_variants" in explicit and not caches_text:
         yield "caption_variants has no effect: without cache_text_encoder_outputs every step encodes its own texts"
+    if options.write_reference_caches:
+        if not (options.cache_latents_to_disk or options.cache_text_encoder_outputs_to_disk):
+            yield "write_reference_caches has no effect: nothing is kept on disk (cache_latents_to_disk, ...)"
+        elif options.model_type == "chroma" and options.cache_text_encoder_outputs_to_disk:
+            yield "write_reference_caches writes no text: there is no such file for Chroma"
     if options.model_type == "chroma" and options.guidance_scale != 0:
         yield f"guidance_scale is {options.guidance_scale:g}; Chroma was made with 0"
     if options.huggingface_repo_id is None:
         for name in ("repo_type", "path_in_repo", "token", "repo_visibility"):
-            if getattr(options, f"huggingface_{name}") is not None:
+            is_for_resuming = name == "token" and options.resume_from_huggingface
+            if getattr(options, f"huggingface_{name}") is not None and not is_for_resuming:
                 yield f"huggingface_{name} has no effect: huggingface_repo_id is not given"
-        if options.async_upload:
-            yield "async_upload has no effect: huggingface_repo_id is not given"
+        for name in ("save_state_to_huggingface", "async_upload"):
+            if getattr(options, name):
+                yield f"{name} has no effect: huggingface_repo_id is not given"
+    elif options.save_state_to_huggingface and not (options.save_state or options.save_state_on_train_end):
+        yield "save_state_to_huggingface has no effect: no states are saved (save_state, save_state_on_train_end)"
+    if options.resume_from_huggingface and options.resume is None:
+        yield "resume_from_huggingface has no effect: resume is not given"
     if options.log_with not in ("wandb", "all"):
         for name in ("wandb_run_name", "wandb_api_key"):
             if getattr(options, name) is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Final
 
 from trainer.schema.base import Problem, UserError
+from trainer.schema.hub_place import REPO_TYPES, is_repo_id, parse_hub_place
 from trainer.schema.lora_spec import spec_from_network_args
 from trainer.schema.network_rules import network_contradictions
 from trainer.schema.optimizer_rules import optimizer_problems
@@ -58,18 +58,27 @@ def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tupl
         )
     if options.log_with in ("tensorboard", "all") and options.logging_dir is None:
         yield ("logging_dir", "log_with"), f"log_with {options.log_with} needs logging_dir", "Give the log folder."
-    if options.huggingface_repo_type not in (None, "model", "dataset", "space"):
+    if options.huggingface_repo_type not in (None, *REPO_TYPES):
         yield (
             ("huggingface_repo_type",),
             f"huggingface_repo_type is {options.huggingface_repo_type}; it must be model, dataset or space",
             "Leave it out for a LoRA.",
         )
-    if options.huggingface_repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.huggingface_repo_id):
+    if options.huggingface_repo_id is not None and not is_repo_id(options.huggingface_repo_id):
         yield (
             ("huggingface_repo_id",),
             f"huggingface_repo_id is {options.huggingface_repo_id}; it must be owner/name",
             "Such as your-name/my-lora.",
         )
+    if options.resume_from_huggingface and options.resume is not None:
+        try:
+            parse_hub_place(options.resume)
+        except ValueError as error:
+            yield (
+                ("resume", "resume_from_huggingface"),
+                f"resume is {options.resume.as_posix()}, which is no place on the hub: {error}",
+                "Such as your-name/my-lora/cat-step00000100-state.",
+            )
     if options.min_bucket_reso > options.max_bucket_reso:
         yield (
             ("min_bucket_reso", "max_bucket_reso"),

@@ -48,7 +48,6 @@ def _refused(
 _ATTENTION: Final = "attention always runs through torch's scaled dot product attention"
 _NOISE: Final = "it does not apply to FLUX's noise"
 _OTHER_LOSS: Final = "it does not apply to FLUX's loss"
-_HUB: Final = "states are not uploaded yet; upload the folder yourself"
 _DEEPSPEED: Final = "DeepSpeed is not supported yet; --blocks_to_swap saves memory on one device"
 _DDP: Final = "training on several devices is not supported yet; leave it out"
 
@@ -188,8 +187,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "dataset", "Weigh words that are in (brackets).", "FLUX's text encoders have no weighted form; leave it out"
         ),
         # Output.
-        "save_state_to_huggingface": _refused("hub", "Upload the state of the run as well.", _HUB),
-        "resume_from_huggingface": _refused("hub", "Take the state to go on from out of a repository.", _HUB),
         "skip_until_initial_step": _inert(
             "course",
             "Pass over the batches before the first step.",

@@ -77,6 +77,7 @@ OUR_OPTIONS: Final = frozenset(
         "masked_loss_normalize",
         "round_timesteps",
         "run_dir",
+        "write_reference_caches",
     }
 )
 """Options that the reference trainer does not have."""

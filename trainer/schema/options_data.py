@@ -251,6 +251,15 @@ class CacheOptions(OptionGroup):
     cache_text_encoder_outputs_to_disk: Annotated[
         bool, Opt("Keep encoded captions on disk for the next run too.", "Encoded captions on disk", "advanced")
     ] = False
+    write_reference_caches: Annotated[
+        bool,
+        Opt(
+            "What is kept on disk is also written as cache files of sd-scripts beside the pictures; of a caption with "
+            "several variants the plain one. Files of sd-scripts itself are never changed.",
+            "Caches for sd-scripts",
+            "expert",
+        ),
+    ] = False
     text_encoder_batch_size: Annotated[
         int | None, Field(ge=1), Opt("Captions encoded at once. Empty: the batch size.", "Caption batch", "expert")
     ] = None

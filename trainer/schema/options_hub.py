@@ -9,7 +9,7 @@ from trainer.schema.options_model import OptionGroup
 
 
 class HubOptions(OptionGroup):
-    """Where saved LoRAs are uploaded to; nothing is uploaded without a repository."""
+    """Where saved LoRAs and states are uploaded to, and taken from; nothing is uploaded without a repository."""
 
     huggingface_repo_id: Annotated[
         str | None,
@@ -26,4 +26,11 @@ class HubOptions(OptionGroup):
     huggingface_repo_visibility: Annotated[
         str | None, Opt("public, or anything else for private.", "Visibility", "expert")
     ] = None
+    save_state_to_huggingface: Annotated[bool, Opt("Upload the saved states as well.", "Upload states", "expert")] = (
+        False
+    )
+    resume_from_huggingface: Annotated[
+        bool,
+        Opt("--resume is a place on the hub: owner/name/path[:revision[:repo_type]].", "Resume from the hub", "expert"),
+    ] = False
     async_upload: Annotated[bool, Opt("Upload while training goes on.", "Upload aside", "expert")] = False

@@ -16,6 +16,8 @@ from trainer.model.weights import read_planned
 from trainer.schema.base import UserError
 from trainer.schema.key_plans import flux_plan
 from trainer.schema.model_check import check_kind
+from trainer.schema.model_kinds import identify, noun
+from trainer.schema.safetensors_header import read_header
 from trainer.schema.weight_files import read_weights
 from trainer.train.checkpoint import save_lora
 
@@ -49,6 +51,7 @@ def convert_lora(arguments: Sequence[str]) -> str:
     _check_output(source, target, may_overwrite=known.overwrite)
     if model is not None and form != "bfl":
         raise UserError("--model is used for --form bfl only", "--model", "Leave it out.", exit_code=2)
+    _refuse_models(source)
     state, metadata = read_lora_file(source)
     base = None if model is None else _base_layers(model)
     written, added, old_form = converted(state, metadata, form, base=base, where=str(source))
@@ -70,6 +73,12 @@ def _check_output(source: Path, target: Path, *, may_overwrite: bool) -> None:
         )
     if target.exists() and source.exists() and target.samefile(source):
         raise UserError("input and output are the same file", f"--output={target}", "Give another name.", exit_code=2)
+
+
+def _refuse_models(source: Path) -> None:
+    header = read_header(source)
+    if identify(header) not in ("lora", "unknown"):
+        raise UserError(f"this is {noun(header)}, given as --input", str(source), "Give a LoRA.", field="input")
 
 
 def _base_layers(model: Path) -> BaseLayers:

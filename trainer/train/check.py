@@ -80,6 +80,10 @@ def check_run(command: ParsedCommand, reporter: Reporter, *, num_processes: int 
     num_batches = index.num_batches_per_epoch if index is not None else 1
     schedule = make_schedule(options, num_batches, num_processes)
     check_optimization(options, findings, num_steps=schedule.num_steps, reporter=reporter)
+    # One on the hub is fetched as soon as nothing else is wrong; before the models, as it is small and may not fit.
+    state = None
+    if not (options.resume_from_huggingface and findings.problems):
+        state = findings.attempt(lambda: find_state(options, reporter))
     if not findings.problems:
         fetch_models(options, findings, reporter)
     flux = None if findings.has("pretrained_model_name_or_path") else read_flux(options, findings)
@@ -96,7 +100,6 @@ def check_run(command: ParsedCommand, reporter: Reporter, *, num_processes: int 
         findings.attempt(lambda: to_published(*read_lora_file(weights), where=str(weights)))
     tokenizers = check_tokenizers(options, flux, findings)
     findings.attempt(lambda: check_trackers(options))
-    state = findings.attempt(lambda: find_state(options, reporter))
     findings.raise_if_any()
     if (
         dataset is None

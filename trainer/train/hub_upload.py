@@ -1,7 +1,8 @@
-"""Upload of saved LoRAs to the Hugging Face hub. It never ends a training, and the token is never shown."""
+"""Upload of saved LoRAs and states to the Hugging Face hub. It never ends a training, and the token is never shown."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +20,13 @@ class HubClient(Protocol):
         self, *, path_or_fileobj: str, path_in_repo: str, repo_id: str, repo_type: str | None, commit_message: str
     ) -> Any: ...
 
+    def upload_folder(
+        self, *, folder_path: str, path_in_repo: str, repo_id: str, repo_type: str | None, commit_message: str
+    ) -> Any: ...
+
 
 class HubUploader:
-    """Uploads files one after the other; `is_async` does so in a thread while training goes on.
+    """Uploads files and folders one after the other; `is_async` does so in a thread while training goes on.
 
     The repository is made when it is absent, private unless asked otherwise; one that is there is left as it is.
     """
@@ -48,7 +53,7 @@ class HubUploader:
         self._secret = secret
         self._note = note
         self._warn = warn
-        self._pending: tuple[Path, Future[str | None]] | None = None
+        self._pending = deque[tuple[Path, Future[str | None]]]()
         self._is_there = False
 
     @classmethod
@@ -73,19 +78,26 @@ class HubUploader:
         )
 
     def __call__(self, path: Path, *, is_final: bool) -> None:
-        """Uploads `path`; the final file always before this returns. Waits for the upload before, whose file the next
-        clean-up may remove."""
+        """Uploads the LoRA `path`; the final one always before this returns. Waits for the uploads before, whose files
+        the next clean-up may remove."""
         self.wait()
         if self._executor is None or is_final:
             self._tell(path, self._upload(path))
         else:
-            self._pending = (path, self._executor.submit(self._upload, path))
+            self._pending.append((path, self._executor.submit(self._upload, path)))
+
+    def state(self, path: Path) -> None:
+        """Uploads the state folder `path`, behind what is on its way. (Its LoRA was uploaded just before, which waited
+        for everything older.)"""
+        if self._executor is None:
+            self._tell(path, self._upload(path))
+        else:
+            self._pending.append((path, self._executor.submit(self._upload, path)))
 
     def wait(self) -> None:
         """Until nothing is on its way."""
-        if self._pending is not None:
-            path, future = self._pending
-            self._pending = None
+        while self._pending:
+            path, future = self._pending.popleft()
             self._tell(path, future.result())
 
     def close(self) -> None:
@@ -101,13 +113,24 @@ class HubUploader:
                     self._repo_id, repo_type=self._repo_type, private=self._is_private, exist_ok=True
                 )
                 self._is_there = True
-            self._client.upload_file(
-                path_or_fileobj=str(path),
-                path_in_repo=f"{self._folder}/{path.name}" if self._folder else path.name,
-                repo_id=self._repo_id,
-                repo_type=self._repo_type,
-                commit_message=f"Upload {path.name}",
-            )
+            in_repo = f"{self._folder}/{path.name}" if self._folder else path.name
+            repo_id, repo_type, message = self._repo_id, self._repo_type, f"Upload {path.name}"
+            if path.is_dir():
+                self._client.upload_folder(
+                    folder_path=str(path),
+                    path_in_repo=in_repo,
+                    repo_id=repo_id,
+                    repo_type=repo_type,
+                    commit_message=message,
+                )
+            else:
+                self._client.upload_file(
+                    path_or_fileobj=str(path),
+                    path_in_repo=in_repo,
+                    repo_id=repo_id,
+                    repo_type=repo_type,
+                    commit_message=message,
+                )
         except Exception as error:  # noqa: BLE001 - network, hub and their libraries fail in many ways; none ends a run
             return f"{type(error).__name__}: {error}"
         return None
@@ -116,6 +139,9 @@ class HubUploader:
         if failure is None:
             self._note(f"uploaded {path.name} to {self._repo_id}")
             return
-        if self._secret:
-            failure = failure.replace(self._secret, "***")
-        self._warn(f"{path.name} was not uploaded to {self._repo_id}; it is kept here: {failure}")
+        reason = without_secret(failure, self._secret)
+        self._warn(f"{path.name} was not uploaded to {self._repo_id}; it is kept here: {reason}")
+
+
+def without_secret(text: str, secret: str | None) -> str:
+    return text.replace(secret, "***") if secret else text

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from trainer.data.batches import BatchPlan
 from trainer.data.cache import Encode, TensorCache, latent_key, latent_requests
-from trainer.data.cache_files import num_foreign_files
 from trainer.data.images import map_ahead, read_pixels
+from trainer.data.reference_files import LATENTS_ENDING, latent_files
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.weights import load_autoencoder
 from trainer.schema.base import UserError
@@ -27,6 +27,7 @@ from trainer.train.check import CheckedRun
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, files_identity
 from trainer.train.masks_phase import MaskSource, prepare_masks
+from trainer.train.reference_caches import ReferenceCaches
 from trainer.train.reporting import Reporter
 
 
@@ -151,15 +152,13 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
     cache = TensorCache(
         "latents", on_disk=options.cache_latents_to_disk, warn=reporter.warning, skip_check=options.skip_cache_check
     )
-    folders = {item.path.parent for item in checked.index.items}
-    if options.cache_latents_to_disk and (num_foreign := num_foreign_files(folders, "_flux.npz")):
-        reporter.note(
-            f"{num_foreign} cache files of sd-scripts (_flux.npz) are not used: nothing in them says which picture and which autoencoder "
-            "they were made from"
-        )
+    reference = _reference_caches(checked, identity, cache, reporter) if options.cache_latents_to_disk else None
     requests = latent_requests(checked.index, encoder=identity)
     autoencoder: AutoEncoder | None = None
-    if missing := cache.missing(requests):
+    missing = cache.missing(requests)
+    if missing and reference is not None:
+        missing = reference.read(missing)
+    if missing:
         autoencoder = load_ae(options, engine, engine.device)
         cache.fill(
             missing,
@@ -178,7 +177,23 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
         return _encoder(load_ae(options, engine, torch.device("cpu")), engine, torch.device("cpu"))
 
     cache.recover_with(requests, load_encoder)
+    if reference is not None and options.write_reference_caches and engine.rank == 0:
+        reference.write(options)
     return CachedLatents(cache, identity, engine.device, masks), autoencoder
+
+
+def _reference_caches(checked: CheckedRun, identity: str, cache: TensorCache, reporter: Reporter) -> ReferenceCaches:
+    files, num_without = latent_files(checked.index, encoder=identity)
+    found = ReferenceCaches(
+        files,
+        num_without,
+        cache,
+        reporter,
+        ending=LATENTS_ENDING,
+        made_from="which picture and which autoencoder",
+    )
+    found.note_foreign(checked)
+    return found
 
 
 def _encoder(autoencoder: AutoEncoder, engine: Engine, device: torch.device) -> Encode[Tensor]:

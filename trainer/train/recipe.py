@@ -168,6 +168,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         reporter,
         position_after=settings.position_after,
         requested=save.requested,
+        upload=upload.state if upload is not None and options.save_state_to_huggingface else None,
     )
     loop = TrainingLoop(
         settings,
@@ -306,7 +307,7 @@ def attach_network(
     """The network around the transformer's layers, and those of the text encoders that are given, on the device; and how
     the file was written that it starts from."""
     network: AnyNetwork
-    for line in settings_without_layers(model, spec):
+    for line in settings_without_layers(model, spec, clip, t5):
         reporter.warning(line)
     if spec.kind == "lycoris":
         if engine.dtype is torch.float16:

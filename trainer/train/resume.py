@@ -21,6 +21,7 @@ from trainer.schema.options import GROUPS, Options
 from trainer.schema.run_folder import RunFolder
 from trainer.train.findings import EXIT_OPTIONS
 from trainer.train.foreign_state import ForeignState, read_foreign_state
+from trainer.train.hub_state import fetch_state
 from trainer.train.loop import DUTIES, Progress
 from trainer.train.reporting import Reporter
 from trainer.train.schedule import Schedule
@@ -102,16 +103,19 @@ def find_state(options: Options, reporter: Reporter) -> StateHead | ForeignState
             return _fitting(head, options)
     if options.resume is None:
         return None
-    if not options.resume.is_dir():
+    folder = options.resume
+    if options.resume_from_huggingface:
+        folder = fetch_state(folder, token=options.huggingface_token, announce=reporter.note)
+    if not folder.is_dir():
         raise UserError(
             "the state to resume from does not exist",
-            str(options.resume),
+            str(folder),
             "Give a folder whose name ends in -state, as --save_state writes them.",
             field="resume",
         )
-    if is_own_state(options.resume):
-        return _fitting(read_head(options.resume), options)
-    return read_foreign_state(options.resume)
+    if is_own_state(folder):
+        return _fitting(read_head(folder), options)
+    return read_foreign_state(folder)
 
 
 def _fitting(head: StateHead, options: Options) -> StateHead:

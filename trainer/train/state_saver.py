@@ -73,7 +73,8 @@ class StateSaver:
     """Writes states; on every rank at the same steps, as their random generators are stored too, by rank 0 alone.
 
     `identity` is what does not change during the run: see `trainer.train.resume`. `requested` are the steps whose LoRA
-    somebody asked for, which are spared when old ones are removed.
+    somebody asked for, which are spared when old ones are removed. `upload` gets each folder as soon as it is written, a
+    run folder's own ones apart.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class StateSaver:
         *,
         position_after: Callable[[int], StepPosition],
         requested: set[int],
+        upload: Callable[[Path], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._trained = trained
@@ -93,6 +95,7 @@ class StateSaver:
         self._reporter = reporter
         self._position_after = position_after
         self._requested = requested
+        self._upload = upload
         self._clock = clock
         self._started_at = self._last_at = clock()
         self._writing_seconds = 0.0
@@ -153,6 +156,8 @@ class StateSaver:
         for place in places:
             write_state(place, content, tensors, reference)
             self._reporter.note(f"saved the state {place}")
+            if self._upload is not None and place != own:
+                self._upload(place)
         if own is not None:
             # Only now that a newer one is whole.
             remove_states(own.parent, RUN_STATE, up_to=progress.step, keep=own, warn=self._reporter.warning)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
 from trainer.data.cache import Encode, TensorCache, text_key, text_requests
-from trainer.data.cache_files import num_foreign_files
+from trainer.data.reference_files import TEXT_ENDING, text_files
 from trainer.model.weights import load_clip_l, load_t5xxl
 from trainer.schema.folders import data_home
 from trainer.schema.memory import text_encoders_fit
@@ -34,8 +34,9 @@ from trainer.train.conditioning import (
 )
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, files_identity
+from trainer.train.reference_caches import ReferenceCaches
 from trainer.train.reporting import Reporter
-from trainer.train.text_plan import TextPlan, text_dtype
+from trainer.train.text_plan import TextPlan, text_dtype, writes_reference_text
 
 _ROOM_FACTOR = 1.3
 """T5 itself, CLIP-L and what they compute, as a multiple of T5's weights."""
@@ -92,12 +93,7 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
     # What is in memory belongs to this run alone; reading ten gigabytes to name it would be for nothing.
     identity = _identity(checked, engine, reporter) if on_disk else ""
     cache = TensorCache("text", on_disk=on_disk, warn=reporter.warning, skip_check=options.skip_cache_check)
-    folders = {item.path.parent for item in checked.index.items}
-    if on_disk and (num_foreign := num_foreign_files(folders, "_flux_te.npz")):
-        reporter.note(
-            f"{num_foreign} cache files of sd-scripts (_flux_te.npz) are not used: nothing in them says which caption and which text encoders "
-            "they were made from"
-        )
+    reference = _reference_caches(checked, identity, cache, reporter) if on_disk else None
     # Prompts go beside the pictures, too: else the encoders would be loaded again for them alone.
     spare = checked.index.items[0].path.parent
     requests = text_requests(
@@ -107,7 +103,10 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
         apply_mask=options.apply_t5_attn_mask,
     )
     live_clip = _load_clip(checked, engine, engine.device) if trains_clip(checked) else None
-    if missing := cache.missing(requests):
+    missing = cache.missing(requests)
+    if missing and reference is not None:
+        missing = reference.read(missing)
+    if missing:
         cache.fill(
             missing,
             _encoder(checked, engine, _encoding_device(checked, engine, reporter)),
@@ -120,6 +119,8 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
     # The device is full of the transformer by the time that one is found to be lost.
     cache.recover_with(requests, lambda: _encoder(checked, engine, torch.device("cpu")))
     engine.free_cached_memory()
+    if reference is not None and writes_reference_text(options) and engine.rank == 0:
+        reference.write(options)
 
     def look_up(caption: str) -> StoredText:
         key = text_key(caption, encoder=identity, max_length=max_length, apply_mask=options.apply_t5_attn_mask)
@@ -167,6 +168,31 @@ def _encoder(checked: CheckedRun, engine: Engine, device: torch.device) -> Encod
         return [{"vec": vec[row], "txt": txt[row, : int(lengths[row])]} for row in range(len(captions))]
 
     return encode
+
+
+def _reference_caches(checked: CheckedRun, identity: str, cache: TensorCache, reporter: Reporter) -> ReferenceCaches:
+    options, tokenizer, max_length = checked.options, checked.tokenizers.t5xxl, checked.tokenizers.t5xxl_tokens
+    apply_mask = options.apply_t5_attn_mask
+    # Chroma's text has no pooled vector, which sd-scripts' files of FLUX hold.
+    items = () if options.model_type == "chroma" else (*checked.index.items, *checked.index.validation)
+    files, num_without = text_files(
+        items,
+        key=lambda caption: text_key(caption, encoder=identity, max_length=max_length, apply_mask=apply_mask),
+        max_length=max_length,
+        apply_mask=apply_mask,
+        dtype=text_dtype(options),
+        num_tokens=lambda caption: int(tokenizer.encode([caption], max_length)[1].sum()),
+    )
+    found = ReferenceCaches(
+        files,
+        num_without,
+        cache,
+        reporter,
+        ending=TEXT_ENDING,
+        made_from="which caption and which text encoders",
+    )
+    found.note_foreign(checked)
+    return found
 
 
 def _encoding_device(checked: CheckedRun, engine: Engine, reporter: Reporter) -> torch.device:

@@ -52,6 +52,12 @@ def text_dtype(options: Options) -> torch.dtype:
     return torch.float32 if options.mixed_precision == "no" else torch.bfloat16
 
 
+def writes_reference_text(options: Options) -> bool:
+    """Whether sd-scripts' text files are written, which hold the plain captions."""
+    is_on_disk = options.write_reference_caches and options.cache_text_encoder_outputs_to_disk
+    return is_on_disk and options.model_type != "chroma"
+
+
 def plan_texts(checked: CheckedRun, seed: int, *, num_processes: int = 1) -> TextPlan | None:
     """The texts of a run whose text is encoded beforehand; None where it is not."""
     options = checked.options
@@ -59,7 +65,8 @@ def plan_texts(checked: CheckedRun, seed: int, *, num_processes: int = 1) -> Tex
         return None
     course = caption_course(options, checked.schedule, num_processes)
     texts: dict[str, Path | None] = dict(run_texts(checked.index, course, seed))
-    for item in checked.index.validation:
+    plain = checked.index.items if writes_reference_text(options) else ()
+    for item in (*plain, *checked.index.validation):
         texts.setdefault(validation_caption(item), item.path.parent)
     for prompt in texts_of(checked.prompts):
         texts.setdefault(prompt, None)
