@@ -41,7 +41,7 @@ __all__ = [
     "make_tokenizers",
 ]
 
-DEMO_VERSION = 7
+DEMO_VERSION = 8
 TRAINED_FILES: Final = Path(__file__).parents[1] / "demo_bundle"
 """The models which `trainer.tools.train_demo_models` has trained; they come with the program."""
 
