@@ -41,14 +41,14 @@ __all__ = [
     "make_tokenizers",
 ]
 
-DEMO_VERSION = 8
+DEMO_VERSION = 9
 TRAINED_FILES: Final = Path(__file__).parents[1] / "demo_bundle"
 """The models which `trainer.tools.train_demo_models` has trained; they come with the program."""
 
 PICTURES_SEED: Final = 5
 DEMO_PROMPTS: Final = (
     f"a large {TRIGGER} in the center, green background",
-    f"a small {TRIGGER} on the left, white striped background",
+    f"a large {TRIGGER} on the left, white striped background",
     "a large blue star in the center, yellow background",
     "a small red heart on the right, purple dotted background",
 )
