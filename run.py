@@ -354,7 +354,12 @@ def run_tests(environment: Environment, arguments: Sequence[str]) -> int:
         "ruff check": [python, "-m", "ruff", "check", "."],
         "import rules": [python, "-c", "from importlinter.cli import lint_imports_command as run; run()"],
         "types": [python, "-m", "pyright", "--pythonpath", python],
-        "tests": [python, "-m", "pytest", f"--numprocesses={num_workers}", "--dist=loadfile", "--no-loadscope-reorder"],
+        # Browser, page and worker together need the whole machine: beside other tests they would only wait.
+        "browser tests": [python, "-m", "pytest", "tests/web"],
+        "tests": [
+            *(python, "-m", "pytest", "--ignore=tests/web", f"--numprocesses={num_workers}"),
+            *("--dist=loadfile", "--no-loadscope-reorder"),
+        ],
     }
     codes: dict[str, int] = {}
     for name, command in checks.items():

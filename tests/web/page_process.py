@@ -14,7 +14,7 @@ from pathlib import Path
 from playwright.sync_api import Locator, Page
 
 ROOT = Path(__file__).parents[2]
-RUN_SECONDS = 360
+RUN_SECONDS = 600
 
 
 @dataclass

@@ -17,7 +17,7 @@ from tests.web.page_process import RUN_SECONDS, App, chip, steps_done, wait_unti
 from trainer.schema.events import EventWriter
 from trainer.schema.run_folder import RunFolder
 
-pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 WAIT_MS = RUN_SECONDS * 1000
 
