@@ -17,7 +17,7 @@ from trainer.tools.train_demo_models import autoencoder_psnr, load_painter
 from trainer.tools.world import TRIGGER, draw_medley, draw_scene, random_caption, random_scene
 from trainer.tools.world_measure import look
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 MEGABYTE = 1_000_000
 

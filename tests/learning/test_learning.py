@@ -22,7 +22,7 @@ from trainer.tools.demo_report import (
 )
 from trainer.tools.emblem import RECOGNISED, emblem_likeness
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 NUM_SAMPLES = 120
 
