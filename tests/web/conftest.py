@@ -43,9 +43,9 @@ def page(browser: Browser, app: App) -> Iterator[Page]:
     """A page that fails the test when a script fails on it or when it asks another machine for anything."""
     context = browser.new_context(accept_downloads=True, viewport={"width": 1280, "height": 1000})
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     # A busy machine with two cores answers late; what never comes fails all the same.
-    expect.set_options(timeout=15_000)
+    expect.set_options(timeout=60_000)
     failures: list[str] = []
     page.on("pageerror", lambda error: failures.append(str(error)))
     page.on(
