@@ -191,7 +191,9 @@ def test_what_is_deleted_during_a_training_is_computed_again(project: Project) -
 
     for name, deletes in (("a", False), ("b", True)):
         events = project.folder / f"{name}.jsonl"
-        train(parse_command_line(project.words()), Clumsy(events, deletes=deletes))
+        reporter = Clumsy(events, deletes=deletes)
+        train(parse_command_line(project.words()), reporter)
+        reporter.close()
         found = EventReader(events).read_new()
         losses.append([loss for event in found if isinstance(loss := event.get("loss"), float)])
         warnings = [str(event["message"]) for event in found if event["kind"] == "warning"]

@@ -141,7 +141,8 @@ class Reporter:
         if not self._is_main or self._run is not None or self._bar is not None:
             return
         if self._phase_bar is None:
-            self._phase_bar = tqdm(total=total, desc=self._phase, file=sys.stderr)
+            # The position is given since a bar that someone else left open in this process would push ours a line down.
+            self._phase_bar = tqdm(total=total, desc=self._phase, file=sys.stderr, position=0)
         self._phase_bar.n = done
         self._phase_bar.refresh()
         if done >= total:
@@ -159,7 +160,9 @@ class Reporter:
         """Shows the progress bar that other interfaces know how to read (named `steps`)."""
         self._close_phase_bar()
         if self._is_main and self._run is None:
-            self._bar = tqdm(total=num_steps, initial=first_step, desc="steps", smoothing=0, file=sys.stderr)
+            self._bar = tqdm(
+                total=num_steps, initial=first_step, desc="steps", smoothing=0, file=sys.stderr, position=0
+            )
 
     def step(self, *, step: int, scalars: Mapping[str, float], **fields: object) -> None:
         """One optimizer step. `fields` go to the event, `scalars` to TensorBoard under the reference's names."""
