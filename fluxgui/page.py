@@ -8,6 +8,7 @@ import gradio as gr
 
 from fluxgui.demo import start_demo
 from fluxgui.form_parts import html_part
+from fluxgui.language import say
 from fluxgui.presets import start_values
 from fluxgui.runs import RunWatcher
 from fluxgui.runs_tab import SHOW_IN_ADDRESS, build_runs_tab
@@ -32,7 +33,7 @@ PAGE_IN_ADDRESS: Final = """() => {
 
 def build_page(watcher: RunWatcher) -> gr.Blocks:
     with gr.Blocks(title="FluxGUI", fill_width=True) as page:
-        html_part('<div class="page-head"><h1>FluxGUI</h1><p>Trains LoRAs for FLUX.1 on your own pictures.</p></div>')
+        html_part(f'<div class="page-head"><h1>{say("page.title")}</h1><p>{say("page.subtitle")}</p></div>')
         with gr.Column(visible=False, elem_classes="card", elem_id="welcome") as welcome:
             html_part(
                 '<div class="card-title"><h2>First time here?</h2><p>The demo teaches a small FLUX, which comes with '
