@@ -55,7 +55,7 @@ def options_of(values: Mapping[str, object]) -> Options:
 
 
 def test_the_built_in_presets_are_there_in_order() -> None:
-    assert [preset.name for preset in built_in("purpose")] == ["character", "style", "quick-test"]
+    assert [preset.name for preset in built_in("purpose")] == ["character", "style", "object", "concept", "quick-test"]
     assert [preset.name for preset in built_in("vram")] == ["vram-08", "vram-12", "vram-16", "vram-24"]
     assert [preset.title for preset in built_in("vram")] == ["8 GB", "12 GB", "16 GB", "24 GB"]
     assert [preset.name for preset in built_in("demo")] == ["demo"]
