@@ -94,7 +94,6 @@ EFFECTS: dict[str, Effect] = {
     "dataset_config": e("code", "{dataset}", without=("dataset_config",)),
     "train_data_dir": e("code", "{folders}", "--resolution=64", without=("dataset_config",)),
     "reg_data_dir": e("lines", "{regularisation}", *FOLDERS, without=("dataset_config",)),
-    "conditioning_data_dir": e("weights", "{masks}", *FOLDERS, "--masked_loss", without=("dataset_config",)),
     "in_json": e("code", "{metadata}", "--train_data_dir={images}", "--resolution=64", without=("dataset_config",)),
     "dataset_repeats": e("lines", "3"),
     "resolution": e("weights", "96"),
@@ -127,7 +126,6 @@ EFFECTS: dict[str, Effect] = {
     "alpha_mask": e("weights"),
     "masked_loss": e("code", "", "--dataset_config={masked}"),
     "masked_loss_normalize": e("weights", "", "--masked_loss", "--dataset_config={masked}"),
-    "cache_info": e("files"),
     "dataset_class": e("code", "some.Class"),
     # ---- network
     "network_module": e("tensors", "networks.oft_flux", "--network_args", without=("network_module",)),
@@ -294,6 +292,11 @@ SUPPORTED = [name for name, status in STATUS.items() if status.status == "suppor
 
 def test_every_supported_option_has_an_entry() -> None:
     assert [name for name in SUPPORTED if name not in EFFECTS and name not in SHOWN_ELSEWHERE] == []
+
+
+def test_every_entry_is_tried() -> None:
+    """An entry of an option that is inert or refused would never run."""
+    assert [name for name in EFFECTS if name not in SUPPORTED] == []
 
 
 def test_an_entry_elsewhere_names_a_test_of_that_option() -> None:
