@@ -13,6 +13,7 @@ from fluxgui.presets import start_values
 from fluxgui.presets_tab import build_presets_tab
 from fluxgui.runs import RunWatcher
 from fluxgui.runs_tab import SHOW_IN_ADDRESS, build_runs_tab
+from fluxgui.settings_tab import build_settings_tab
 from fluxgui.train_tab import IN_ORDER, build_train_tab
 from fluxgui.vram import detect_gpu
 from trainer.schema.base import UserError
@@ -20,7 +21,7 @@ from trainer.schema.folders import runs_dir
 from trainer.schema.run_folder import list_runs
 
 QUIETLY: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_limit": 8}
-TRAIN, RUNS, PRESETS = "train", "runs", "presets"
+TRAIN, RUNS, PRESETS, SETTINGS = "train", "runs", "presets", "settings"
 
 # A tab also counts as selected when the page is built, before it was known which one the address names.
 ARRIVED: Final = "() => { window.fluxguiArrived = true; }"
@@ -48,7 +49,9 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
             with gr.Tab("Runs", id=RUNS) as runs_page:
                 runs = build_runs_tab(watcher)
             with gr.Tab(say("presets.tab"), id=PRESETS) as presets_page:
-                build_presets_tab(train, tabs)
+                build_presets_tab(train, tabs, presets_page)
+            with gr.Tab(say("settings.tab"), id=SETTINGS) as settings_page:
+                build_settings_tab(settings_page)
 
         started = train.parts["started"]
         assert isinstance(started, gr.State)
@@ -74,7 +77,7 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         )
         runs_page.select(None, None, None, js=PAGE_IN_ADDRESS % RUNS)
         runs_page.select(runs.look, look_inputs, runs.outputs, **QUIETLY)
-        pages = {TRAIN: train_page, PRESETS: presets_page}
+        pages = {TRAIN: train_page, PRESETS: presets_page, SETTINGS: settings_page}
         for name, tab in pages.items():
             tab.select(None, None, None, js=PAGE_IN_ADDRESS % name)
 
