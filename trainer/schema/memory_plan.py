@@ -217,7 +217,7 @@ def _sizes(
 
 
 def _bar(parts: tuple[Part, ...]) -> tuple[Segment, ...]:
-    sums = {kind: sum(part.bytes for part in parts if part.kind == kind) for kind in KINDS}
+    sums: dict[Kind, int] = {kind: sum(part.bytes for part in parts if part.kind == kind) for kind in KINDS}
     return tuple(Segment(kind, num_bytes) for kind, num_bytes in sums.items() if num_bytes)
 
 
