@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import gradio as gr
 
+from fluxgui.api import add_api, hide_the_rest
 from fluxgui.demo import start_demo
 from fluxgui.form_parts import html_part
 from fluxgui.language import say
@@ -35,6 +36,7 @@ PAGE_IN_ADDRESS: Final = """() => {
 
 def build_page(watcher: RunWatcher) -> gr.Blocks:
     with gr.Blocks(title="FluxGUI", fill_width=True) as page:
+        add_api(watcher)  # first, as a handler of the same name would take an endpoint's
         html_part(f'<div class="page-head"><h1>{say("page.title")}</h1><p>{say("page.subtitle")}</p></div>')
         with gr.Column(visible=False, elem_classes="card", elem_id="welcome") as welcome:
             html_part(
@@ -51,7 +53,7 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
             with gr.Tab(say("presets.tab"), id=PRESETS) as presets_page:
                 build_presets_tab(train, tabs, presets_page)
             with gr.Tab(say("settings.tab"), id=SETTINGS) as settings_page:
-                build_settings_tab(settings_page)
+                build_settings_tab(train, tabs, settings_page)
 
         started = train.parts["started"]
         assert isinstance(started, gr.State)
@@ -103,4 +105,5 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
             .then(None, None, None, js=ARRIVED)
             .then(train.check, train.inputs, train.outputs, **IN_ORDER)
         )
+    hide_the_rest(page)
     return page

@@ -11,6 +11,8 @@ import gradio as gr
 from fluxgui.form_parts import PLAIN, html_part
 from fluxgui.language import NAMES, language, say
 from fluxgui.machine import about, examine
+from fluxgui.models_card import build_models_card
+from fluxgui.train_tab import TrainTab
 from trainer.schema.base import UserError
 from trainer.schema.folders import data_home
 from trainer.schema.settings import (
@@ -42,7 +44,7 @@ ASK_TO_NOTIFY: Final = """async (wanted) => {
 }"""
 
 
-def build_settings_tab(page: gr.Tab) -> None:
+def build_settings_tab(train: TrainTab, tabs: gr.Tabs, page: gr.Tab) -> None:
     """Lay the page out. Call inside its `gr.Tab`, which is given so that a visit shows what holds then."""
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
@@ -51,6 +53,7 @@ def build_settings_tab(page: gr.Tab) -> None:
         with gr.Column(min_width=320):
             look = _build_look()
             notifications = _build_notifications()
+    build_models_card(train, tabs, page)
     with gr.Column(elem_classes="card"):
         html_part(_title("settings.about"))
         facts = html_part(elem_id="settings-about")

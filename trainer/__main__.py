@@ -48,6 +48,8 @@ python -m trainer convert-lora --input X --output Y --form F
                                          write a LoRA in another form: sd-scripts, diffusers, bfl or xlabs
 python -m trainer cache FOLDER ...        list what is cached beside pictures; --prune removes what is not used any more
 python -m trainer make-demo [--dir D]    write the demo's models and pictures
+python -m trainer get-models [--flux dev] [--t5 fp16] [--dir D]
+                                         download the four model files from the Hugging Face hub; goes on where it was
 python -m trainer run FOLDER             train what a run folder holds (the page starts this)
 """
 
@@ -288,6 +290,12 @@ def _other_models(options: Options) -> OtherModels | None:
     )
 
 
+def get_models(arguments: Sequence[str]) -> int:
+    from trainer.tools.get_models import main as download  # noqa: PLC0415 - the hub's library
+
+    return download(arguments)
+
+
 COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType(
     {
         "run": train_run_folder,
@@ -299,6 +307,7 @@ COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType
         "replay": replay_recording,
         "estimate": estimate_memory,
         "options": list_options,
+        "get-models": get_models,
     }
 )
 
