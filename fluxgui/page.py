@@ -53,7 +53,7 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
             with gr.Tab(say("presets.tab"), id=PRESETS) as presets_page:
                 build_presets_tab(train, tabs, presets_page)
             with gr.Tab(say("settings.tab"), id=SETTINGS) as settings_page:
-                build_settings_tab(settings_page)
+                build_settings_tab(train, tabs, settings_page)
 
         started = train.parts["started"]
         assert isinstance(started, gr.State)
