@@ -6,6 +6,8 @@ import math
 
 import pytest
 
+from tests.schema.test_chroma import PUBLISHED as CHROMA
+from tests.schema.test_memory import DEV
 from trainer.schema.checkpoint_header import FluxParams
 from trainer.schema.chroma_header import ChromaParams
 from trainer.schema.options import Options
@@ -20,8 +22,6 @@ from trainer.schema.storage import (
     stored_as,
     stored_shapes,
 )
-from tests.schema.test_chroma import PUBLISHED as CHROMA
-from tests.schema.test_memory import DEV
 
 
 @pytest.mark.parametrize("flux", [DEV, CHROMA], ids=["dev", "Chroma"])
