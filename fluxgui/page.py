@@ -1,4 +1,4 @@
-"""The whole page: a heading, the two tabs, and what leads from one to the other."""
+"""The whole page: a heading, the tabs, and what leads from one to the other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import gradio as gr
 
+from fluxgui.dataset_layout import build_dataset_tab, connect_dataset_page
 from fluxgui.demo import start_demo
 from fluxgui.form_parts import html_part
 from fluxgui.language import say
@@ -19,7 +20,7 @@ from trainer.schema.folders import runs_dir
 from trainer.schema.run_folder import list_runs
 
 QUIETLY: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_limit": 8}
-TRAIN, RUNS = "train", "runs"
+TRAIN, DATASET, RUNS = "train", "dataset", "runs"
 
 # A tab also counts as selected when the page is built, before it was known which one the address names.
 ARRIVED: Final = "() => { window.fluxguiArrived = true; }"
@@ -44,6 +45,8 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         with gr.Tabs(elem_id="pages") as tabs:
             with gr.Tab("Train", id=TRAIN) as train_page:
                 train = build_train_tab(detect_gpu())
+            with gr.Tab(say("dataset.tab"), id=DATASET) as dataset_page:
+                dataset = build_dataset_tab()
             with gr.Tab("Runs", id=RUNS) as runs_page:
                 runs = build_runs_tab(watcher)
 
@@ -72,17 +75,20 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         runs_page.select(None, None, None, js=PAGE_IN_ADDRESS % RUNS)
         runs_page.select(runs.look, look_inputs, runs.outputs, **QUIETLY)
         train_page.select(None, None, None, js=PAGE_IN_ADDRESS % TRAIN)
+        dataset_page.select(None, None, None, js=PAGE_IN_ADDRESS % DATASET)
+        connect_dataset_page(dataset, dataset_page, train, tabs)
 
         def arrive(remembered: dict[str, object] | None, smoothing: float, request: gr.Request) -> dict[Any, Any]:
             """The page as the address says, with the form as this browser left it."""
             asked = request.query_params
-            on_runs = asked.get("tab") == RUNS
+            page_names = (TRAIN, DATASET, RUNS)
             looked = dict(zip(runs.outputs, runs.look_and_choose(asked.get("run"), smoothing, {}), strict=True))
             first_visit = not list_runs(runs_dir())
             return {
                 **looked,
                 **train.fill(remembered or start_values()),
-                tabs: gr.update(selected=RUNS if on_runs else TRAIN),
+                **dataset.arrive(asked.get("dataset")),
+                tabs: gr.update(selected=next((name for name in page_names if name == asked.get("tab")), TRAIN)),
                 welcome: gr.update(visible=first_visit),
             }
 
@@ -90,7 +96,7 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
             page.load(
                 arrive,
                 [train.parts["remembered"], runs.smoothing],
-                [*runs.outputs, *train.form.values(), tabs, welcome],
+                [*runs.outputs, *train.form.values(), *dataset.outputs, tabs, welcome],
                 **QUIETLY,
             )
             .then(None, None, None, js=ARRIVED)
