@@ -11,6 +11,7 @@ from fluxgui.demo import start_demo
 from fluxgui.form_parts import html_part
 from fluxgui.language import say
 from fluxgui.presets import start_values
+from fluxgui.presets_tab import build_presets_tab
 from fluxgui.runs import RunWatcher
 from fluxgui.runs_tab import SHOW_IN_ADDRESS, build_runs_tab
 from fluxgui.train_tab import IN_ORDER, build_train_tab
@@ -20,7 +21,7 @@ from trainer.schema.folders import runs_dir
 from trainer.schema.run_folder import list_runs
 
 QUIETLY: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_limit": 8}
-TRAIN, DATASET, RUNS = "train", "dataset", "runs"
+TRAIN, DATASET, RUNS, PRESETS = "train", "dataset", "runs", "presets"
 
 # A tab also counts as selected when the page is built, before it was known which one the address names.
 ARRIVED: Final = "() => { window.fluxguiArrived = true; }"
@@ -49,6 +50,8 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
                 dataset = build_dataset_tab()
             with gr.Tab("Runs", id=RUNS) as runs_page:
                 runs = build_runs_tab(watcher)
+            with gr.Tab(say("presets.tab"), id=PRESETS) as presets_page:
+                build_presets_tab(train, tabs)
 
         started = train.parts["started"]
         assert isinstance(started, gr.State)
@@ -74,21 +77,21 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         )
         runs_page.select(None, None, None, js=PAGE_IN_ADDRESS % RUNS)
         runs_page.select(runs.look, look_inputs, runs.outputs, **QUIETLY)
-        train_page.select(None, None, None, js=PAGE_IN_ADDRESS % TRAIN)
-        dataset_page.select(None, None, None, js=PAGE_IN_ADDRESS % DATASET)
+        pages = {TRAIN: train_page, DATASET: dataset_page, PRESETS: presets_page}
+        for name, tab in pages.items():
+            tab.select(None, None, None, js=PAGE_IN_ADDRESS % name)
         connect_dataset_page(dataset, dataset_page, train, tabs)
 
         def arrive(remembered: dict[str, object] | None, smoothing: float, request: gr.Request) -> dict[Any, Any]:
             """The page as the address says, with the form as this browser left it."""
             asked = request.query_params
-            page_names = (TRAIN, DATASET, RUNS)
             looked = dict(zip(runs.outputs, runs.look_and_choose(asked.get("run"), smoothing, {}), strict=True))
             first_visit = not list_runs(runs_dir())
             return {
                 **looked,
                 **train.fill(remembered or start_values()),
                 **dataset.arrive(asked.get("dataset")),
-                tabs: gr.update(selected=next((name for name in page_names if name == asked.get("tab")), TRAIN)),
+                tabs: gr.update(selected=asked.get("tab") if asked.get("tab") in (*pages, RUNS) else TRAIN),
                 welcome: gr.update(visible=first_visit),
             }
 

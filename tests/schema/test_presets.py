@@ -13,7 +13,18 @@ from trainer.schema.checkpoint_header import FluxParams
 from trainer.schema.folders import user_presets_dir
 from trainer.schema.memory import GIB, estimate
 from trainer.schema.options import Options
-from trainer.schema.presets import BUILT_IN_DIR, Preset, delete_preset, list_presets, load_preset, save_preset
+from trainer.schema.presets import (
+    BUILT_IN_DIR,
+    Preset,
+    delete_preset,
+    import_preset,
+    list_presets,
+    load_preset,
+    preset_text,
+    rename_preset,
+    restore_preset,
+    save_preset,
+)
 
 DEV = FluxParams(64, 64, 768, 4096, 3072, 4.0, 24, 19, 38, (16, 56, 56), 10_000, True, True)
 FORM_ONLY = {"vram_gb", "num_repeats", "sample_prompt_lines", "more_options"}
@@ -251,3 +262,39 @@ def test_a_copy_of_a_built_in_preset_is_an_own_one() -> None:
     copy = load_preset("my 8 GB")
     assert (copy.kind, copy.title) == ("own", "my 8 GB")
     assert copy.values["blocks_to_swap"] == load_preset("vram-08").values["blocks_to_swap"]
+
+
+def test_a_preset_is_renamed_deleted_and_taken_back() -> None:
+    saved = save_preset("mine", {"network_dim": 8, "num_repeats": 3}, description="for cats")
+    rename_preset("mine", "Yours")
+    assert dict(load_preset("Yours").values) == dict(saved.values)
+    save_preset("mine", {"network_dim": 4})
+    with pytest.raises(UserError, match="already"):
+        rename_preset("mine", "Yours")
+    with pytest.raises(UserError, match="built-in"):
+        rename_preset("character", "other")
+    place = delete_preset("Yours")
+    second = delete_preset("mine")
+    assert {place.name, second.name} == {"Yours.toml", "mine.toml"}
+    restore_preset(place, "Yours")
+    assert load_preset("Yours").description == "for cats"
+    save_preset("mine", {"network_dim": 5})
+    with pytest.raises(UserError, match="again"):
+        restore_preset(second, "mine")
+
+
+def test_a_preset_goes_out_as_a_file_and_comes_back() -> None:
+    for preset in list_presets():
+        copy = import_preset(preset_text(preset), f"copy of {preset.name}")
+        assert dict(load_preset(copy.name).values) == dict(preset.values)
+    plain = import_preset("network_dim = 8\n[training]\nlearning_rate = 1e-3\n", "from an options file")
+    assert dict(plain.values) == {"network_dim": 8, "learning_rate": 1e-3}
+    for text in (
+        "a = ",
+        "[options]\nnetwork_dim = 'x'",
+        "[options]\nunheard_of = 1",
+        "network_dim = 1\n[options]\nseed = 1",
+    ):
+        with pytest.raises(UserError):
+            import_preset(text, "broken")
+    assert "broken" not in {preset.name for preset in list_presets()}
