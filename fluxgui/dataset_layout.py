@@ -218,7 +218,7 @@ def _connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
     when(parts["grid"].select, select_one)
     when(parts["grid"].edit, tab.edit_in_grid)
     when(parts["tags"].click, by_tag)
-    when(parts["search"].input, filtered, trigger_mode="always_last")
+    when(parts["search"].change, filtered, trigger_mode="always_last")
     when(parts["only_missing"].input, filtered)
     when(parts["page_back"].click, turn_page(-1))
     when(parts["page_on"].click, turn_page(1))
@@ -233,7 +233,7 @@ def _connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
     when(parts["undo"].click, tab.undo)
     for kind in ("trigger", "prefix", "suffix"):
         when(buttons[kind].click, lambda data, kind=kind: tab.add_text(data, kind))
-    for event in (parts["find"].input, parts["replace"].input, parts["is_regex"].input):
+    for event in (parts["find"].change, parts["replace"].change, parts["is_regex"].input):
         when(event, tab.preview, trigger_mode="always_last")
     when(buttons["replace"].click, tab.replace)
     when(parts["delete"].click, lambda data: tab.delete(data, tab.read(data, "selected")))
