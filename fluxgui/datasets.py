@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from fluxgui.language import say
 from fluxgui.pictures import (
@@ -29,9 +28,7 @@ from fluxgui.pictures import (
 from trainer.schema.base import UserError
 from trainer.schema.folders import data_home, datasets_dir
 from trainer.schema.run_folder import write_atomic
-
-FOLDERS_VARIABLE: Final = "FLUXGUI_FOLDERS"
-"""More folders whose pictures may be shown and changed, separated as in PATH."""
+from trainer.schema.settings import is_allowed
 
 
 @dataclass(frozen=True)
@@ -68,18 +65,6 @@ class Added:
     images: tuple[str, ...]
     num_captions: int
     refused: tuple[str, ...]
-
-
-def allowed_roots() -> tuple[Path, ...]:
-    """Folders below which datasets may lie: our own data, the user's home, and those in FLUXGUI_FOLDERS."""
-    more = [Path(text).expanduser() for text in os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep) if text.strip()]
-    return tuple(path.resolve() for path in (data_home(), Path.home(), *more))
-
-
-def is_allowed(path: Path) -> bool:
-    """Whether `path`, with links resolved, lies below an allowed folder."""
-    resolved = path.resolve()
-    return any(resolved.is_relative_to(root) for root in allowed_roots())
 
 
 def list_datasets() -> list[Dataset]:
@@ -126,9 +111,7 @@ def add_folder(text: str) -> Dataset:
     path = Path(cleaned).expanduser().absolute()
     # First the question of permission: whether a folder exists elsewhere is nobody's business.
     if not is_allowed(path):
-        roots = ", ".join(str(root) for root in allowed_roots())
-        hint = say("dataset.not_allowed_hint", roots=roots, variable=FOLDERS_VARIABLE)
-        raise UserError(say("dataset.not_allowed"), str(path), hint)
+        raise UserError(say("dataset.not_allowed"), str(path), say("dataset.not_allowed_hint"))
     if not path.is_dir():
         raise UserError(say("dataset.no_folder"), str(path), say("dataset.no_folder_hint"))
     known = dataset_of_folder(path)

@@ -15,10 +15,12 @@ from typing import TextIO
 import uvicorn
 
 from fluxgui.demo import start_demo
+from fluxgui.language import NAMES, choose_language
 from fluxgui.page import build_page
 from fluxgui.runs import RunWatcher
 from fluxgui.server import Login, make_server
 from trainer.schema.base import UserError
+from trainer.schema.settings import read_settings
 
 FIRST_PORT = 7860
 NUM_PORTS = 20
@@ -35,7 +37,13 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="answer other machines too; needs FLUXGUI_AUTH=user:password in the environment",
     )
+    parser.add_argument(
+        "--language", choices=sorted(NAMES), help="language of the page (default: that of the settings)"
+    )
     arguments = parser.parse_args(argv)
+    language = arguments.language or read_settings().language
+    if language in NAMES:
+        choose_language(language)
 
     login: Login | None = None
     if arguments.listen:

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import gradio as gr
 
+from fluxgui.api import add_api, hide_the_rest
 from fluxgui.dataset_layout import build_dataset_tab, connect_dataset_page
 from fluxgui.demo import start_demo
 from fluxgui.form_parts import html_part
@@ -14,6 +15,7 @@ from fluxgui.presets import start_values
 from fluxgui.presets_tab import build_presets_tab
 from fluxgui.runs import RunWatcher
 from fluxgui.runs_tab import SHOW_IN_ADDRESS, build_runs_tab
+from fluxgui.settings_tab import build_settings_tab
 from fluxgui.train_tab import IN_ORDER, build_train_tab
 from fluxgui.vram import detect_gpu
 from trainer.schema.base import UserError
@@ -21,7 +23,7 @@ from trainer.schema.folders import runs_dir
 from trainer.schema.run_folder import list_runs
 
 QUIETLY: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_limit": 8}
-TRAIN, DATASET, RUNS, PRESETS = "train", "dataset", "runs", "presets"
+TRAIN, DATASET, RUNS, PRESETS, SETTINGS = "train", "dataset", "runs", "presets", "settings"
 
 # A tab also counts as selected when the page is built, before it was known which one the address names.
 ARRIVED: Final = "() => { window.fluxguiArrived = true; }"
@@ -35,6 +37,7 @@ PAGE_IN_ADDRESS: Final = """() => {
 
 def build_page(watcher: RunWatcher) -> gr.Blocks:
     with gr.Blocks(title="FluxGUI", fill_width=True) as page:
+        add_api(watcher)  # first, as a handler of the same name would take an endpoint's
         html_part(f'<div class="page-head"><h1>{say("page.title")}</h1><p>{say("page.subtitle")}</p></div>')
         with gr.Column(visible=False, elem_classes="card", elem_id="welcome") as welcome:
             html_part(
@@ -51,7 +54,9 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
             with gr.Tab("Runs", id=RUNS) as runs_page:
                 runs = build_runs_tab(watcher)
             with gr.Tab(say("presets.tab"), id=PRESETS) as presets_page:
-                build_presets_tab(train, tabs)
+                build_presets_tab(train, tabs, presets_page)
+            with gr.Tab(say("settings.tab"), id=SETTINGS) as settings_page:
+                build_settings_tab(train, tabs, settings_page)
 
         started = train.parts["started"]
         assert isinstance(started, gr.State)
@@ -77,7 +82,7 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         )
         runs_page.select(None, None, None, js=PAGE_IN_ADDRESS % RUNS)
         runs_page.select(runs.look, look_inputs, runs.outputs, **QUIETLY)
-        pages = {TRAIN: train_page, DATASET: dataset_page, PRESETS: presets_page}
+        pages = {TRAIN: train_page, DATASET: dataset_page, PRESETS: presets_page, SETTINGS: settings_page}
         for name, tab in pages.items():
             tab.select(None, None, None, js=PAGE_IN_ADDRESS % name)
         connect_dataset_page(dataset, dataset_page, train, tabs)
@@ -105,4 +110,5 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
             .then(None, None, None, js=ARRIVED)
             .then(train.check, train.inputs, train.outputs, **IN_ORDER)
         )
+    hide_the_rest(page)
     return page

@@ -33,6 +33,7 @@ from trainer.schema.run_folder import (
     probe,
     write_atomic,
 )
+from trainer.schema.settings import with_token
 
 PROGRAM_FOLDER: Final = Path(__file__).resolve().parents[1]
 START_SECONDS: Final = 10.0
@@ -113,7 +114,7 @@ def start_worker(run: RunFolder) -> None:
         process = subprocess.Popen(
             [sys.executable, "-m", "trainer", "run", str(run.path)],
             cwd=PROGRAM_FOLDER,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+            env={**with_token(os.environ), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -13,6 +13,7 @@ import hmac
 import mimetypes
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -24,11 +25,15 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fluxgui.datasets import find_dataset, picture_path
+from fluxgui.run_view import status_words
 from fluxgui.runs import RunWatcher, find_run, served_file
 from fluxgui.theme import STYLE, make_theme
 from fluxgui.thumbnails import SIZES, thumbnail
+from trainer.schema.settings import read_settings
 
 MAX_UPLOAD_BYTES: Final = 64 * 1024 * 1024
+MAX_STATES: Final = 50
+"""Older runs ended long ago."""
 LOCAL_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 # Everything comes from this server. gradio's front end needs inline scripts and evaluates its own templates.
@@ -43,7 +48,7 @@ HEADERS: Final = {
     "Referrer-Policy": "no-referrer",
 }
 
-HEAD: Final = '<meta name="color-scheme" content="light dark">'
+SCRIPT: Final = Path(__file__).with_name("browser.js")
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,12 @@ def dataset_picture(dataset: str, size: str, name: str) -> Response:
     return FileResponse(kept, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
 
 
+def head_of_page(theme: str) -> str:
+    """The page's own script; `theme` is for browsers in which none was chosen."""
+    script = SCRIPT.read_text(encoding="utf-8").replace("THEME", theme)
+    return f'<meta name="color-scheme" content="light dark"><script>{script}</script>'
+
+
 def make_server(page: gr.Blocks, watcher: RunWatcher, login: Login | None, *, port: int) -> ASGIApp:
     """The whole application, ready for an ASGI server."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -161,6 +172,17 @@ def make_server(page: gr.Blocks, watcher: RunWatcher, login: Login | None, *, po
             return FileResponse(path, media_type="text/plain; charset=utf-8", headers={"Cache-Control": "no-store"})
         return FileResponse(path, media_type="application/octet-stream", filename=path.name)
 
+    def run_states() -> dict[str, dict[str, str]]:
+        """State of each run, for the browser's notifications."""
+        return {
+            view.run_id: {
+                "state": view.status.state,
+                "text": f"{view.name}: {status_words(view.status, view.state)}",
+            }
+            for view in watcher.look_at_all()[:MAX_STATES]
+        }
+
+    app.add_api_route("/run-states", run_states, methods=["GET"])
     app.add_api_route("/files/{run_id}/{kind}/{name}", run_file, methods=["GET"])
     app.add_api_route("/pictures/{dataset}/{size}/{name}", dataset_picture, methods=["GET"])
     gr.mount_gradio_app(
@@ -171,7 +193,7 @@ def make_server(page: gr.Blocks, watcher: RunWatcher, login: Login | None, *, po
         server_port=port,
         theme=make_theme(),
         css=STYLE.read_text(encoding="utf-8"),
-        head=HEAD,
+        head=head_of_page(read_settings().theme),
         footer_links=[],
         run_history=False,
         max_file_size=MAX_UPLOAD_BYTES,

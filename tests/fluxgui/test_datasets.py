@@ -21,15 +21,13 @@ from fluxgui.dataset_history import (
 from fluxgui.datasets import Dataset, Item, add_folder, add_pictures, create_dataset, find_dataset, read_items
 from fluxgui.thumbnails import thumbnail
 from trainer.schema.base import UserError
+from trainer.schema.settings import change_settings
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "data"
     monkeypatch.setenv("FLUXGUI_HOME", str(home))
-    monkeypatch.setenv("HOME", str(tmp_path / "user"))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path / "user"))
-    monkeypatch.delenv(datasets.FOLDERS_VARIABLE, raising=False)
     return home
 
 
@@ -65,18 +63,15 @@ def test_folders_are_found_by_name_only(cats: Dataset, tmp_path: Path) -> None:
     assert datasets.picture_path(cats, "link.png") is None
 
 
-def test_a_folder_is_added_only_below_an_allowed_one(
-    cats: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_is_added_only_below_an_allowed_one(cats: Dataset, tmp_path: Path) -> None:
     folder = picture(tmp_path / "elsewhere" / "cats" / "x.png").parent
     with pytest.raises(UserError, match="may not be used"):
         add_folder(str(folder))
-    link = tmp_path / "user" / "link"
-    link.parent.mkdir()
+    link = cats.path / "link"
     link.symlink_to(folder)
     with pytest.raises(UserError, match="may not be used"):
         add_folder(str(link))
-    monkeypatch.setenv(datasets.FOLDERS_VARIABLE, str(tmp_path / "elsewhere"))
+    change_settings(allowed_dirs=(tmp_path / "elsewhere",))
     added = add_folder(f'"{folder}"')
     assert added.name == "cats-2", "the name was in use"
     assert find_dataset("cats-2") == added

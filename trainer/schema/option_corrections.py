@@ -35,7 +35,7 @@ def corrected(options: Options, explicit: frozenset[str]) -> tuple[Options, list
             huber_schedule="exponential",
         )
     if options.split_mode:
-        swap = options.blocks_to_swap or 18
+        swap = 18 if options.blocks_to_swap in (None, 0) else options.blocks_to_swap
         change(f"split_mode is an old name: blocks_to_swap is {swap}", split_mode=False, blocks_to_swap=swap)
     if options.model_type == "chroma":
         for note, values in _chroma_settings(options, explicit):

@@ -106,9 +106,13 @@ class MemoryOptions(OptionGroup):
         bool, Opt("Compute activations twice instead of keeping them: slower, much less memory.", "Save activations")
     ] = False
     blocks_to_swap: Annotated[
-        int | None,
-        Field(ge=0),
-        Opt("How many transformer blocks stay in main memory until needed.", "Blocks to swap", "basic", "blocks"),
+        Annotated[int, Field(ge=0)] | Literal["auto"] | None,
+        Opt(
+            "How many transformer blocks stay in main memory until needed; auto takes the fewest that fit.",
+            "Blocks to swap",
+            "basic",
+            "blocks",
+        ),
     ] = None
     split_mode: Annotated[bool, Opt("Old name of --blocks_to_swap=18.", "Split mode", "expert")] = False
 

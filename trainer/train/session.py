@@ -23,6 +23,7 @@ from trainer.schema.events import EventReader, EventWriter
 from trainer.schema.folders import data_home
 from trainer.schema.options import Options
 from trainer.schema.run_folder import Heartbeat, RunFolder, WorkerLock
+from trainer.train.notify import notify_end
 from trainer.train.reporting import Reporter, StopRequested
 
 logger = logging.getLogger("trainer")
@@ -138,9 +139,12 @@ def run_in_folder(path: Path, work: Callable[[RunFolder, Reporter], None]) -> in
             reporter = Reporter(run, events=events, heartbeat=heartbeat)
             reporter.install_signal_handlers()
             reporter.event("run_started", pid=os.getpid(), device="", version=1, python=platform.python_version())
-            return run_guarded(lambda: work(run, reporter), reporter)
+            code = run_guarded(lambda: work(run, reporter), reporter)
     finally:
         lock.release()
+    # The run has ended by now, whatever becomes of the message.
+    notify_end(run)
+    return code
 
 
 class DeviceLock:
