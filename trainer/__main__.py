@@ -21,7 +21,7 @@ from trainer.schema.option_files import read_config_file
 from trainer.schema.options import Options
 from trainer.schema.run_folder import RunFolder
 
-EXIT_DONE, EXIT_OPTIONS, EXIT_INTERRUPTED = 0, 2, 130
+EXIT_DONE, EXIT_OPTIONS, EXIT_FIXABLE, EXIT_INTERRUPTED = 0, 2, 3, 130
 
 HELP: Final = """\
 python -m trainer --option=value ...     train a LoRA; --help lists the options
@@ -37,6 +37,7 @@ python -m trainer cache FOLDER ...        list what is cached beside pictures; -
 python -m trainer make-demo [--dir D]    write the demo's models and pictures
 python -m trainer get-models [--flux dev] [--t5 fp16] [--dir D]
                                          download the four model files from the Hugging Face hub; goes on where it was
+python -m trainer notify                 try what the settings do at the end of a run
 python -m trainer run FOLDER             train what a run folder holds (the page starts this)
 """
 
@@ -245,6 +246,15 @@ def get_models(arguments: Sequence[str]) -> int:
     return download(arguments)
 
 
+def notify(_arguments: Sequence[str]) -> int:
+    from trainer.train.notify import try_out  # noqa: PLC0415
+
+    problems = try_out()
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return EXIT_FIXABLE if problems else EXIT_DONE
+
+
 COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType(
     {
         "run": train_run_folder,
@@ -257,6 +267,7 @@ COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType
         "estimate": estimate_memory,
         "options": list_options,
         "get-models": get_models,
+        "notify": notify,
     }
 )
 
