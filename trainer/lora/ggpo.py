@@ -29,7 +29,9 @@ class Perturbation:
         self._num_out, self._num_in = base.out_features, base.in_features
         # Evenly spread instead of drawn rows: the same estimate in every run.
         step = -(-self._num_out // _MAX_ROWS)
-        self._base_norm = 0.0 if base.weight.is_meta else float(frozen_weight(base, torch.float32)[::step].norm(dim=1).mean())
+        self._base_norm = (
+            0.0 if base.weight.is_meta else float(frozen_weight(base, torch.float32)[::step].norm(dim=1).mean())
+        )
         self.deviation: Tensor | None = None
 
     def update(

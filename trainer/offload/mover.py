@@ -119,9 +119,7 @@ class HostMover:
             offsets.append(end)
             end = -(-(end + parameter.data.nbytes) // _ALIGNMENT) * _ALIGNMENT
         slab = self._new_slab(end)
-        host = tuple(
-            _cut(slab, offset, parameter.data) for offset, parameter in zip(offsets, parameters, strict=True)
-        )
+        host = tuple(_cut(slab, offset, parameter.data) for offset, parameter in zip(offsets, parameters, strict=True))
         for view, parameter in zip(host, parameters, strict=True):
             view.copy_(parameter.data)
         return _Stored(tuple(parameters), slab, host, tuple(offsets))
@@ -137,8 +135,7 @@ class HostMover:
         """The slot's memory, cut and shaped for the block's weights."""
         if slot not in block.views:
             block.views[slot] = tuple(
-                _cut(self._slots[slot], offset, host)
-                for offset, host in zip(block.offsets, block.host, strict=True)
+                _cut(self._slots[slot], offset, host) for offset, host in zip(block.offsets, block.host, strict=True)
             )
         return block.views[slot]
 

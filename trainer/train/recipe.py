@@ -394,7 +394,9 @@ def block_swap(
     if wanted == 0:
         return contextlib.nullcontext()
     reporter.note(f"swapping {wanted} blocks between main memory and {engine.device.type}")
-    return BlockSwap(list(model.double_blocks), list(model.single_blocks), wanted, make_mover(engine.device, reporter.warning))
+    return BlockSwap(
+        list(model.double_blocks), list(model.single_blocks), wanted, make_mover(engine.device, reporter.warning)
+    )
 
 
 def unet_rate(options: Options) -> float:
