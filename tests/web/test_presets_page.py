@@ -7,9 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from tests.fluxgui.test_importing import EXAMPLE
+from tests.tiny import TinyModels
+from tests.tools.fake_hub import FakeHub
+from tests.tools.test_get_models import DEV, published
 from tests.web.page_process import App, wait_until
 from trainer.schema.cli import parse_command_line
 from trainer.schema.events import EventWriter
@@ -37,6 +41,21 @@ def shoot(page: Page, name: str) -> None:
     page.set_viewport_size({"width": 1280, "height": 1000})
 
 
+def check_accessibility(page: Page) -> None:
+    """axe finds no serious fault, in light and in dark. Messages that pass by are gradio's own."""
+    for is_dark in (False, True):
+        page.evaluate("(dark) => document.body.classList.toggle('dark', dark)", is_dark)
+        page.wait_for_timeout(300)  # colours change over a moment
+        violations = Axe().run(page, context={"exclude": [".toast-wrap"]}).response["violations"]
+        faults = [
+            f"{each['id']}: {each['nodes'][0]['html']}"
+            for each in violations
+            if each["impact"] in ("serious", "critical")
+        ]
+        assert faults == []
+    page.evaluate("document.body.classList.remove('dark')")
+
+
 def choose(page: Page, field: str, option: str) -> None:
     page.locator(f"#{field} input").click()
     page.get_by_role("option", name=option, exact=True).click()
@@ -58,6 +77,7 @@ def test_story_7_a_pasted_command_is_shown_and_goes_out_as_an_equal_one(page: Pa
     expect(result).to_contain_text("--unheard_of=3: there is no such option.")
     expect(result).to_contain_text("network_dim")
     shoot(page, "presets-import")
+    check_accessibility(page)
 
     choose(page, "export-format", "Command line (bash)")
     page.locator("#export-write").click()
@@ -128,6 +148,7 @@ def test_settings_are_kept_the_token_never_shown_and_the_language_changes_with_a
     page.locator("#settings-doctor").click()
     expect(page.locator("#settings-findings")).to_contain_text("All packages are there")
     shoot(page, "settings")
+    check_accessibility(page)
     choose(page, "settings-language", "中文")
     wait_until(lambda: 'language = "zh"' in (app.home / "settings.toml").read_text("utf-8"))
 
@@ -159,3 +180,33 @@ def test_the_browser_tells_when_a_run_ends(page: Page, app: App) -> None:
     events.write("run_finished", outcome="completed", steps=3)
     page.wait_for_function("window.told.length > 0")
     assert page.evaluate("window.told") == ["cat: completed"]
+
+
+def test_the_models_are_downloaded_found_and_put_into_the_form(
+    page: Page, app: App, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeHub(published(tiny_models), frozenset({DEV}), pace=0.05) as hub:
+        app.kill()
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        app.start()
+        page.goto(app.url + "?tab=settings")
+        progress = page.locator("#models-progress")
+        page.locator("#models-get").click()
+        expect(progress).to_contain_text("Accept the licence at")
+        page.locator("#settings-token input").fill("hf_right")
+        page.locator("#settings-token-keep").click()
+        expect(page.locator("#settings-token-status")).to_contain_text("A token is kept.")
+        page.locator("#models-get").click()
+        page.locator("#models-cancel").click()
+        expect(progress).to_contain_text("What has arrived is kept")
+        hub.pace = 0.0
+        page.locator("#models-get").click()
+        expect(progress).to_contain_text("All four files are there.")
+        expect(page.locator("#models-ae input")).to_have_value(re.compile("ae.safetensors"))
+        shoot(page, "settings-models")
+        page.locator("#models-use").click()
+    shown = page.locator("#field-ae").locator("input, textarea").first
+    expect(shown).to_have_value(str(app.home / "models" / "ae.safetensors"))
+    assert "ae.safetensors" in (app.home / "settings.toml").read_text("utf-8")
