@@ -159,7 +159,6 @@ def test_the_models_output_is_near_that_of_whole_weights(flux_file: Path, storag
         expected = output_of(load_flux(flux_file, torch.float32, "cpu"))
         model = load_flux(flux_file, torch.float32, "cpu", storage=storage)
         found = error(output_of(model), expected)
-    print(f"{storage}: {found:.4f}")
     assert 0.0005 < found < OUTPUT_ERROR[storage]
 
 

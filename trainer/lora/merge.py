@@ -39,7 +39,7 @@ def merge_file(
         if name in linears:
             linear = linears[name]
             weight = frozen_weight(linear, torch.float32)
-            changed = _changed(weight, layers[name], name, where)
+            changed = changed_weight(weight, layers[name], name, where)
             merged = weight.lerp(changed, multiplier)
             if isinstance(linear, Storing):
                 linear.store(merged)
@@ -55,7 +55,7 @@ def components_of(state: Mapping[str, Tensor]) -> frozenset[str]:
     return frozenset(name.split("_")[1] for name in layers_of(state))
 
 
-def _changed(weight: Tensor, tensors: Mapping[str, Tensor], name: str, where: str) -> Tensor:
+def changed_weight(weight: Tensor, tensors: Mapping[str, Tensor], name: str, where: str) -> Tensor:
     """W' in float32 on the weight's device."""
     parts = {part: tensor.to(weight.device, torch.float32) for part, tensor in tensors.items()}
     alpha = float(tensors["alpha"]) if "alpha" in tensors else None

@@ -26,6 +26,8 @@ class Mover(Protocol):
     Weights of a block that is not in a slot must not be used: they are in main memory, or not there at all.
     """
 
+    device: torch.device
+
     def take(self, blocks: Mapping[int, Sequence[nn.Parameter]], num_slots: int) -> None:
         """Takes over the weights of all blocks and makes the slots; every block is evicted afterwards."""
         ...
@@ -80,12 +82,13 @@ class HostMover:
         self._slots: list[Tensor] = []
 
     def take(self, blocks: Mapping[int, Sequence[nn.Parameter]], num_slots: int) -> None:
+        sizes = [0] * num_slots
         for key, parameters in blocks.items():
-            self._blocks[key] = self._in_slab(parameters)
+            block = self._blocks[key] = self._in_slab(parameters)
+            sizes[key % num_slots] = max(sizes[key % num_slots], block.slab.nbytes)
             # At once, so that no more than one block is in memory twice.
             self._point_to_host(key)
-        size = max((block.slab.nbytes for block in self._blocks.values()), default=0)
-        self._slots = [self._new_slot(size) for _ in range(num_slots)]
+        self._slots = [self._new_slot(size) for size in sizes]
 
     def fetch(self, key: int, slot: int) -> None:
         block = self._blocks[key]
