@@ -285,6 +285,7 @@ SHOWN_ELSEWHERE = {
     "resume_from_huggingface": "tests/train/test_hub_state.py",
     "max_data_loader_n_workers": "tests/train/test_reading_ahead.py",
     "skip_cache_check": "tests/data/test_cache.py",
+    "no_oom_recovery": "tests/runs/test_out_of_memory.py",
     "async_upload": "tests/train/test_hub_upload.py",
 }
 """Options whose effect is outside of this machine or in no result, and the test that shows it."""

@@ -41,7 +41,7 @@ def merge_file(
             weight = linear.weight.data
             if weight.dtype.itemsize == 1:
                 raise _wrong("a LoRA cannot be merged into weights that are kept in 8 bit", where)
-            changed = _changed(weight.float(), layers[name], name, where)
+            changed = changed_weight(weight.float(), layers[name], name, where)
             linear.weight.data.copy_(weight.float().lerp_(changed, multiplier))
     return sum(name in linears for name in own), tuple(name for name in own if name not in linears)
 
@@ -51,7 +51,7 @@ def components_of(state: Mapping[str, Tensor]) -> frozenset[str]:
     return frozenset(name.split("_")[1] for name in layers_of(state))
 
 
-def _changed(weight: Tensor, tensors: Mapping[str, Tensor], name: str, where: str) -> Tensor:
+def changed_weight(weight: Tensor, tensors: Mapping[str, Tensor], name: str, where: str) -> Tensor:
     """W' in float32 on the weight's device."""
     parts = {part: tensor.to(weight.device, torch.float32) for part, tensor in tensors.items()}
     alpha = float(tensors["alpha"]) if "alpha" in tensors else None

@@ -24,6 +24,8 @@ class Mover(Protocol):
     Weights of a block that is not in a slot must not be used: they are in main memory, or not there at all.
     """
 
+    device: torch.device
+
     def take(self, blocks: Mapping[int, Sequence[nn.Parameter]], num_slots: int) -> None:
         """Takes over the weights of all blocks and makes the slots; every block is evicted afterwards."""
         ...

@@ -46,6 +46,11 @@ ALLOCATOR_SHARE: Final = 0.05
 _CLIP_TOKENS: Final = 77
 
 
+def gib_text(num_bytes: int) -> str:
+    """In GiB, in which cards are sold, or for a little in MiB: `11.1 GiB`, `250 MiB`."""
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 4 else f"{num_bytes / 2**20:.0f} MiB"
+
+
 @dataclass(frozen=True)
 class Part:
     """One entry of a sum."""

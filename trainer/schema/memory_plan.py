@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from trainer.schema.base import UserError
-from trainer.schema.checkpoint_header import autoencoder_params, clip_params, format_bytes, t5_params
+from trainer.schema.checkpoint_header import autoencoder_params, clip_params, t5_params
 from trainer.schema.chroma_header import TransformerParams, read_transformer
 from trainer.schema.dataset_file import read_dataset_config
 from trainer.schema.memory import (
@@ -24,7 +24,7 @@ from trainer.schema.memory import (
     pick_blocks_to_swap,
     usable_bytes,
 )
-from trainer.schema.memory_phases import GIB, KINDS, Kind, Part, Phase, caches_latents, caches_text
+from trainer.schema.memory_phases import GIB, KINDS, Kind, Part, Phase, caches_latents, caches_text, gib_text
 from trainer.schema.options import Options
 from trainer.schema.options_data import CHANGES_PIXELS, parse_resolution
 from trainer.schema.parameter_counts import PUBLISHED_CHROMA, PUBLISHED_DEV, OtherModels, usual_models
@@ -316,9 +316,9 @@ class _Planner:
         assert self.ram_bytes is not None
         largest = max(result.host_parts, key=lambda part: part.bytes)
         return (
-            f"With blocks_to_swap {result.blocks_to_swap}, {format_bytes(result.host_peak_bytes)} of main memory are needed, "
-            f"of which {format_bytes(largest.bytes)} are {largest.name}; a machine of {format_bytes(self.ram_bytes)} leaves "
-            f"{format_bytes(usable_host_bytes(self.ram_bytes))}. Close other programs, add memory, or train on a larger card, "
+            f"With blocks_to_swap {result.blocks_to_swap}, {gib_text(result.host_peak_bytes)} of main memory are needed, "
+            f"of which {gib_text(largest.bytes)} are {largest.name}; a machine of {gib_text(self.ram_bytes)} leaves "
+            f"{gib_text(usable_host_bytes(self.ram_bytes))}. Close other programs, add memory, or train on a larger card, "
             "which needs fewer swapped blocks."
         )
 

@@ -54,9 +54,10 @@ from trainer.train.learning_rate import learning_rate_schedule
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
 from trainer.train.lora_form import base_layers
 from trainer.train.lost_numbers import explain_lost_numbers
+from trainer.train.memory_room import NoRoom, SwapRoom
 from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
 from trainer.train.optim import create_optimizer, final_weights, optimizer_description
-from trainer.train.plan import plan_text, tell_settings, warn_of_memory
+from trainer.train.plan import estimate_run, largest_batch, plan_text, tell_settings, warn_of_memory
 from trainer.train.prompt_file import PromptFile
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.rescue import save_or_rescue
@@ -194,6 +195,15 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         start=start.progress,
         save_state=states,
         state_is_due=states.is_due,
+        make_room=SwapRoom(
+            # LyCORIS keeps the weights for backward, so that they must not move.
+            None if isinstance(network, LycorisNetwork) else swap,
+            engine,
+            reporter,
+            estimated_bytes=estimate_run(checked, engine.total_bytes()).peak_bytes,
+            recovers=not options.no_oom_recovery,
+            batch_size=largest_batch(checked)[1],
+        ),
     )
     reporter.phase("training")
     with contextlib.closing(hashes), contextlib.nullcontext() if upload is None else contextlib.closing(upload):
@@ -204,6 +214,11 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
                 position, was_stopped = loop.run()
             except NumbersLost as lost:
                 raise _after_lost_numbers(lost, network, options, save, engine) from lost
+            except NoRoom:
+                if loop.progress.step > 0 and engine.is_main:
+                    with final_weights(optimizer):
+                        _save_for_good(save, settings.position_after(loop.progress.step), "step")
+                raise
         if was_stopped:
             if position.step > 0:
                 with final_weights(optimizer):
@@ -383,13 +398,11 @@ def _load_weights(network: AnyNetwork, path: Path, reporter: Reporter) -> Origin
     return origin
 
 
-def block_swap(
-    options: Options, model: Transformer, engine: Engine, reporter: Reporter
-) -> AbstractContextManager[object]:
+def block_swap(options: Options, model: Transformer, engine: Engine, reporter: Reporter) -> BlockSwap:
+    """The swap, not attached yet; of no blocks it does nothing until it is changed."""
     wanted = chosen_swap(options.blocks_to_swap)
-    if wanted == 0:
-        return contextlib.nullcontext()
-    reporter.note(f"swapping {wanted} blocks between main memory and {engine.device.type}")
+    if wanted:
+        reporter.note(f"swapping {wanted} blocks between main memory and {engine.device.type}")
     return BlockSwap(list(model.double_blocks), list(model.single_blocks), wanted, make_mover(engine.device))
 
 
