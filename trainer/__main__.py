@@ -33,6 +33,10 @@ python -m trainer replay --input=F --output=O --steps=N --option=...
                                          train on one recorded batch; a run records it when its loss is no number
 python -m trainer convert-lora --input X --output Y --form F
                                          write a LoRA in another form: sd-scripts, diffusers, bfl or xlabs
+python -m trainer generate --prompt P --output_dir D --option=...
+                                         make pictures, with LoRAs at one or several strengths
+python -m trainer merge | merge-loras | extract | resize | inspect
+                                         work on LoRA files; each has --help, and docs/tools.md explains them
 python -m trainer cache FOLDER ...        list what is cached beside pictures; --prune removes what is not used any more
 python -m trainer make-demo [--dir D]    write the demo's models and pictures
 python -m trainer get-models [--flux dev] [--t5 fp16] [--dir D]
@@ -155,6 +159,23 @@ def convert_lora_file(arguments: Sequence[str]) -> int:
     return EXIT_DONE
 
 
+def make_pictures(arguments: Sequence[str]) -> int:
+    from trainer.tools.generate import make_pictures as make  # noqa: PLC0415
+
+    return make(arguments)
+
+
+def lora_tool(name: str) -> Callable[[Sequence[str]], int]:
+    """The command `name` of `trainer.tools.lora_commands`."""
+
+    def work(arguments: Sequence[str]) -> int:
+        from trainer.tools.lora_commands import run_lora_command  # noqa: PLC0415 - torch takes seconds to load
+
+        return run_lora_command(name, arguments)
+
+    return work
+
+
 def cache(arguments: Sequence[str]) -> int:
     from trainer.tools.cache_command import clean_caches  # noqa: PLC0415 - torch takes seconds to load
 
@@ -261,6 +282,8 @@ COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType
         "demo": train_demo,
         "make-demo": make_demo,
         "convert-lora": convert_lora_file,
+        "generate": make_pictures,
+        **{name: lora_tool(name) for name in ("merge", "merge-loras", "extract", "resize", "inspect")},
         "check": check,
         "cache": cache,
         "replay": replay_recording,

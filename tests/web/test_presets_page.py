@@ -174,6 +174,7 @@ def test_the_browser_tells_when_a_run_ends(page: Page, app: App) -> None:
         app.home / "runs", "cat", config_toml="", dataset_toml="", sample_prompts="", info={"name": "cat"}
     )
     page.goto(app.url + "?tab=settings")
+    expect(page.locator("#settings-about")).to_contain_text("gradio")  # what is set has arrived
     with page.expect_response(lambda answer: answer.url.endswith("/run-states")):
         page.locator("#settings-notify input").check()
     events = EventWriter(run.events_jsonl, 1)
