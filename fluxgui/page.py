@@ -68,6 +68,9 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         def go_to_runs() -> list[object]:
             return [gr.update(selected=RUNS), gr.update(visible=False)]
 
+        to_models = train.parts["to_models"]
+        assert isinstance(to_models, gr.Button)
+        to_models.click(lambda: gr.update(selected=SETTINGS), None, [tabs], **QUIETLY)
         try_demo.click(run_demo, None, [started], show_progress="minimal", concurrency_limit=1)
         (
             # First the run and then its tab, which would show the run before last for a moment.
