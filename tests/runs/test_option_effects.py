@@ -199,6 +199,7 @@ EFFECTS: dict[str, Effect] = {
     "mixed_precision": e("weights", "bf16"),
     "full_bf16": e("weights", "", *BF16),
     "full_fp16": e("weights", "", "--mixed_precision=fp16"),
+    "base_storage": e("weights", "nf4"),
     "fp8_base": e("weights", "", *BF16),
     "fp8_base_unet": e("weights", "", *BF16),
     "no_half_vae": e("weights", "", *BF16),

@@ -38,13 +38,14 @@ from trainer.schema.folders import data_home
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
+from trainer.schema.storage import stored_as
 from trainer.schema.swap_counts import chosen_swap
 from trainer.train.auto_swap import resolve_auto_swap
 from trainer.train.base_weights import merge_base_weights
 from trainer.train.check import CheckedRun, check_run
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
-from trainer.train.device_checks import product_seconds, slow_format
+from trainer.train.device_checks import check_storage, product_seconds, slow_format
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, FileHashes
 from trainer.train.foreign_state import resume_foreign
@@ -90,6 +91,7 @@ def train(command: ParsedCommand, reporter: Reporter) -> None:
     slow = slow_format(engine.device, engine.dtype, product_seconds)
     if slow is not None:
         reporter.warning(slow)
+    check_storage(stored_as(checked.options), engine.device)
     checked = resolve_auto_swap(checked, engine, reporter)
     warn_of_memory(checked, engine.total_bytes(), reporter)
     with _turn_on_device(options, engine, reporter):
@@ -299,6 +301,7 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine) -> Tra
     """The transformer on the device, except what will be swapped, which never goes there as a whole."""
     if options.pretrained_model_name_or_path is None:
         raise AssertionError("the checks demand the model")
+    storage = stored_as(options)
     on_host = swapped_prefixes(flux, chosen_swap(options.blocks_to_swap))
     model = load_transformer(
         options.pretrained_model_name_or_path,
@@ -306,6 +309,7 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine) -> Tra
         engine.dtype,
         engine.device,
         device_of=lambda name: "cpu" if name.startswith(on_host) else engine.device,
+        storage=None if storage == "compute" else storage,
     )
     model.enable_gradient_checkpointing(options.gradient_checkpointing)
     return model
@@ -403,7 +407,9 @@ def block_swap(options: Options, model: Transformer, engine: Engine, reporter: R
     wanted = chosen_swap(options.blocks_to_swap)
     if wanted:
         reporter.note(f"swapping {wanted} blocks between main memory and {engine.device.type}")
-    return BlockSwap(list(model.double_blocks), list(model.single_blocks), wanted, make_mover(engine.device))
+    return BlockSwap(
+        list(model.double_blocks), list(model.single_blocks), wanted, make_mover(engine.device, reporter.warning)
+    )
 
 
 def unet_rate(options: Options) -> float:
