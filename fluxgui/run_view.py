@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from fluxgui.run_state import Checkpoint, RunState, Sample
 from fluxgui.runs import Contents
-from trainer.schema.run_folder import RunStatus
+from trainer.schema.run_probe import RunStatus
 
 STEPS_SHOWN: Final = 12
 """Sample rows on the page; older ones are one click away."""

@@ -9,7 +9,7 @@ from fluxgui import run_view
 from fluxgui.loss_plot import MAX_POINTS, loss_plot
 from fluxgui.run_state import Checkpoint, RunError, RunState, Sample, StepPoint
 from fluxgui.runs import Contents
-from trainer.schema.run_folder import RunStatus
+from trainer.schema.run_probe import RunStatus
 
 
 def polylines(html: str) -> dict[str, list[tuple[float, float]]]:

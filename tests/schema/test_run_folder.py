@@ -20,17 +20,9 @@ import pytest
 
 from trainer.schema.base import UserError
 from trainer.schema.events import EventWriter
-from trainer.schema.run_folder import (
-    Command,
-    Heartbeat,
-    RunFolder,
-    RunStatus,
-    WorkerLock,
-    is_locked,
-    list_runs,
-    probe,
-    write_atomic,
-)
+from trainer.schema.run_folder import Command, RunFolder, list_runs, write_atomic
+from trainer.schema.run_liveness import Heartbeat, WorkerLock, is_locked
+from trainer.schema.run_probe import RunStatus, probe
 
 NEW_YEAR = time.mktime((2026, 1, 14, 20, 31, 12, 0, 0, -1))
 
@@ -60,7 +52,7 @@ class Facts:
 def worker_process(run: RunFolder) -> Generator[subprocess.Popen[str], None, None]:
     """Another process that holds the run's lock."""
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom trainer.schema.run_folder import RunFolder, WorkerLock\n"
+        "import sys, time\nfrom pathlib import Path\nfrom trainer.schema.run_folder import RunFolder\nfrom trainer.schema.run_liveness import WorkerLock\n"
         "with WorkerLock(RunFolder(Path(sys.argv[1]))):\n    print('held', flush=True)\n    time.sleep(60)\n"
     )
     command = [sys.executable, "-c", code, str(run.path)]
