@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import psutil
 import pynvml
 
 from fluxgui.language import say
-from fluxgui.models import KINDS, found_models
+from fluxgui.models import KINDS, PROGRAM_FOLDER, found_models
 from trainer.schema.folders import data_home, datasets_dir, models_dir, runs_dir
 from trainer.schema.settings import hub_token
 
@@ -30,6 +31,8 @@ HOST_BYTES: Final = 30 * GIB
 MIN_VRAM_BYTES: Final = 7.5 * GIB
 # The first driver for CUDA 12 (Linux; that for Windows is 527.41, which the same number lets through).
 MIN_DRIVER: Final = 525
+
+TRY_SECONDS: Final = 60
 
 Verdict = Literal["good", "warn", "bad"]
 
@@ -48,6 +51,18 @@ class Device:
     name: str
     total_bytes: int
     free_bytes: int
+
+
+def try_out_notifications() -> str | None:
+    """Let the trainer's program do what it does at the end of a run; gives what did not work."""
+    command = [sys.executable, "-m", "trainer", "notify"]
+    try:
+        tried = subprocess.run(
+            command, cwd=PROGRAM_FOLDER, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TRY_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return say("settings.no_answer")
+    return (tried.stderr.strip() or say("settings.no_answer")) if tried.returncode else None
 
 
 def installed(package: str) -> str | None:

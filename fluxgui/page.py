@@ -1,4 +1,4 @@
-"""The whole page: a heading, the two tabs, and what leads from one to the other."""
+"""The whole page: a heading, the tabs, and what leads from one to the other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Final
 import gradio as gr
 
 from fluxgui.api import add_api, hide_the_rest
+from fluxgui.dataset_layout import build_dataset_tab, connect_dataset_page
 from fluxgui.demo import start_demo
 from fluxgui.form_parts import html_part
 from fluxgui.language import say
@@ -22,7 +23,7 @@ from trainer.schema.folders import runs_dir
 from trainer.schema.run_folder import list_runs
 
 QUIETLY: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_limit": 8}
-TRAIN, RUNS, PRESETS, SETTINGS = "train", "runs", "presets", "settings"
+TRAIN, DATASET, RUNS, PRESETS, SETTINGS = "train", "dataset", "runs", "presets", "settings"
 
 # A tab also counts as selected when the page is built, before it was known which one the address names.
 ARRIVED: Final = "() => { window.fluxguiArrived = true; }"
@@ -48,12 +49,14 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         with gr.Tabs(elem_id="pages") as tabs:
             with gr.Tab("Train", id=TRAIN) as train_page:
                 train = build_train_tab(detect_gpu())
+            with gr.Tab(say("dataset.tab"), id=DATASET) as dataset_page:
+                dataset = build_dataset_tab()
             with gr.Tab("Runs", id=RUNS) as runs_page:
                 runs = build_runs_tab(watcher)
             with gr.Tab(say("presets.tab"), id=PRESETS) as presets_page:
                 build_presets_tab(train, tabs, presets_page)
             with gr.Tab(say("settings.tab"), id=SETTINGS) as settings_page:
-                build_settings_tab(settings_page)
+                build_settings_tab(train, tabs, settings_page)
 
         started = train.parts["started"]
         assert isinstance(started, gr.State)
@@ -79,9 +82,10 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         )
         runs_page.select(None, None, None, js=PAGE_IN_ADDRESS % RUNS)
         runs_page.select(runs.look, look_inputs, runs.outputs, **QUIETLY)
-        pages = {TRAIN: train_page, PRESETS: presets_page, SETTINGS: settings_page}
+        pages = {TRAIN: train_page, DATASET: dataset_page, PRESETS: presets_page, SETTINGS: settings_page}
         for name, tab in pages.items():
             tab.select(None, None, None, js=PAGE_IN_ADDRESS % name)
+        connect_dataset_page(dataset, dataset_page, train, tabs)
 
         def arrive(remembered: dict[str, object] | None, smoothing: float, request: gr.Request) -> dict[Any, Any]:
             """The page as the address says, with the form as this browser left it."""
@@ -91,6 +95,7 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
             return {
                 **looked,
                 **train.fill(remembered or start_values()),
+                **dataset.arrive(asked.get("dataset")),
                 tabs: gr.update(selected=asked.get("tab") if asked.get("tab") in (*pages, RUNS) else TRAIN),
                 welcome: gr.update(visible=first_visit),
             }
@@ -99,7 +104,7 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
             page.load(
                 arrive,
                 [train.parts["remembered"], runs.smoothing],
-                [*runs.outputs, *train.form.values(), tabs, welcome],
+                [*runs.outputs, *train.form.values(), *dataset.outputs, tabs, welcome],
                 **QUIETLY,
             )
             .then(None, None, None, js=ARRIVED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fluxgui.models import remembered_models
 from trainer.schema.presets import Preset, delete_preset, list_presets, load_preset, save_preset
 
 
@@ -12,8 +13,8 @@ def presets_of_kind(kind: str) -> list[Preset]:
 
 
 def start_values() -> dict[str, object]:
-    """What the form holds on the first visit."""
-    return preset_form_values("character")
+    """What the form holds on the first visit: a preset, and the model files that were used last."""
+    return {**preset_form_values("character"), **remembered_models()}
 
 
 def preset_form_values(name: str) -> dict[str, object]:

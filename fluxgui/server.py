@@ -1,7 +1,7 @@
 """The web server around the page: who may ask, what headers say, and a run's files by name.
 
-Nothing is served by path. A run's file is served when the run's events name it, and that is all there is beside gradio's
-own routes.
+Nothing is served by path. A run's file is served when the run's events name it, a dataset's picture when its folder lists
+it, and that is all there is beside gradio's own routes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from urllib.parse import urlsplit
 
 import gradio as gr
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fluxgui.datasets import find_dataset, picture_path
 from fluxgui.run_view import status_words
 from fluxgui.runs import RunWatcher, find_run, served_file
 from fluxgui.theme import STYLE, make_theme
+from fluxgui.thumbnails import SIZES, thumbnail
 from trainer.schema.settings import read_settings
 
 MAX_UPLOAD_BYTES: Final = 64 * 1024 * 1024
@@ -129,6 +131,25 @@ class Guard:
         return None
 
 
+UNREADABLE: Final = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="256" height="256" viewBox="0 0 256 256">'
+    '<rect width="256" height="256" fill="#fee2e2"/><path d="M88 88l80 80m0-80l-80 80" stroke="#b91c1c" '
+    'stroke-width="14" stroke-linecap="round"/></svg>'
+)
+
+
+def dataset_picture(dataset: str, size: str, name: str) -> Response:
+    """A dataset's picture made small; a cross where it cannot be decoded."""
+    found = find_dataset(dataset)
+    path = picture_path(found, name) if found is not None and size in SIZES else None
+    if path is None:
+        raise HTTPException(status_code=404, detail="There is no such picture.")
+    kept = thumbnail(path, size)
+    if kept is None:
+        return Response(UNREADABLE, media_type="image/svg+xml", headers={"Cache-Control": "no-store"})
+    return FileResponse(kept, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
+
+
 def head_of_page(theme: str) -> str:
     """The page's own script; `theme` is for browsers in which none was chosen."""
     script = SCRIPT.read_text(encoding="utf-8").replace("THEME", theme)
@@ -163,6 +184,7 @@ def make_server(page: gr.Blocks, watcher: RunWatcher, login: Login | None, *, po
 
     app.add_api_route("/run-states", run_states, methods=["GET"])
     app.add_api_route("/files/{run_id}/{kind}/{name}", run_file, methods=["GET"])
+    app.add_api_route("/pictures/{dataset}/{size}/{name}", dataset_picture, methods=["GET"])
     gr.mount_gradio_app(
         app,
         page,

@@ -10,7 +10,9 @@ import gradio as gr
 
 from fluxgui.form_parts import PLAIN, html_part
 from fluxgui.language import NAMES, language, say
-from fluxgui.machine import about, examine
+from fluxgui.machine import about, examine, try_out_notifications
+from fluxgui.models_card import build_models_card
+from fluxgui.train_tab import TrainTab
 from trainer.schema.base import UserError
 from trainer.schema.folders import data_home
 from trainer.schema.settings import (
@@ -42,7 +44,7 @@ ASK_TO_NOTIFY: Final = """async (wanted) => {
 }"""
 
 
-def build_settings_tab(page: gr.Tab) -> None:
+def build_settings_tab(train: TrainTab, tabs: gr.Tabs, page: gr.Tab) -> None:
     """Lay the page out. Call inside its `gr.Tab`, which is given so that a visit shows what holds then."""
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
@@ -51,6 +53,7 @@ def build_settings_tab(page: gr.Tab) -> None:
         with gr.Column(min_width=320):
             look = _build_look()
             notifications = _build_notifications()
+    build_models_card(train, tabs, page)
     with gr.Column(elem_classes="card"):
         html_part(_title("settings.about"))
         facts = html_part(elem_id="settings-about")
@@ -162,7 +165,11 @@ def _build_notifications() -> tuple[gr.Checkbox, gr.Textbox, gr.Textbox]:
             html_attributes=PLAIN,
             elem_id="settings-notify-webhook",
         )
-        save = gr.Button(say("settings.save"), size="sm", variant="primary", elem_id="settings-save-notifications")
+        with gr.Row():
+            save = gr.Button(
+                say("settings.save"), size="sm", variant="primary", min_width=80, elem_id="settings-save-notifications"
+            )
+            trial = gr.Button(say("settings.try"), size="sm", min_width=80, elem_id="settings-try-notifications")
 
     def tell(permission: str) -> None:
         if permission == "denied":
@@ -171,6 +178,7 @@ def _build_notifications() -> tuple[gr.Checkbox, gr.Textbox, gr.Textbox]:
     browser.input(lambda value: _change(notify_browser=value), [browser], None, **QUIETLY)
     browser.input(None, [browser], [answer], js=ASK_TO_NOTIFY).then(tell, [answer], None, **QUIETLY)
     save.click(save_notifications, [command, webhook], None, **QUIETLY)
+    trial.click(try_notifications, [command, webhook], None, show_progress="minimal", concurrency_limit=1)
     return browser, command, webhook
 
 
@@ -185,6 +193,17 @@ def save_notifications(command: str | None, webhook: str | None) -> None:
     words = tuple(line.strip() for line in (command or "").splitlines() if line.strip())
     _change(notify_command=words, notify_webhook=(webhook or "").strip() or None)
     gr.Info(say("settings.saved"))
+
+
+def try_notifications(command: str | None, webhook: str | None) -> None:
+    """Save them, and let the trainer's program use them once."""
+    save_notifications(command, webhook)
+    if not (command or "").strip() and not (webhook or "").strip():
+        raise gr.Error(say("settings.nothing_to_try"), print_exception=False)
+    problem = try_out_notifications()
+    if problem is not None:
+        raise gr.Error(say("settings.not_told", reason=problem), print_exception=False)
+    gr.Info(say("settings.told"))
 
 
 def keep_token(token: str | None) -> tuple[str, str]:

@@ -38,7 +38,7 @@ from fluxgui.fields import (
 from fluxgui.form import Reading, preset_values, read_form, typed_value
 from fluxgui.form_parts import build_fields, component_value, html_part, mark
 from fluxgui.memory_plan import plan_memory
-from fluxgui.models import found_models, recognised
+from fluxgui.models import found_models, recognised, remember_models
 from fluxgui.pictures import (
     CAPTION_SUFFIX,
     IMAGE_SUFFIXES,
@@ -204,6 +204,7 @@ class TrainTab:
             )
         except (OSError, UserError) as error:
             raise gr.Error(f"The run cannot be started: {error}", print_exception=False) from None
+        remember_models({name: typed_value(self.fields[name], values[name]) for name in MODELS})
         return {self.parts["started"]: run.path.name, self.parts["strict"]: False}
 
     def fill_from_models_folder(self, data: Data) -> Updates:

@@ -33,7 +33,7 @@ from trainer.schema.parameter_counts import OtherModels
 from trainer.schema.run_folder import RunFolder
 from trainer.schema.weight_files import read_weights
 
-EXIT_DONE, EXIT_OPTIONS, EXIT_INTERRUPTED = 0, 2, 130
+EXIT_DONE, EXIT_OPTIONS, EXIT_FIXABLE, EXIT_INTERRUPTED = 0, 2, 3, 130
 DEFAULT_SIDE: Final = 1024
 
 HELP: Final = """\
@@ -48,6 +48,9 @@ python -m trainer convert-lora --input X --output Y --form F
                                          write a LoRA in another form: sd-scripts, diffusers, bfl or xlabs
 python -m trainer cache FOLDER ...        list what is cached beside pictures; --prune removes what is not used any more
 python -m trainer make-demo [--dir D]    write the demo's models and pictures
+python -m trainer get-models [--flux dev] [--t5 fp16] [--dir D]
+                                         download the four model files from the Hugging Face hub; goes on where it was
+python -m trainer notify                 try what the settings do at the end of a run
 python -m trainer run FOLDER             train what a run folder holds (the page starts this)
 """
 
@@ -288,6 +291,21 @@ def _other_models(options: Options) -> OtherModels | None:
     )
 
 
+def get_models(arguments: Sequence[str]) -> int:
+    from trainer.tools.get_models import main as download  # noqa: PLC0415 - the hub's library
+
+    return download(arguments)
+
+
+def notify(_arguments: Sequence[str]) -> int:
+    from trainer.train.notify import try_out  # noqa: PLC0415
+
+    problems = try_out()
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return EXIT_FIXABLE if problems else EXIT_DONE
+
+
 COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType(
     {
         "run": train_run_folder,
@@ -299,6 +317,8 @@ COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType
         "replay": replay_recording,
         "estimate": estimate_memory,
         "options": list_options,
+        "get-models": get_models,
+        "notify": notify,
     }
 )
 

@@ -16,6 +16,7 @@ from fluxgui.form import read_form
 from fluxgui.importing import KEPT_FOR_EXPORT, as_job, dataset_text, fill_form, read_pasted
 from tests.runs.test_existing_projects import FLUXGYM_DATASET, FLUXGYM_SCRIPT, SECTIONED_CONFIG
 from tests.schema.test_import_project import NAMES
+from tests.tiny import TinyModels
 from trainer.schema.base import UserError
 from trainer.schema.cli import parse_command_line
 from trainer.schema.import_project import import_project
@@ -106,6 +107,29 @@ def test_a_job_of_an_import_names_everything_that_keeps_it_from_starting() -> No
         as_job(read_pasted(EXAMPLE, ""))
     fields = [problem.field for problem in raised.value.problems]
     assert fields == ["pretrained_model_name_or_path", "clip_l", "t5xxl", "ae", "dataset_config"]
+
+
+def test_a_pasted_dataset_is_checked_as_the_trainer_does() -> None:
+    wrong = "[[datasets]]\nresolution = 64\nbatch = 2\n[[datasets.subsets]]\nimage_dir = '/gone'\n"
+    with pytest.raises(UserError) as raised:
+        as_job(read_pasted("--output_name=a", wrong))
+    told = [problem for problem in raised.value.problems if "the dataset file" in (problem.where or "")]
+    assert [problem.what for problem in told] == ["batch is not a known key"]
+    with pytest.raises(UserError) as raised:
+        as_job(read_pasted("--output_name=a", wrong.replace("batch = 2", "")))
+    assert [problem.where for problem in raised.value.problems if problem.field == "image_dir"] == ["/gone"]
+
+
+def test_relative_folders_of_a_pasted_dataset_become_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_models: TinyModels
+) -> None:
+    make_images(tmp_path / "images", 1)
+    monkeypatch.chdir(tmp_path)
+    command = " ".join([*tiny_models.arguments(), "--output_name=cat --output_dir=elsewhere --max_train_steps=3"])
+    job = as_job(read_pasted(command, "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'images'\n"))
+    assert f'image_dir = "{tmp_path / "images"}"' in job.dataset_toml
+    assert "output_dir" not in job.config_toml
+    assert job.name == "cat"
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -187,13 +187,20 @@ def test_swapped_weights_leave_the_device_for_a_ring_of_two_blocks() -> None:
     assert part(full, "slots for swapped blocks") == 0
     assert part(swapped, "slots for swapped blocks") == 2 * 2 * 339_738_624
     assert part(dev_estimate(1), "slots for swapped blocks") == 2 * 2 * 141_557_760
-    assert swapped.host_peak_bytes - full.host_peak_bytes == num_bytes
+    assert part(dev_estimate(2), "slots for swapped blocks") == 2 * (339_738_624 + 141_557_760), (
+        "one slot has no double"
+    )
+    # torch rounds each page-locked Linear up to a power of two.
+    double, single = 2 * (128 + 64 + 32 + 2 * 128) * 2**20, (64 + 128 + 128) * 2**20
+    assert swapped.host_peak_bytes - full.host_peak_bytes == 9 * double + 18 * single
+    on_cpu = [dev_estimate(n, device="cpu").host_parts for n in (0, 18)]
+    assert sum(part.bytes for part in on_cpu[1] if part.name == "swapped blocks") == num_bytes
 
 
-def test_from_two_blocks_on_each_further_block_saves_memory() -> None:
+def test_from_one_block_on_each_further_block_saves_memory() -> None:
     peaks = [phase(dev_estimate(n), "training").peak_bytes for n in range(39)]
     assert peaks[1] == peaks[0], "two single blocks and their two slots are the same"
-    assert all(earlier > later for earlier, later in itertools.pairwise(peaks[2:]))
+    assert all(earlier > later for earlier, later in itertools.pairwise(peaks[1:]))
 
 
 def test_more_blocks_than_the_model_has_are_refused() -> None:
@@ -270,7 +277,10 @@ def test_the_disk_caches_count_as_caches() -> None:
         cache_latents_to_disk=True,
         cache_text_encoder_outputs_to_disk=True,
     )
-    assert disk == dev_estimate()
+    in_memory = dev_estimate()
+    assert disk.phases == in_memory.phases
+    kept = 50 * (4 * 4096 * 64 + 2 * 512 * 4096)
+    assert in_memory.host_peak_bytes - disk.host_peak_bytes == kept, "only what is not on the disk waits in memory"
 
 
 def test_samples_are_a_phase_of_their_own_and_need_the_autoencoder(tmp_path: Path) -> None:
@@ -301,7 +311,9 @@ def test_a_phase_is_the_sum_of_its_parts_and_the_peak_the_highest_phase() -> Non
 def test_on_a_cpu_everything_is_host_memory() -> None:
     result = dev_estimate(device="cpu", mixed_precision="no")
     assert part(result, "CUDA context") == 0
-    assert result.host_peak_bytes == result.peak_bytes + 2 * GIB
+    data = 50 * 4 * (4096 * 64 + 512 * 4096)
+    assert result.host_peak_bytes == result.peak_bytes + 2 * GIB + data
+    assert result.host_peak_bytes == sum(part.bytes for part in result.host_parts)
 
 
 def test_wrong_network_arguments_are_the_users_error() -> None:

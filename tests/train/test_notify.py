@@ -14,7 +14,7 @@ import pytest
 from trainer.schema.events import EventWriter
 from trainer.schema.run_folder import RunFolder
 from trainer.schema.settings import change_settings
-from trainer.train.notify import notify_end, run_summary
+from trainer.train.notify import notify_end, run_summary, try_out
 
 
 @pytest.fixture
@@ -78,3 +78,12 @@ def test_a_resumed_run_forgets_the_error_of_the_attempt_before(run: RunFolder) -
     events.write("run_started")
     events.write("run_finished", outcome="completed", steps=20)
     assert run_summary(run)["text"] == "FluxGUI: cat completed after 20 steps"
+
+
+def test_the_settings_can_be_tried_without_a_run(run: RunFolder, tmp_path: Path) -> None:
+    code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['FLUXGUI_TEXT'])"
+    change_settings(notify_command=(sys.executable, "-c", code, str(tmp_path / "told")))
+    assert try_out() == []
+    assert (tmp_path / "told").read_text(encoding="utf-8") == "FluxGUI: this is a trial"
+    change_settings(notify_command=(sys.executable, "-c", "import sys; sys.exit('no sound')"))
+    assert try_out() == ["the program ended with code 1: no sound\n"]

@@ -10,6 +10,9 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.fluxgui.test_importing import EXAMPLE
+from tests.tiny import TinyModels
+from tests.tools.fake_hub import FakeHub
+from tests.tools.test_get_models import DEV, published
 from tests.web.page_process import App, wait_until
 from trainer.schema.cli import parse_command_line
 from trainer.schema.events import EventWriter
@@ -159,3 +162,33 @@ def test_the_browser_tells_when_a_run_ends(page: Page, app: App) -> None:
     events.write("run_finished", outcome="completed", steps=3)
     page.wait_for_function("window.told.length > 0")
     assert page.evaluate("window.told") == ["cat: completed"]
+
+
+def test_the_models_are_downloaded_found_and_put_into_the_form(
+    page: Page, app: App, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeHub(published(tiny_models), frozenset({DEV}), pace=0.05) as hub:
+        app.kill()
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        app.start()
+        page.goto(app.url + "?tab=settings")
+        progress = page.locator("#models-progress")
+        page.locator("#models-get").click()
+        expect(progress).to_contain_text("Accept the licence at")
+        page.locator("#settings-token input").fill("hf_right")
+        page.locator("#settings-token-keep").click()
+        expect(page.locator("#settings-token-status")).to_contain_text("A token is kept.")
+        page.locator("#models-get").click()
+        page.locator("#models-cancel").click()
+        expect(progress).to_contain_text("What has arrived is kept")
+        hub.pace = 0.0
+        page.locator("#models-get").click()
+        expect(progress).to_contain_text("All four files are there.")
+        expect(page.locator("#models-ae input")).to_have_value(re.compile("ae.safetensors"))
+        shoot(page, "settings-models")
+        page.locator("#models-use").click()
+    shown = page.locator("#field-ae").locator("input, textarea").first
+    expect(shown).to_have_value(str(app.home / "models" / "ae.safetensors"))
+    assert "ae.safetensors" in (app.home / "settings.toml").read_text("utf-8")

@@ -1,6 +1,7 @@
 """Moves the weights of blocks between main memory and the device. The only place that uses CUDA streams and events.
 
-A mover has a few slots on the device, each as large as the largest block it was given. A block's weights lie in main
+A mover has a few slots on the device; block k always uses slot k mod their number, so that each slot is as large as the
+largest block that takes turns in it. A block's weights lie in main
 memory for good and are copied into a slot when needed; frozen weights never have to be copied back.
 """
 
@@ -76,19 +77,19 @@ class HostMover:
         self._slots: list[Tensor] = []
 
     def take(self, blocks: Mapping[int, Sequence[nn.Parameter]], num_slots: int) -> None:
-        size = 0
+        sizes = [0] * num_slots
         for key, parameters in blocks.items():
             offsets: list[int] = []
             end = 0
             for parameter in parameters:
                 offsets.append(end)
                 end = -(-(end + parameter.data.nbytes) // _ALIGNMENT) * _ALIGNMENT
-            size = max(size, end)
+            sizes[key % num_slots] = max(sizes[key % num_slots], end)
             host = tuple(self._to_host(parameter.data) for parameter in parameters)
             self._blocks[key] = _Stored(tuple(parameters), host, tuple(offsets))
-        self._slots = [self._new_slot(size) for _ in range(num_slots)]
-        for key in blocks:
+            # At once: what was copied must not lie in main memory twice, for one block at most.
             self._point_to_host(key)
+        self._slots = [self._new_slot(size) for size in sizes]
 
     def fetch(self, key: int, slot: int) -> None:
         block = self._blocks[key]

@@ -68,6 +68,7 @@ SECRET_OPTIONS: Final = frozenset({"huggingface_token", "wandb_api_key"})
 
 OUR_OPTIONS: Final = frozenset(
     {
+        "base_storage",
         "caption_variants",
         "clip_l_tokenizer",
         "t5xxl_tokenizer",

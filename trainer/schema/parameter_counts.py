@@ -24,6 +24,8 @@ class OtherModels:
 
 PUBLISHED_T5: Final = T5Params(4096, 10240, 64, 64, 24, 32128, 32)
 PUBLISHED_CLIP: Final = ClipParams(768, 3072, 12, 12, 49408, 77)
+PUBLISHED_DEV: Final = FluxParams(64, 64, 768, 4096, 3072, 4.0, 24, 19, 38, (16, 56, 56), 10_000, True, True)
+PUBLISHED_CHROMA: Final = ChromaParams(64, 64, 4096, 3072, 4.0, 24, 19, 38, (16, 56, 56), 10_000, True, 64, 5120, 5)
 PUBLISHED_AUTOENCODER: Final = AutoencoderParams(256, 3, 128, 3, (1, 2, 4, 4), 2, 16)
 
 
@@ -84,6 +86,14 @@ def flux_counts(flux: TransformerParams) -> FluxCounts:
         depth=flux.depth,
         depth_single_blocks=flux.depth_single_blocks,
     )
+
+
+def block_linears(flux: TransformerParams) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The weights of each Linear of a double and of a single block."""
+    c, m = flux.hidden_size, mlp_size(flux)
+    has_modulation = not isinstance(flux, ChromaParams)
+    stream = (*([6 * c * c] if has_modulation else ()), 3 * c * c, c * c, c * m, c * m)
+    return (*stream, *stream), (*([3 * c * c] if has_modulation else ()), c * (3 * c + m), (c + m) * c)
 
 
 def _double_linear_weights(c: int, m: int) -> int:

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+
+def chosen_swap(blocks_to_swap: int | Literal["auto"] | None) -> int:
+    """The option's number; 0 for `auto`, which whoever knows the card replaces by a number."""
+    return blocks_to_swap if isinstance(blocks_to_swap, int) else 0
+
 
 def split_swap(blocks_to_swap: int) -> tuple[int, int]:
     """How many double and single blocks `blocks_to_swap` stands for: 18 -> (9, 18)."""

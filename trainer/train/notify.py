@@ -11,11 +11,12 @@ import os
 import subprocess
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from trainer.schema.events import EventReader
 from trainer.schema.run_folder import RunFolder
-from trainer.schema.settings import TOKEN_VARIABLE, read_settings
+from trainer.schema.settings import TOKEN_VARIABLE, Settings, read_settings
 
 logger = logging.getLogger("trainer")
 
@@ -48,16 +49,33 @@ def run_summary(run: RunFolder) -> dict[str, object]:
 def notify_end(run: RunFolder) -> None:
     """Start the user's program and call their address, where they are set. Problems are lines in the log."""
     settings = read_settings()
-    if not settings.notify_command and settings.notify_webhook is None:
-        return
-    summary = run_summary(run)
-    if settings.notify_command:
-        _start(settings.notify_command, summary)
-    if settings.notify_webhook is not None:
-        _post(settings.notify_webhook, summary)
+    if settings.notify_command or settings.notify_webhook is not None:
+        for problem in _tell(settings, run_summary(run)):
+            logger.warning("at the end of the run, %s", problem)
 
 
-def _start(words: tuple[str, ...], summary: dict[str, object]) -> None:
+def try_out() -> list[str]:
+    """Tell of a run that there was not, with what is set now. Gives what did not work."""
+    text = "FluxGUI: this is a trial"
+    summary = {
+        "run": "trial",
+        "name": "trial",
+        "outcome": "completed",
+        "steps": 0,
+        "message": "",
+        "folder": "",
+        "text": text,
+    }
+    return _tell(read_settings(), summary)
+
+
+def _tell(settings: Settings, summary: Mapping[str, object]) -> list[str]:
+    problems = [_start(settings.notify_command, summary)] if settings.notify_command else []
+    problems += [_post(settings.notify_webhook, summary)] if settings.notify_webhook is not None else []
+    return [problem for problem in problems if problem is not None]
+
+
+def _start(words: Sequence[str], summary: Mapping[str, object]) -> str | None:
     """The words are started as they are, never through a shell; what happened stands in FLUXGUI_... variables."""
     told = {f"FLUXGUI_{name.upper()}": str(value) for name, value in summary.items()}
     inherited = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
@@ -72,25 +90,22 @@ def _start(words: tuple[str, ...], summary: dict[str, object]) -> None:
             timeout=SECONDS,
         )
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        logger.warning("the program for the end of a run did not work: %s", error)
-        return
-    if ended.returncode:
-        logger.warning("the program for the end of a run ended with code %d: %s", ended.returncode, ended.stderr[-500:])
+        return f"the program did not work: {error}"
+    return f"the program ended with code {ended.returncode}: {ended.stderr[-500:]}" if ended.returncode else None
 
 
-def _post(address: str, summary: dict[str, object]) -> None:
+def _post(address: str, summary: Mapping[str, object]) -> str | None:
     """`content` and `text` are what chat services look for; the rest is for programs."""
     body = json.dumps({**summary, "content": summary["text"]}).encode()
     if not address.startswith(("http://", "https://")):
-        logger.warning("the webhook for the end of a run is no address")
-        return
+        return "the webhook is no address"
     request = urllib.request.Request(
         address, data=body, headers={"Content-Type": "application/json", "User-Agent": "FluxGUI"}
     )
     try:
         with urllib.request.urlopen(request, timeout=SECONDS):
-            return
+            return None
     except (OSError, ValueError) as error:
         # The address is a key to somebody's channel, so the log does not name it.
         reason = f"code {error.code}" if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
-        logger.warning("the webhook for the end of a run did not answer: %s", reason)
+        return f"the webhook did not answer: {reason}"

@@ -38,6 +38,8 @@ from trainer.schema.folders import data_home
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
+from trainer.schema.swap_counts import chosen_swap
+from trainer.train.auto_swap import resolve_auto_swap
 from trainer.train.base_weights import merge_base_weights
 from trainer.train.check import CheckedRun, check_run
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name
@@ -87,6 +89,7 @@ def train(command: ParsedCommand, reporter: Reporter) -> None:
     slow = slow_format(engine.device, engine.dtype, product_seconds)
     if slow is not None:
         reporter.warning(slow)
+    checked = resolve_auto_swap(checked, engine, reporter)
     warn_of_memory(checked, engine.total_bytes(), reporter)
     with _turn_on_device(options, engine, reporter):
         _train_checked(checked, engine, reporter)
@@ -281,7 +284,7 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine) -> Tra
     """The transformer on the device, except what will be swapped, which never goes there as a whole."""
     if options.pretrained_model_name_or_path is None:
         raise AssertionError("the checks demand the model")
-    on_host = swapped_prefixes(flux, options.blocks_to_swap or 0)
+    on_host = swapped_prefixes(flux, chosen_swap(options.blocks_to_swap))
     model = load_transformer(
         options.pretrained_model_name_or_path,
         options.model_type,
@@ -383,7 +386,7 @@ def _load_weights(network: AnyNetwork, path: Path, reporter: Reporter) -> Origin
 def block_swap(
     options: Options, model: Transformer, engine: Engine, reporter: Reporter
 ) -> AbstractContextManager[object]:
-    wanted = options.blocks_to_swap or 0
+    wanted = chosen_swap(options.blocks_to_swap)
     if wanted == 0:
         return contextlib.nullcontext()
     reporter.note(f"swapping {wanted} blocks between main memory and {engine.device.type}")

@@ -9,6 +9,7 @@ from typing import Final
 
 from trainer.data.index import DatasetSummary, SubsetSummary
 from trainer.schema.options import Options
+from trainer.schema.swap_counts import chosen_swap
 from trainer.train.check import CheckedRun
 from trainer.train.metadata import used_settings
 from trainer.train.metadata_facts import DatasetFacts, ModelSpecFacts, SubsetFacts, TrainingFacts
@@ -37,7 +38,7 @@ def with_hashes(facts: TrainingFacts, hashes: Mapping[str, str]) -> TrainingFact
 def _own_settings(options: Options, weight_dtype: str) -> dict[str, object]:
     """Settings that decide about the result and that the reference does not record."""
     return {
-        "blocks_to_swap": options.blocks_to_swap or 0,
+        "blocks_to_swap": chosen_swap(options.blocks_to_swap),
         "weight_dtype": weight_dtype,
         "save_precision": options.save_precision or "float",
         "lora_form": options.lora_form,
