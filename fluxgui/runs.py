@@ -23,16 +23,19 @@ from trainer.schema.run_folder import (
     RunFolder,
     list_runs,
     newest_state_step,
+    write_atomic,
 )
 from trainer.schema.run_liveness import is_locked
 from trainer.schema.run_probe import RunStatus, probe
 from trainer.schema.run_queue import ask_for_start, is_wanted, withdraw
 
 LOG_TAIL_BYTES: Final = 16_000
+LONG_TAIL_BYTES: Final = 256_000
+"""Enough of a log to find warnings in."""
+NOTES_FILE: Final = "notes.txt"
 STARTING: Final = RunStatus("starting", "The trainer is being started.")
 
 CommandName = Literal["stop", "save", "sample", "pause", "resume"]
-FileKind = Literal["samples", "checkpoints", "log"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class RunView:
     name: str
     status: RunStatus
     state: RunState
+    notes: str = ""
 
     @property
     def run_id(self) -> str:
@@ -72,7 +76,7 @@ class RunWatcher:
             state = fold(state, reader.read_new())
             name = name or run_name(run)
             self._known[run.path] = (reader, state, name)
-        return RunView(run, name, _status(run, state), state)
+        return RunView(run, name, _status(run, state), state, read_notes(run))
 
     def forget(self, run: RunFolder) -> None:
         """Drop what is known of a run whose folder is gone."""
@@ -82,6 +86,19 @@ class RunWatcher:
     def look_at_all(self) -> list[RunView]:
         """Newest first."""
         return [self.look(run) for run in sorted(list_runs(runs_dir()), key=lambda run: run.path.name, reverse=True)]
+
+
+def read_notes(run: RunFolder) -> str:
+    """What the user wrote about the run."""
+    try:
+        return (run.path / NOTES_FILE).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def write_notes(run: RunFolder, text: str) -> None:
+    """Keep the user's notes in the run's folder. Raises `OSError`."""
+    write_atomic(run.path / NOTES_FILE, text)
 
 
 def find_run(run_id: str | None) -> RunFolder | None:
@@ -194,17 +211,17 @@ def pending_commands(run: RunFolder) -> list[str]:
     return [name.rpartition("-")[2] for name in names]
 
 
-def read_log_tail(run: RunFolder) -> str:
+def read_log_tail(run: RunFolder, num_bytes: int = LOG_TAIL_BYTES) -> str:
     """The last lines of the worker's log; progress bars that overwrite themselves count as one line."""
     try:
         with run.worker_log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
-            log.seek(max(0, size - LOG_TAIL_BYTES))
+            log.seek(max(0, size - num_bytes))
             text = log.read().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return ""
     lines = [line.rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n")]
-    if size > LOG_TAIL_BYTES:
+    if size > num_bytes:
         lines = lines[1:]  # the first one is cut somewhere in its middle
     return "\n".join(lines).strip("\n")
 
@@ -214,7 +231,7 @@ def served_file(view: RunView, kind: str, name: str) -> Path | None:
     if kind == "log":
         path = view.run.worker_log
         return path if name == path.name and path.is_file() else None
-    if kind == "samples":
+    if kind in ("samples", "thumbs"):
         named = [sample.path for sample in view.state.samples]
     elif kind == "checkpoints":
         named = [checkpoint.path for checkpoint in view.state.checkpoints]
@@ -228,7 +245,7 @@ def served_file(view: RunView, kind: str, name: str) -> Path | None:
 
 
 def _has_expected_type(kind: str, path: Path) -> bool:
-    suffixes = {".png", ".jpg", ".jpeg", ".webp"} if kind == "samples" else {".safetensors"}
+    suffixes = {".png", ".jpg", ".jpeg", ".webp"} if kind != "checkpoints" else {".safetensors"}
     return path.suffix.lower() in suffixes and path.resolve().suffix.lower() in suffixes
 
 

@@ -24,7 +24,8 @@ def is_wanted(run: RunFolder) -> bool:
     if wish:
         asked = _number(wish.get("asked"))
         return wish.get("wanted") is True and (started is None or (asked is not None and asked > started))
-    is_new = started is None and not run.worker_log.exists() and not run.events_jsonl.exists()
+    traces = (run.worker_log, run.events_jsonl, run.heartbeat_json)
+    is_new = started is None and not any(trace.exists() for trace in traces)
     return is_new and read_json(run.run_json).get("request") == START_REQUEST
 
 
