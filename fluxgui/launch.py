@@ -15,6 +15,7 @@ from typing import TextIO
 import uvicorn
 
 from fluxgui.demo import start_demo
+from fluxgui.importing import read_only_allowed
 from fluxgui.language import NAMES, choose_language
 from fluxgui.page import build_page
 from fluxgui.run_start import QueueKeeper
@@ -53,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
             login = Login.parse(os.environ.get("FLUXGUI_AUTH", ""))
         except ValueError as error:
             return _fail(f"--listen: {error}.", EXIT_OPTIONS)
+        read_only_allowed()
     try:
         listener = take_port(arguments.port, "0.0.0.0" if arguments.listen else "127.0.0.1")
     except (OSError, OverflowError) as error:

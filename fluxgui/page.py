@@ -41,18 +41,14 @@ def build_page(watcher: RunWatcher, sampler: LoadSampler) -> gr.Blocks:
         add_api(watcher)  # first, as a handler of the same name would take an endpoint's
         html_part(f'<div class="page-head"><h1>{say("page.title")}</h1><p>{say("page.subtitle")}</p></div>')
         with gr.Column(visible=False, elem_classes="card", elem_id="welcome") as welcome:
-            html_part(
-                '<div class="card-title"><h2>First time here?</h2><p>The demo teaches a small FLUX, which comes with '
-                "the program, a new emblem from twenty pictures in a minute or two. It shows everything that a real run "
-                "shows.</p></div>"
-            )
-            try_demo = gr.Button("Try the demo", variant="primary", elem_id="try-demo")
+            html_part(f'<div class="card-title"><h2>{say("page.first_time")}</h2><p>{say("page.about_demo")}</p></div>')
+            try_demo = gr.Button(say("page.try_demo"), variant="primary", elem_id="try-demo")
         with gr.Tabs(elem_id="pages") as tabs:
-            with gr.Tab("Train", id=TRAIN) as train_page:
+            with gr.Tab(say("page.train"), id=TRAIN) as train_page:
                 train = build_train_tab(detect_gpu())
             with gr.Tab(say("dataset.tab"), id=DATASET) as dataset_page:
                 dataset = build_dataset_tab()
-            with gr.Tab("Runs", id=RUNS) as runs_page:
+            with gr.Tab(say("page.runs"), id=RUNS) as runs_page:
                 runs = build_runs_tab(watcher, train, tabs, sampler)
             with gr.Tab(say("presets.tab"), id=PRESETS) as presets_page:
                 build_presets_tab(train, tabs, presets_page)
@@ -67,11 +63,14 @@ def build_page(watcher: RunWatcher, sampler: LoadSampler) -> gr.Blocks:
             try:
                 return start_demo().path.name
             except (OSError, UserError) as error:
-                raise gr.Error(f"The demo cannot be started: {error}", print_exception=False) from None
+                raise gr.Error(say("page.no_demo", reason=error), print_exception=False) from None
 
         def go_to_runs() -> list[object]:
             return [gr.update(selected=RUNS), gr.update(visible=False)]
 
+        to_models = train.parts["to_models"]
+        assert isinstance(to_models, gr.Button)
+        to_models.click(lambda: gr.update(selected=SETTINGS), None, [tabs], **QUIETLY)
         try_demo.click(run_demo, None, [started], show_progress="minimal", concurrency_limit=1)
         (
             # First the run and then its tab, which would show the run before last for a moment.

@@ -76,6 +76,7 @@ OUR_OPTIONS: Final = frozenset(
         "device",
         "lora_form",
         "masked_loss_normalize",
+        "no_oom_recovery",
         "round_timesteps",
         "run_dir",
         "write_reference_caches",

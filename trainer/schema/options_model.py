@@ -130,6 +130,14 @@ class MemoryOptions(OptionGroup):
             "blocks",
         ),
     ] = None
+    no_oom_recovery: Annotated[
+        bool,
+        Opt(
+            "End when the device runs out of memory in a step, instead of swapping more blocks and computing it again.",
+            "Stop when memory runs out",
+            "expert",
+        ),
+    ] = False
     split_mode: Annotated[bool, Opt("Old name of --blocks_to_swap=18.", "Split mode", "expert")] = False
 
 
