@@ -18,8 +18,10 @@ from fluxgui.demo import start_demo
 from fluxgui.importing import read_only_allowed
 from fluxgui.language import NAMES, choose_language
 from fluxgui.page import build_page
+from fluxgui.run_start import QueueKeeper
 from fluxgui.runs import RunWatcher
 from fluxgui.server import Login, make_server
+from fluxgui.system_line import LoadSampler
 from trainer.schema.base import UserError
 from trainer.schema.settings import read_settings
 
@@ -67,7 +69,10 @@ def main(argv: Sequence[str]) -> int:
             return _fail(str(error), EXIT_FIXABLE)
 
     watcher = RunWatcher()
-    application = make_server(build_page(watcher), watcher, login, port=port)
+    queue, sampler = QueueKeeper(), LoadSampler()
+    queue.start()
+    sampler.start()
+    application = make_server(build_page(watcher, sampler), watcher, login, port=port)
     server = uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1))
     address = f"http://127.0.0.1:{port}{path}"
     _say(f"FluxGUI is at {address}")
@@ -77,6 +82,8 @@ def main(argv: Sequence[str]) -> int:
         threading.Timer(0.5, webbrowser.open, [address]).start()
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn hands Ctrl-C on after it has shut down
         server.run(sockets=[listener])
+    queue.stop()
+    sampler.stop()
     return 0
 
 
