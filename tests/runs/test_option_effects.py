@@ -126,7 +126,6 @@ EFFECTS: dict[str, Effect] = {
     "alpha_mask": e("weights"),
     "masked_loss": e("code", "", "--dataset_config={masked}"),
     "masked_loss_normalize": e("weights", "", "--masked_loss", "--dataset_config={masked}"),
-    "dataset_class": e("code", "some.Class"),
     # ---- network
     "network_module": e("tensors", "networks.oft_flux", "--network_args", without=("network_module",)),
     "network_dim": e("weights", "2"),
@@ -146,7 +145,6 @@ EFFECTS: dict[str, Effect] = {
     "gradient_accumulation_steps": e("weights", "2"),
     "initial_epoch": e("lines", "2", "--max_train_steps=4"),
     "initial_step": e("lines", "1", "--max_train_steps=4"),
-    "skip_until_initial_step": e("lines", "", "--initial_step=1", "--max_train_steps=4"),
     "seed": e("weights", "2"),
     # ---- optimizer
     "learning_rate": e("weights", "0.02"),
@@ -195,16 +193,13 @@ EFFECTS: dict[str, Effect] = {
     # ---- memory
     "device": e("code", "mps"),
     "mixed_precision": e("weights", "bf16"),
-    "full_bf16": e("weights", "", *BF16),
-    "full_fp16": e("weights", "", "--mixed_precision=fp16"),
+    "base_storage": e("weights", "nf4"),
     "fp8_base": e("weights", "", *BF16),
     "fp8_base_unet": e("weights", "", *BF16),
     "no_half_vae": e("weights", "", *BF16),
     "gradient_checkpointing": e("calls"),
-    "cpu_offload_checkpointing": e("lines", "", "--gradient_checkpointing"),
     "blocks_to_swap": e("lines", "2"),
     "split_mode": e("code"),
-    "persistent_data_loader_workers": e("lines"),
     # ---- cache
     "cache_latents": e("calls", "", "--max_train_epochs=3"),
     "cache_latents_to_disk": e("files"),
@@ -283,6 +278,7 @@ SHOWN_ELSEWHERE = {
     "resume_from_huggingface": "tests/train/test_hub_state.py",
     "max_data_loader_n_workers": "tests/train/test_reading_ahead.py",
     "skip_cache_check": "tests/data/test_cache.py",
+    "no_oom_recovery": "tests/runs/test_out_of_memory.py",
     "async_upload": "tests/train/test_hub_upload.py",
 }
 """Options whose effect is outside of this machine or in no result, and the test that shows it."""
@@ -384,7 +380,6 @@ class Workshop:
             "images": str(folder / "images"),
             "folders": str(folder / "folders"),
             "more": str(folder / "more"),
-            "masks": str(folder / "masks"),
             "metadata": str(folder / "meta.json"),
             "regularisation": str(folder / "regularisation"),
             "prompts": str(folder / "prompts.txt"),

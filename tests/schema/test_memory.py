@@ -45,6 +45,7 @@ from trainer.schema.parameter_counts import (
     t5_count,
     usual_models,
 )
+from trainer.schema.storage import Storage, block_bytes, saved_bytes
 from trainer.schema.swap_counts import max_blocks_to_swap, split_swap
 from trainer.schema.trained_counts import optimizer_state_bytes, trained_sizes
 
@@ -187,13 +188,29 @@ def test_swapped_weights_leave_the_device_for_a_ring_of_two_blocks() -> None:
     assert part(full, "slots for swapped blocks") == 0
     assert part(swapped, "slots for swapped blocks") == 2 * 2 * 339_738_624
     assert part(dev_estimate(1), "slots for swapped blocks") == 2 * 2 * 141_557_760
+    assert part(dev_estimate(2), "slots for swapped blocks") == 2 * (339_738_624 + 141_557_760), (
+        "one slot has no double"
+    )
     assert swapped.host_peak_bytes - full.host_peak_bytes == num_bytes
 
 
-def test_from_two_blocks_on_each_further_block_saves_memory() -> None:
+@pytest.mark.parametrize("storage", ["fp8", "int8", "nf4"])
+def test_stored_weights_take_what_the_storage_says_and_a_scratch(storage: Storage) -> None:
+    dense, stored = dev_estimate(), dev_estimate(base_storage=storage)
+    saved = part(dense, "FLUX.1 weights") - part(stored, "FLUX.1 weights")
+    assert saved == saved_bytes(DEV, storage, 2)
+    assert part(stored, "scratch for stored weights") == 2 * 21504 * 3072
+    swapped = dev_estimate(18, base_storage=storage)
+    double, single = block_bytes(DEV, storage, 2)
+    assert part(stored, "FLUX.1 weights") - part(swapped, "FLUX.1 weights") == 9 * double + 18 * single
+    assert part(swapped, "slots for swapped blocks") == 2 * double
+    assert swapped.host_peak_bytes - stored.host_peak_bytes == 9 * double + 18 * single
+
+
+def test_from_one_block_on_each_further_block_saves_memory() -> None:
     peaks = [phase(dev_estimate(n), "training").peak_bytes for n in range(39)]
     assert peaks[1] == peaks[0], "two single blocks and their two slots are the same"
-    assert all(earlier > later for earlier, later in itertools.pairwise(peaks[2:]))
+    assert all(earlier > later for earlier, later in itertools.pairwise(peaks[1:]))
 
 
 def test_more_blocks_than_the_model_has_are_refused() -> None:
@@ -270,7 +287,10 @@ def test_the_disk_caches_count_as_caches() -> None:
         cache_latents_to_disk=True,
         cache_text_encoder_outputs_to_disk=True,
     )
-    assert disk == dev_estimate()
+    in_memory = dev_estimate()
+    assert disk.phases == in_memory.phases
+    kept = 50 * (4 * 4096 * 64 + 2 * 512 * 4096)
+    assert in_memory.host_peak_bytes - disk.host_peak_bytes == kept, "only what is not on the disk waits in memory"
 
 
 def test_samples_are_a_phase_of_their_own_and_need_the_autoencoder(tmp_path: Path) -> None:
@@ -301,7 +321,9 @@ def test_a_phase_is_the_sum_of_its_parts_and_the_peak_the_highest_phase() -> Non
 def test_on_a_cpu_everything_is_host_memory() -> None:
     result = dev_estimate(device="cpu", mixed_precision="no")
     assert part(result, "CUDA context") == 0
-    assert result.host_peak_bytes == result.peak_bytes + 2 * GIB
+    data = 50 * 4 * (4096 * 64 + 512 * 4096)
+    assert result.host_peak_bytes == result.peak_bytes + 2 * GIB + data
+    assert result.host_peak_bytes == sum(part.bytes for part in result.host_parts)
 
 
 def test_wrong_network_arguments_are_the_users_error() -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal, cast
@@ -20,7 +22,7 @@ from tomlkit.exceptions import TOMLKitError
 
 from trainer.schema.base import Problem, UserError, nearest
 from trainer.schema.cli import validate_options
-from trainer.schema.folders import user_presets_dir
+from trainer.schema.folders import bin_dir, user_presets_dir
 from trainer.schema.run_folder import write_atomic
 
 logger = logging.getLogger("trainer")
@@ -97,26 +99,104 @@ def save_preset(name: str, values: Mapping[str, object], *, description: str = "
     path = _own_path(name)
     if not overwrite and path.exists():
         raise UserError(f"there is a preset {name} already", str(path), "Choose another name, or replace it.")
+    tables = _tables_of(name, description, values)
+    values_checked = _checked_values(tables, f"the preset {name}")
+    user_presets_dir().mkdir(parents=True, exist_ok=True)
+    write_atomic(path, _written(name, description, values))
+    return Preset(name, name, description, "own", values_checked)
+
+
+def _written(name: str, description: str, values: Mapping[str, object]) -> str:
+    tables = _tables_of(name, description, values)
+    return tomlkit.dumps({table: tables[table] for table in _TABLES if table in tables})
+
+
+def _tables_of(name: str, description: str, values: Mapping[str, object]) -> dict[str, dict[str, object]]:
     tables: dict[str, dict[str, object]] = {"preset": {"title": name, "kind": "own"}}
     if description:
         tables["preset"]["description"] = description
     for key, value in values.items():
         if value is not None:
             tables.setdefault(_table_of(key), {})[key] = _toml_value(value)
-    where = f"the preset {name}"
-    values_checked = _checked_values(tables, where)
-    user_presets_dir().mkdir(parents=True, exist_ok=True)
-    write_atomic(path, tomlkit.dumps({table: tables[table] for table in _TABLES if table in tables}))
-    return Preset(name, name, description, "own", values_checked)
+    return tables
 
 
-def delete_preset(name: str) -> None:
-    """Delete one of the user's own presets. Raises `UserError` for a built-in one and when it is gone already."""
+def delete_preset(name: str) -> Path:
+    """Move one of the user's own presets to the bin. Gives the place where it lies now, for `restore_preset`.
+
+    Raises `UserError` for a built-in one and when it is gone already.
+    """
     _check_name(name)
+    folder = bin_dir() / "presets"
+    target = next(
+        place for number in count() if not (place := folder / f"{name}{f'-{number}' * (number > 0)}.toml").exists()
+    )
     try:
-        _own_path(name).unlink()
+        if not _own_path(name).exists():
+            raise FileNotFoundError
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.move(_own_path(name), target)
     except FileNotFoundError:
         raise UserError(f"there is no preset {name} any more", str(user_presets_dir())) from None
+    return target
+
+
+def restore_preset(place: Path, name: str) -> None:
+    """Take a preset back from the bin. Raises `UserError` when it is gone or its name is taken again."""
+    _check_name(name)
+    if _own_path(name).exists():
+        raise UserError(f"there is a preset {name} again", str(_own_path(name)), "Rename that one first.")
+    try:
+        user_presets_dir().mkdir(parents=True, exist_ok=True)
+        shutil.move(place, _own_path(name))
+    except OSError as error:
+        raise UserError(f"the preset cannot be taken back ({error.strerror or error})", str(place)) from None
+
+
+def rename_preset(name: str, new_name: str) -> None:
+    """Raises `UserError` for a name that cannot be used or is taken, and when the preset is built in or gone."""
+    _check_name(name)
+    _check_name(new_name)
+    if name == new_name:
+        return
+    target = _own_path(new_name)
+    # On some systems the name in other letters is the same file.
+    if target.exists() and name.casefold() != new_name.casefold():
+        raise UserError(f"there is a preset {new_name} already", str(target), "Choose another name.")
+    try:
+        _own_path(name).rename(target)
+    except FileNotFoundError:
+        raise UserError(f"there is no preset {name} any more", str(user_presets_dir())) from None
+
+
+def preset_text(preset: Preset) -> str:
+    """The preset as a file that `import_preset` takes."""
+    return _written(preset.name, preset.description, preset.values)
+
+
+def import_preset(text: str, name: str, *, overwrite: bool = False) -> Preset:
+    """Keep a preset's file that came from elsewhere, under `name`. An options file is taken too: all it holds are options.
+
+    Raises `UserError` for what cannot be used, and for a name that is taken unless `overwrite`.
+    """
+    where = f"the preset {name}"
+    try:
+        parsed = cast("dict[str, object]", tomlkit.parse(text.lstrip("\ufeff")).unwrap())
+    except TOMLKitError as error:
+        raise UserError(f"this is no TOML file ({error})", where, exit_code=2) from None
+    tables = {
+        table: cast("dict[str, object]", content) for table, content in parsed.items() if isinstance(content, dict)
+    }
+    if not {"options", "form", "preset"} & set(tables):
+        options = {key: value for key, value in parsed.items() if not isinstance(value, dict)}
+        tables = {"options": {**options, **{key: value for table in tables.values() for key, value in table.items()}}}
+    elif len(tables) < len(parsed):
+        raise UserError("there are lines outside of a table", where, "Put options below [options].", exit_code=2)
+    values = dict(_checked_values(tables, where))
+    if "vram_gb" in tables.get("preset", {}):
+        values["vram_gb"] = tables["preset"]["vram_gb"]
+    description = str(tables.get("preset", {}).get("description", ""))
+    return save_preset(name, values, description=description, overwrite=overwrite)
 
 
 # ------------------------------------------------------------------------------------------------------------ names
@@ -148,6 +228,8 @@ def _own_files() -> list[Path]:
 def _table_of(key: str) -> str:
     if key in _DATASET_KEYS:
         return "dataset"
+    if key == "vram_gb":
+        return "preset"
     return "form" if key in _FORM_KEYS else "options"
 
 
