@@ -33,6 +33,8 @@ from trainer.schema.key_plans import (
 from trainer.schema.weight_files import read_weights
 
 PlaceTensor = Callable[[str], torch.device | str]
+ChangeOf = Callable[[str], Callable[[Tensor], Tensor] | None]
+"""For a module's path what is to be made of its weight in float32, or None."""
 
 _NUMBERS_AT_ONCE: Final = 1 << 20
 """Of a tensor, so many numbers are read and converted at once; 4 MB in float32."""
@@ -45,17 +47,18 @@ def load_flux(
     *,
     device_of: PlaceTensor | None = None,
     storage: PackedStorage | None = None,
+    change_of: ChangeOf | None = None,
 ) -> Flux:
     """The transformer that `path` names (a file, a folder, a hub id in the cache), frozen, in `dtype` on `device`.
 
     `device_of` may give another device for single parameters, by state-dict name, so that blocks which are to be swapped
     do not stay on the accelerator. With `storage` the blocks' Linears are stored in that form, one after the other while
-    they are read, which is computed on `device`. Raises `UserError` when the file is not a whole FLUX.1 model.
+    they are read, which is computed on `device`; `change_of` gives what is made of each of these before. Raises `UserError` when the file is not a whole FLUX.1 model.
     """
     header = read_weights(path, "flux")
     with torch.device("meta"):
         model = Flux(flux_params(header))
-    _fill_transformer(model, header, flux_plan(header), dtype, torch.device(device), device_of, storage)
+    _fill_transformer(model, header, flux_plan(header), dtype, torch.device(device), device_of, storage, change_of)
     return model.eval()
 
 
@@ -66,12 +69,13 @@ def load_chroma(
     *,
     device_of: PlaceTensor | None = None,
     storage: PackedStorage | None = None,
+    change_of: ChangeOf | None = None,
 ) -> Chroma:
     """The Chroma transformer that `path` names; as `load_flux`."""
     header = read_weights(path, "chroma")
     with torch.device("meta"):
         model = Chroma(chroma_params(header))
-    _fill_transformer(model, header, chroma_plan(header), dtype, torch.device(device), device_of, storage)
+    _fill_transformer(model, header, chroma_plan(header), dtype, torch.device(device), device_of, storage, change_of)
     return model.eval()
 
 
@@ -83,13 +87,16 @@ def _fill_transformer(
     device: torch.device,
     device_of: PlaceTensor | None,
     storage: PackedStorage | None,
+    change_of: ChangeOf | None,
 ) -> None:
     stored: dict[str, StoredLinear] = {}
     if storage is not None:
         for kind in ("double_blocks", "single_blocks"):
             found = use_storage(model.get_submodule(kind), storage)
             stored |= {f"{kind}.{path}.weight": linear for path, linear in found.items()}
-    _fill(model, header, plan, dtype, device_of or (lambda _: device), stored=stored, packs_on=device)
+    _fill(
+        model, header, plan, dtype, device_of or (lambda _: device), stored=stored, packs_on=device, change_of=change_of
+    )
 
 
 def load_autoencoder(path: Path, dtype: torch.dtype, device: torch.device | str) -> AutoEncoder:
@@ -174,6 +181,7 @@ def _fill(
     prefix: str = "",
     stored: Mapping[str, StoredLinear] | None = None,
     packs_on: torch.device | None = None,
+    change_of: ChangeOf | None = None,
 ) -> None:
     """Give every parameter of `model`, which is on the meta device, its tensor from the files, frozen.
 
@@ -199,7 +207,8 @@ def _fill(
         for planned in sorted(plan, key=lambda entry: _place_in_files(header, entry)):
             device = torch.device(device_of(planned.target))
             if planned.target in stored:
-                _fill_stored(files, header, planned, stored[planned.target], device, packs_on or device)
+                change = None if change_of is None else change_of(planned.target.removesuffix(".weight"))
+                _fill_stored(files, header, planned, stored[planned.target], device, packs_on or device, change)
                 continue
             _set_parameter(model, prefix + planned.target, _read_parameter(files, header, planned, dtype, device))
 
@@ -241,9 +250,10 @@ def _fill_stored(
     linear: StoredLinear,
     device: torch.device,
     packs_on: torch.device,
+    change: Callable[[Tensor], Tensor] | None,
 ) -> None:
     """The weight in its stored form. Numbers that the file has in that form already are taken over, with their scales."""
-    if linear.storage == "fp8" and all(_read_as(piece) == "F8_E4M3" for piece in planned.pieces):
+    if change is None and linear.storage == "fp8" and all(_read_as(piece) == "F8_E4M3" for piece in planned.pieces):
         raw = dataclasses.replace(planned, pieces=tuple(_without_scale(piece) for piece in planned.pieces))
         scale = torch.ones(linear.out_features)
         start = 0
@@ -255,7 +265,8 @@ def _fill_stored(
             start += end - first
         weight = _read_parameter(files, header, raw, torch.float8_e4m3fn, device)
     else:
-        weight, scale = linear.pack(_read_parameter(files, header, planned, torch.float32, packs_on))
+        dense = _read_parameter(files, header, planned, torch.float32, packs_on)
+        weight, scale = linear.pack(dense if change is None else change(dense))
     linear.set_stored(weight.to(device), scale.to(device))
 
 
