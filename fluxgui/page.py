@@ -50,7 +50,7 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
             with gr.Tab("Train", id=TRAIN) as train_page:
                 train = build_train_tab(detect_gpu())
             with gr.Tab(say("dataset.tab"), id=DATASET) as dataset_page:
-                dataset = build_dataset_tab()
+                dataset = build_dataset_tab(train)
             with gr.Tab("Runs", id=RUNS) as runs_page:
                 runs = build_runs_tab(watcher)
             with gr.Tab(say("presets.tab"), id=PRESETS) as presets_page:
@@ -85,7 +85,7 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         pages = {TRAIN: train_page, DATASET: dataset_page, PRESETS: presets_page, SETTINGS: settings_page}
         for name, tab in pages.items():
             tab.select(None, None, None, js=PAGE_IN_ADDRESS % name)
-        connect_dataset_page(dataset, dataset_page, train, tabs)
+        connect_dataset_page(dataset, page, dataset_page, tabs)
 
         def arrive(remembered: dict[str, object] | None, smoothing: float, request: gr.Request) -> dict[Any, Any]:
             """The page as the address says, with the form as this browser left it."""
@@ -95,7 +95,6 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
             return {
                 **looked,
                 **train.fill(remembered or start_values()),
-                **dataset.arrive(asked.get("dataset")),
                 tabs: gr.update(selected=asked.get("tab") if asked.get("tab") in (*pages, RUNS) else TRAIN),
                 welcome: gr.update(visible=first_visit),
             }
@@ -104,7 +103,7 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
             page.load(
                 arrive,
                 [train.parts["remembered"], runs.smoothing],
-                [*runs.outputs, *train.form.values(), *dataset.outputs, tabs, welcome],
+                [*runs.outputs, *train.form.values(), tabs, welcome],
                 **QUIETLY,
             )
             .then(None, None, None, js=ARRIVED)

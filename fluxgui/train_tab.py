@@ -37,6 +37,7 @@ from fluxgui.fields import (
 )
 from fluxgui.form import Reading, preset_values, read_form, typed_value
 from fluxgui.form_parts import build_fields, component_value, html_part, mark
+from fluxgui.language import say
 from fluxgui.memory_plan import plan_memory
 from fluxgui.models import found_models, recognised, remember_models
 from fluxgui.pictures import (
@@ -350,6 +351,7 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
                 )
                 parts["upload"] = html_part(elem_id="upload-result")
                 parts["pictures"] = html_part(elem_id="pictures")
+                parts["look_after"] = gr.Button(say("dataset.look_after"), size="sm", elem_id="look-after-pictures")
                 form |= build_fields(("trigger_word", "num_repeats"), fields)
             with gr.Column(elem_classes="card"):
                 html_part(train_view.title("3 · Training"))
