@@ -173,7 +173,7 @@ def test_a_broken_picture_and_a_missing_caption_are_named_and_fixed_on_the_spot(
     missing = page.locator('#doctor-report [data-kind="missing"]')
     expect(missing).to_contain_text("2.png")
     expect(page.locator('#doctor-report [data-kind="corrupt"]')).to_contain_text("3.png")
-    expect(page.locator("#doctor-buckets")).to_contain_text("512 x")
+    expect(page.locator("#doctor-buckets")).to_contain_text("576 x 448")
     caption = missing.locator("textarea")
     caption.fill("a cat on a wall")
     page.locator('#doctor-report button[data-remove="3.png"]').click()
@@ -188,7 +188,7 @@ def test_a_broken_picture_and_a_missing_caption_are_named_and_fixed_on_the_spot(
     # What training cuts off lies on the large picture.
     page.locator('.picture-card button[data-open="0.png"]').click()
     expect(page.locator("#picture-stage .kept")).to_be_attached()
-    expect(page.locator("#picture-crop")).to_contain_text("Trained at 512 x")
+    expect(page.locator("#picture-crop")).to_contain_text("Trained at 576 x 448")
 
     page.locator("#dataset-use").click()
     expect(page.locator("#pictures")).to_contain_text("3 pictures")
