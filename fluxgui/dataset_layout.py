@@ -15,6 +15,7 @@ from fluxgui.datasets import find_dataset
 from fluxgui.form_parts import PLAIN, html_part
 from fluxgui.language import say
 from fluxgui.pictures import CAPTION_SUFFIX, IMAGE_SUFFIXES, MAX_FILES
+from fluxgui.train_tab import IN_ORDER as CHECK_IN_ORDER
 from fluxgui.train_tab import TrainTab
 
 IN_ORDER: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_id": "dataset", "concurrency_limit": 1}
@@ -276,11 +277,12 @@ def _connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
 
 def connect_dataset_page(tab: DatasetTab, whole: gr.Blocks, page: gr.Tab, tabs: gr.Tabs) -> None:
     """The ways between this page and the Train page."""
-    list_, use, look_after = tab.parts["list"], tab.parts["use"], tab.train.parts["look_after"]
+    train = tab.train
+    list_, use, look_after = tab.parts["list"], tab.parts["use"], train.parts["look_after"]
     assert isinstance(list_, gr.Dropdown)
     assert isinstance(use, gr.Button)
     assert isinstance(look_after, gr.Button)
-    image_dir = tab.train.form["image_dir"]
+    image_dir = train.form["image_dir"]
 
     def arrive(request: gr.Request) -> Updates:
         return {**tab.arrive(request.query_params.get("dataset")), tab.parts["arrived"]: True}
@@ -293,7 +295,10 @@ def connect_dataset_page(tab: DatasetTab, whole: gr.Blocks, page: gr.Tab, tabs: 
         dataset = find_dataset(name)
         return [gr.skip(), gr.skip()] if dataset is None else [str(dataset.path), gr.update(selected=TRAIN_PAGE)]
 
-    use.click(use_it, [list_], [image_dir, tabs], show_progress="hidden")
+    # The folder may be the one that is named there already, with other pictures in it by now.
+    use.click(use_it, [list_], [image_dir, tabs], show_progress="hidden").then(
+        train.look_at_pictures, [image_dir], [train.parts["pictures"]], show_progress="hidden"
+    ).then(train.check, train.inputs, train.outputs, **CHECK_IN_ORDER)
 
     def visit(data: Data) -> Updates:
         """The Train page's folder as a dataset, and the check of it."""
