@@ -8,7 +8,8 @@ from typing import Final
 
 from fluxgui.form import read_form
 from fluxgui.presets import preset_form_values, start_values
-from fluxgui.runs import PROGRAM_FOLDER, create_and_start
+from fluxgui.run_start import PROGRAM_FOLDER
+from fluxgui.runs import create_and_start
 from trainer.schema.base import UserError
 from trainer.schema.folders import demo_dir
 from trainer.schema.run_folder import RunFolder

@@ -23,10 +23,12 @@ from trainer.schema.file_checks import missing_folder
 from trainer.schema.import_project import MAX_BYTES, ImportedProject, import_project
 from trainer.schema.option_files import options_to_toml
 from trainer.schema.options import Options
+from trainer.schema.settings import is_allowed
 
 # The run's folder has these; an exported command has them as they were given.
 KEPT_FOR_EXPORT: Final = ("dataset_config", "sample_prompts", "output_dir")
 _FOLDERS: Final = ("train_data_dir", "reg_data_dir", "in_json")
+_limits: list[bool] = []
 _PATHS: Final = ("image_dir", "conditioning_data_dir", "metadata_file")
 _REPEATS: Final = re.compile(r"(?P<repeats>\d+)_(?P<words>.+)")
 _OPTION_OF_KEY: Final[Mapping[str, str]] = {key: name for name, key in DATASET_NAMES.items()}
@@ -45,7 +47,14 @@ def read_pasted(text: str | None, files: str | None) -> ImportedProject:
     return import_project(text or "", files or "", read_file=_read)
 
 
+def read_only_allowed() -> None:
+    """From now on only files in the allowed folders are read: the page answers other machines."""
+    _limits[:] = [True]
+
+
 def _read(path: Path) -> str:
+    if _limits and not is_allowed(path):
+        raise ValueError(say("presets.not_allowed"))
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(say("presets.file_too_long"))
     return path.read_text(encoding="utf-8-sig")

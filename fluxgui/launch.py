@@ -15,10 +15,13 @@ from typing import TextIO
 import uvicorn
 
 from fluxgui.demo import start_demo
+from fluxgui.importing import read_only_allowed
 from fluxgui.language import NAMES, choose_language
 from fluxgui.page import build_page
+from fluxgui.run_start import QueueKeeper
 from fluxgui.runs import RunWatcher
 from fluxgui.server import Login, make_server
+from fluxgui.system_line import LoadSampler
 from trainer.schema.base import UserError
 from trainer.schema.settings import read_settings
 
@@ -51,6 +54,7 @@ def main(argv: Sequence[str]) -> int:
             login = Login.parse(os.environ.get("FLUXGUI_AUTH", ""))
         except ValueError as error:
             return _fail(f"--listen: {error}.", EXIT_OPTIONS)
+        read_only_allowed()
     try:
         listener = take_port(arguments.port, "0.0.0.0" if arguments.listen else "127.0.0.1")
     except (OSError, OverflowError) as error:
@@ -65,7 +69,10 @@ def main(argv: Sequence[str]) -> int:
             return _fail(str(error), EXIT_FIXABLE)
 
     watcher = RunWatcher()
-    application = make_server(build_page(watcher), watcher, login, port=port)
+    queue, sampler = QueueKeeper(), LoadSampler()
+    queue.start()
+    sampler.start()
+    application = make_server(build_page(watcher, sampler), watcher, login, port=port)
     server = uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1))
     address = f"http://127.0.0.1:{port}{path}"
     _say(f"FluxGUI is at {address}")
@@ -75,6 +82,8 @@ def main(argv: Sequence[str]) -> int:
         threading.Timer(0.5, webbrowser.open, [address]).start()
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn hands Ctrl-C on after it has shut down
         server.run(sockets=[listener])
+    queue.stop()
+    sampler.stop()
     return 0
 
 

@@ -12,9 +12,11 @@ from fluxgui.form_parts import PLAIN, html_part
 from fluxgui.language import NAMES, language, say
 from fluxgui.machine import about, examine, try_out_notifications
 from fluxgui.models_card import build_models_card
+from fluxgui.presets import USUAL_START
 from fluxgui.train_tab import TrainTab
 from trainer.schema.base import UserError
 from trainer.schema.folders import data_home
+from trainer.schema.presets import list_presets
 from trainer.schema.settings import (
     THEMES,
     change_settings,
@@ -69,6 +71,7 @@ def build_settings_tab(train: TrainTab, tabs: gr.Tabs, page: gr.Tab) -> None:
             show_token(),
             settings.theme,
             settings.language or language(),
+            gr.update(choices=_start_choices(), value=settings.start_preset or USUAL_START),
             settings.notify_browser,
             "\n".join(settings.notify_command),
             settings.notify_webhook or "",
@@ -123,7 +126,7 @@ def _build_token() -> gr.HTML:
     return status
 
 
-def _build_look() -> tuple[gr.Radio, gr.Dropdown]:
+def _build_look() -> tuple[gr.Radio, gr.Dropdown, gr.Dropdown]:
     with gr.Column(elem_classes="card"):
         html_part(_title("settings.look"))
         theme = gr.Radio(
@@ -138,10 +141,18 @@ def _build_look() -> tuple[gr.Radio, gr.Dropdown]:
             filterable=False,
             elem_id="settings-language",
         )
+        start = gr.Dropdown(
+            _start_choices(),
+            label=say("settings.start_preset"),
+            info=say("settings.start_preset_help"),
+            filterable=False,
+            elem_id="settings-start_preset",
+        )
+    start.input(lambda value: _change(start_preset=value), [start], None, **QUIETLY)
     theme.input(lambda value: _change(theme=value), [theme], None, **QUIETLY)
     theme.input(None, [theme], None, js=SHOW_THEME)
     chosen.input(lambda value: _change(language=value), [chosen], None, **QUIETLY)
-    return theme, chosen
+    return theme, chosen, start
 
 
 def _build_notifications() -> tuple[gr.Checkbox, gr.Textbox, gr.Textbox]:
@@ -238,6 +249,10 @@ def show_findings() -> str:
     )
     good = "" if any(each.verdict != "good" for each in found) else f"<p>{escape(say('settings.doctor_good'))}</p>"
     return f'<div role="status">{good}{boxes}</div>'
+
+
+def _start_choices() -> list[tuple[str, str]]:
+    return [(preset.title, preset.name) for preset in list_presets() if preset.kind in ("purpose", "own")]
 
 
 def _folder(text: str | None) -> Path | None:

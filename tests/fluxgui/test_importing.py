@@ -13,7 +13,7 @@ import tomlkit
 
 from fluxgui.exporting import FORMATS, Project, export_project
 from fluxgui.form import read_form
-from fluxgui.importing import KEPT_FOR_EXPORT, as_job, dataset_text, fill_form, read_pasted
+from fluxgui.importing import KEPT_FOR_EXPORT, as_job, dataset_text, fill_form, read_only_allowed, read_pasted
 from tests.runs.test_existing_projects import FLUXGYM_DATASET, FLUXGYM_SCRIPT, SECTIONED_CONFIG
 from tests.schema.test_import_project import NAMES
 from tests.tiny import TinyModels
@@ -130,6 +130,21 @@ def test_relative_folders_of_a_pasted_dataset_become_whole(
     assert f'image_dir = "{tmp_path / "images"}"' in job.dataset_toml
     assert "output_dir" not in job.config_toml
     assert job.name == "cat"
+
+
+def test_a_page_for_other_machines_reads_allowed_folders_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluxgui.importing._limits", [])
+    monkeypatch.setenv("FLUXGUI_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for folder in (tmp_path, tmp_path / "home"):
+        (folder / "prompts.txt").write_text("a cat", encoding="utf-8")
+    outside, inside = (f"--sample_prompts={folder / 'prompts.txt'}" for folder in (tmp_path, tmp_path / "home"))
+    assert read_pasted(outside, "").prompts == "a cat"
+    read_only_allowed()
+    found = read_pasted(outside, "")
+    assert found.prompts is None
+    assert "outside of the allowed folders" in found.not_understood[0]
+    assert read_pasted(inside, "").prompts == "a cat"
 
 
 @pytest.mark.parametrize("form", FORMATS)

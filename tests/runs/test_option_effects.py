@@ -199,6 +199,7 @@ EFFECTS: dict[str, Effect] = {
     "mixed_precision": e("weights", "bf16"),
     "full_bf16": e("weights", "", *BF16),
     "full_fp16": e("weights", "", "--mixed_precision=fp16"),
+    "base_storage": e("weights", "nf4"),
     "fp8_base": e("weights", "", *BF16),
     "fp8_base_unet": e("weights", "", *BF16),
     "no_half_vae": e("weights", "", *BF16),
@@ -285,6 +286,7 @@ SHOWN_ELSEWHERE = {
     "resume_from_huggingface": "tests/train/test_hub_state.py",
     "max_data_loader_n_workers": "tests/train/test_reading_ahead.py",
     "skip_cache_check": "tests/data/test_cache.py",
+    "no_oom_recovery": "tests/runs/test_out_of_memory.py",
     "async_upload": "tests/train/test_hub_upload.py",
 }
 """Options whose effect is outside of this machine or in no result, and the test that shows it."""

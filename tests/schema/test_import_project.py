@@ -111,7 +111,7 @@ def test_a_project_with_masks_gives_the_parsers_options() -> None:
 def test_what_is_not_understood_is_listed_and_nothing_is_lost() -> None:
     found = import_project(
         "#!/bin/bash\nRANK=8\nsource venv/bin/activate\nCUDA_VISIBLE_DEVICES=1 accelerate launch --num_processes 2 "
-        "flux_train_network.py --network_dim=$RANK --output_name $NAME --fp8_base --wxyzq blue green --huggingface_token=abc "
+        "flux_train_network.py --network_dim=$RANK --output_name $NAME --deepspeed --wxyzq blue green --huggingface_token=abc "
         "--network_alhpa 3\n--seed=1 && shutdown now"
     )
     assert found.options.network_dim == 8
@@ -123,7 +123,7 @@ def test_what_is_not_understood_is_listed_and_nothing_is_lost() -> None:
         assert text in told, text
     assert "--wxyzq blue green: there is no such option." in found.not_understood
     assert "--network_alhpa 3: there is no such option. Did you mean --network_alpha?" in found.not_understood
-    assert [problem.field for problem in found.problems] == ["fp8_base"]
+    assert [problem.field for problem in found.problems] == ["deepspeed"]
 
 
 KOHYA_SETTINGS = {

@@ -33,6 +33,7 @@ def test_settings_come_back_as_they_were_saved(tmp_path: Path) -> None:
     settings = Settings(
         language="zh",
         theme="dark",
+        start_preset="style",
         models_dir=tmp_path / "models",
         datasets_dir=tmp_path / "data",
         runs_dir=tmp_path / "runs",

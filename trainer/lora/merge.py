@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from trainer.lora.adapter import Adapter
+from trainer.lora.adapter import Adapter, Storing, frozen_weight
 from trainer.lora.naming import Component, layers_of, published_name
 from trainer.lora.oft import rotated_weight
 from trainer.lora.split import part_slices, read_as_trained
@@ -27,7 +27,7 @@ def merge_file(
 ) -> tuple[int, tuple[str, ...]]:
     """Merges what the file has for `models`, and gives the number of changed layers and the names that none has.
 
-    The sum is formed in float32 and rounded to the weight's type once. Names of components that are not among `models`
+    The sum is formed in float32 and rounded to the weight's type once, or stored anew in the weight's form. Names of components that are not among `models`
     are not counted as unknown. Raises `UserError` for a file of another kind, or for another model.
     """
     layers, _ = read_as_trained(layers_of(state), metadata)
@@ -38,11 +38,15 @@ def merge_file(
     for name in own:
         if name in linears:
             linear = linears[name]
-            weight = linear.weight.data
-            if weight.dtype.itemsize == 1:
+            weight = frozen_weight(linear, torch.float32)
+            changed = changed_weight(weight, layers[name], name, where)
+            merged = weight.lerp(changed, multiplier)
+            if isinstance(linear, Storing):
+                linear.store(merged)
+            elif linear.weight.dtype.itemsize == 1:
                 raise _wrong("a LoRA cannot be merged into weights that are kept in 8 bit", where)
-            changed = _changed(weight.float(), layers[name], name, where)
-            linear.weight.data.copy_(weight.float().lerp_(changed, multiplier))
+            else:
+                linear.weight.data.copy_(merged)
     return sum(name in linears for name in own), tuple(name for name in own if name not in linears)
 
 
@@ -51,7 +55,7 @@ def components_of(state: Mapping[str, Tensor]) -> frozenset[str]:
     return frozenset(name.split("_")[1] for name in layers_of(state))
 
 
-def _changed(weight: Tensor, tensors: Mapping[str, Tensor], name: str, where: str) -> Tensor:
+def changed_weight(weight: Tensor, tensors: Mapping[str, Tensor], name: str, where: str) -> Tensor:
     """W' in float32 on the weight's device."""
     parts = {part: tensor.to(weight.device, torch.float32) for part, tensor in tensors.items()}
     alpha = float(tensors["alpha"]) if "alpha" in tensors else None

@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -117,7 +117,7 @@ class JobReporter:
             raise JobCancelled
 
     @contextlib.contextmanager
-    def listening_to_signals(self) -> Iterator[None]:
+    def listening_to_signals(self) -> Generator[None]:
         """Meanwhile SIGINT and SIGTERM cancel between pieces of work, and a second one exits at once."""
 
         def handle(signal_number: int, _frame: FrameType | None) -> None:

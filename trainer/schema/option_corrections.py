@@ -34,6 +34,8 @@ def corrected(options: Options, explicit: frozenset[str]) -> tuple[Options, list
             f"huber_schedule is exponential: the default, snr, does not exist for FLUX (loss_type {options.loss_type})",
             huber_schedule="exponential",
         )
+    if options.fp8_base_unet and not options.fp8_base:
+        change("fp8_base_unet turns fp8_base on", fp8_base=True)
     if options.split_mode:
         swap = 18 if options.blocks_to_swap in (None, 0) else options.blocks_to_swap
         change(f"split_mode is an old name: blocks_to_swap is {swap}", split_mode=False, blocks_to_swap=swap)

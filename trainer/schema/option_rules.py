@@ -79,6 +79,13 @@ def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tupl
                 f"resume is {options.resume.as_posix()}, which is no place on the hub: {error}",
                 "Such as your-name/my-lora/cat-step00000100-state.",
             )
+    if options.base_storage not in (None, "fp8") and (options.fp8_base or options.fp8_base_unet):
+        name = "fp8_base" if options.fp8_base else "fp8_base_unet"
+        yield (
+            ("base_storage", name),
+            f"base_storage is {options.base_storage}, but {name} asks for fp8",
+            "Leave one of the two out.",
+        )
     if options.min_bucket_reso > options.max_bucket_reso:
         yield (
             ("min_bucket_reso", "max_bucket_reso"),

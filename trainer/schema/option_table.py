@@ -200,14 +200,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "full_bf16": _refused(
             "memory", "Train the LoRA in bf16.", "it is not supported yet; use --mixed_precision=bf16"
         ),
-        "fp8_base": _refused(
-            "memory", "Keep the frozen models in 8 bit.", "it is not supported yet; --blocks_to_swap saves memory"
-        ),
-        "fp8_base_unet": _refused(
-            "memory",
-            "Keep the frozen transformer in 8 bit, the text encoders not.",
-            "it is not supported yet; --blocks_to_swap saves memory",
-        ),
         "cpu_offload_checkpointing": _refused(
             "memory", "Keep saved activations in main memory.", "it is not supported yet; use --blocks_to_swap"
         ),

@@ -43,11 +43,12 @@ class Settings:
     """All settings at their defaults. A folder of None is the one in the data folder.
 
     `notify_command` are the words of a program that is started when a run ends, `notify_webhook` an address that is
-    sent the same as JSON. `model_paths` are the model files that were used last, by option.
+    sent the same as JSON. `start_preset` is what a new form holds, `model_paths` are the model files that were used last, by option.
     """
 
     language: str | None = None
     theme: Theme = "system"
+    start_preset: str | None = None
     models_dir: Path | None = None
     datasets_dir: Path | None = None
     runs_dir: Path | None = None
@@ -59,7 +60,7 @@ class Settings:
 
 
 _TABLES: Final[Mapping[str, tuple[str, ...]]] = {
-    "page": ("language", "theme"),
+    "page": ("language", "theme", "start_preset"),
     "folders": ("models_dir", "datasets_dir", "runs_dir", "allowed_dirs"),
     "notifications": ("notify_browser", "notify_command", "notify_webhook"),
     "models": ("model_paths",),
@@ -98,7 +99,7 @@ def read_settings() -> Settings:
 def _read(name: str, value: object) -> object:
     """A value of the file as its type, None when it is none."""
     match name:
-        case "language" | "notify_webhook":
+        case "language" | "notify_webhook" | "start_preset":
             return value if isinstance(value, str) and value else None
         case "theme":
             return value if value in THEMES else None

@@ -133,6 +133,7 @@ def _write(image: Path, text: str, request: Request, reporter: JobReporter) -> N
         return
     after = f"{old}, {text}" if request.mode == "append" and old else text
     write_atomic(file, after, durable=False)
+    print(f"{image.name}: {after}", flush=True)
     kept = None if before is None else base64.b64encode(before).decode()
     reporter.result(image=image.name, file=file.name, before=kept, after=after)
 

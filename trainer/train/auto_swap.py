@@ -6,8 +6,7 @@ import dataclasses
 
 import psutil
 
-from trainer.schema.checkpoint_header import format_bytes
-from trainer.schema.memory_phases import CUDA_CONTEXT_BYTES
+from trainer.schema.memory_phases import CUDA_CONTEXT_BYTES, gib_text
 from trainer.schema.memory_plan import Plan, plan_for
 from trainer.train.check import CheckedRun
 from trainer.train.engine import Engine
@@ -50,8 +49,8 @@ def resolve_auto_swap(checked: CheckedRun, engine: Engine, reporter: Reporter) -
     plan = plan_of_run(checked, min(total_bytes, free_bytes + CUDA_CONTEXT_BYTES), psutil.virtual_memory().total)
     count = engine.share(plan.choice.blocks_to_swap)
     reporter.note(
-        f"blocks_to_swap auto is {count}: about {format_bytes(plan.choice.estimate.peak_bytes)} of "
-        f"{format_bytes(free_bytes)} that are free on the device"
+        f"blocks_to_swap auto is {count}: about {gib_text(plan.choice.estimate.peak_bytes)} of "
+        f"{gib_text(free_bytes)} that are free on the device"
     )
     for reason in plan.impossible:
         reporter.warning(reason)

@@ -215,11 +215,13 @@ class TrainingLoop:
         start: Progress | None = None,
         save_state: Callable[[Progress, SaveKind], None] = lambda _progress, _kind: None,
         state_is_due: Callable[[], bool] = lambda: False,
+        make_room: Callable[[str, str], None] | None = None,
     ) -> None:
         """`inspect_gradients(step)` is called with each step's gradients in place, averaged and not yet clipped.
 
         `start` is where an earlier run left off. `save_state` is called after each LoRA that is saved, and after a step
-        at whose end `state_is_due()`; on every rank at the same steps.
+        at whose end `state_is_due()`; on every rank at the same steps. `make_room(what, reason)` is called when the device
+        ran out of memory in a step or a validation, which is then computed again; it raises when there is none to make.
         """
         self._settings = settings
         self._before_step = before_step
@@ -242,6 +244,7 @@ class TrainingLoop:
         start = start or Progress()
         self._save_state = save_state
         self._state_is_due = state_is_due
+        self._make_room = make_room
         self._wishes = Wishes()
         self._num_duties_done = start.num_duties_done
         self._num_skipped_in_a_row = start.num_skipped_in_a_row
@@ -310,13 +313,21 @@ class TrainingLoop:
             if stop and self._sync.num_processes == 1:
                 yield StepPosition(step, epoch), True
                 return
-            generator = step_generator(settings.seed, step, len(losses), self._rank)
-            # Dropout draws from the global generators: seeded per micro-step, they too are a function of the position.
-            torch.manual_seed(generator.initial_seed())
-            loss = micro_batch(generator)
-            self._scaler.scale(loss / group).backward()
-            losses.append(loss.detach())
             micro_batches.append(micro_batch)
+            while len(losses) < len(micro_batches):
+                which = len(losses)
+                try:
+                    losses.append(self._micro_step(micro_batches[which], step, which, group))
+                    continue
+                except torch.OutOfMemoryError as error:
+                    if self._make_room is None:
+                        raise
+                    reason = str(error)
+                # Outside of the handler, which keeps the tensors of the failed pass alive. All of the step's gradients
+                # come anew: it is not known which of them the failed pass has touched.
+                losses.clear()
+                self._optimizer.zero_grad(set_to_none=True)
+                self._make_room(f"step {step + 1}", reason)
             if len(losses) < group:
                 continue
             remaining -= group
@@ -329,6 +340,15 @@ class TrainingLoop:
                 return
             started = time.monotonic()
             paused = self._reporter.paused_seconds
+
+    def _micro_step(self, micro_batch: MicroBatch, step: int, which: int, group: int) -> Tensor:
+        """Adds the gradients of one micro-batch. A function of the position: called again, it does the same."""
+        generator = step_generator(self._settings.seed, step, which, self._rank)
+        # Dropout draws from the global generators: seeded per micro-step, they too are a function of the position.
+        torch.manual_seed(generator.initial_seed())
+        loss = micro_batch(generator)
+        self._scaler.scale(loss / group).backward()
+        return loss.detach()
 
     def _update(
         self,
@@ -510,7 +530,7 @@ class TrainingLoop:
         step = self._position.step
         if self._validated is None or self._validated[0] != step:
             with final_weights(self._optimizer):
-                self._validated = (step, validate())
+                self._validated = (step, self._in_room(validate))
             self._network.train()
             self._schedule.observe(self._validated[1])
             self._reporter.phase("training")
@@ -521,6 +541,17 @@ class TrainingLoop:
             train_loss=self._average.value,
             is_epoch_end=is_epoch_end,
         )
+
+    def _in_room(self, validate: Callable[[], float]) -> float:
+        """The validation loss, taken again with more room where memory runs out."""
+        while True:
+            try:
+                return validate()
+            except torch.OutOfMemoryError as error:
+                if self._make_room is None:
+                    raise
+                reason = str(error)
+            self._make_room("the validation", reason)
 
     def _sample_now(self, *, is_epoch_end: bool) -> None:
         try:

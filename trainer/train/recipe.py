@@ -38,13 +38,14 @@ from trainer.schema.folders import data_home
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
+from trainer.schema.storage import stored_as
 from trainer.schema.swap_counts import chosen_swap
 from trainer.train.auto_swap import resolve_auto_swap
 from trainer.train.base_weights import merge_base_weights
 from trainer.train.check import CheckedRun, check_run
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
-from trainer.train.device_checks import product_seconds, slow_format
+from trainer.train.device_checks import check_storage, product_seconds, slow_format
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, FileHashes
 from trainer.train.foreign_state import resume_foreign
@@ -54,9 +55,10 @@ from trainer.train.learning_rate import learning_rate_schedule
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
 from trainer.train.lora_form import base_layers
 from trainer.train.lost_numbers import explain_lost_numbers
+from trainer.train.memory_room import NoRoom, SwapRoom
 from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
 from trainer.train.optim import create_optimizer, final_weights, optimizer_description
-from trainer.train.plan import plan_text, tell_settings, warn_of_memory
+from trainer.train.plan import estimate_run, largest_batch, plan_text, tell_settings, warn_of_memory
 from trainer.train.prompt_file import PromptFile
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.rescue import save_or_rescue
@@ -89,6 +91,7 @@ def train(command: ParsedCommand, reporter: Reporter) -> None:
     slow = slow_format(engine.device, engine.dtype, product_seconds)
     if slow is not None:
         reporter.warning(slow)
+    check_storage(stored_as(checked.options), engine.device)
     checked = resolve_auto_swap(checked, engine, reporter)
     warn_of_memory(checked, engine.total_bytes(), reporter)
     with _turn_on_device(options, engine, reporter):
@@ -194,6 +197,15 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         start=start.progress,
         save_state=states,
         state_is_due=states.is_due,
+        make_room=SwapRoom(
+            # LyCORIS keeps the weights for backward, so that they must not move.
+            None if isinstance(network, LycorisNetwork) else swap,
+            engine,
+            reporter,
+            estimated_bytes=estimate_run(checked, engine.total_bytes()).peak_bytes,
+            recovers=not options.no_oom_recovery,
+            batch_size=largest_batch(checked)[1],
+        ),
     )
     reporter.phase("training")
     with contextlib.closing(hashes), contextlib.nullcontext() if upload is None else contextlib.closing(upload):
@@ -204,6 +216,11 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
                 position, was_stopped = loop.run()
             except NumbersLost as lost:
                 raise _after_lost_numbers(lost, network, options, save, engine) from lost
+            except NoRoom:
+                if loop.progress.step > 0 and engine.is_main:
+                    with final_weights(optimizer):
+                        _save_for_good(save, settings.position_after(loop.progress.step), "step")
+                raise
         if was_stopped:
             if position.step > 0:
                 with final_weights(optimizer):
@@ -284,6 +301,7 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine) -> Tra
     """The transformer on the device, except what will be swapped, which never goes there as a whole."""
     if options.pretrained_model_name_or_path is None:
         raise AssertionError("the checks demand the model")
+    storage = stored_as(options)
     on_host = swapped_prefixes(flux, chosen_swap(options.blocks_to_swap))
     model = load_transformer(
         options.pretrained_model_name_or_path,
@@ -291,6 +309,7 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine) -> Tra
         engine.dtype,
         engine.device,
         device_of=lambda name: "cpu" if name.startswith(on_host) else engine.device,
+        storage=None if storage == "compute" else storage,
     )
     model.enable_gradient_checkpointing(options.gradient_checkpointing)
     return model
@@ -383,14 +402,14 @@ def _load_weights(network: AnyNetwork, path: Path, reporter: Reporter) -> Origin
     return origin
 
 
-def block_swap(
-    options: Options, model: Transformer, engine: Engine, reporter: Reporter
-) -> AbstractContextManager[object]:
+def block_swap(options: Options, model: Transformer, engine: Engine, reporter: Reporter) -> BlockSwap:
+    """The swap, not attached yet; of no blocks it does nothing until it is changed."""
     wanted = chosen_swap(options.blocks_to_swap)
-    if wanted == 0:
-        return contextlib.nullcontext()
-    reporter.note(f"swapping {wanted} blocks between main memory and {engine.device.type}")
-    return BlockSwap(list(model.double_blocks), list(model.single_blocks), wanted, make_mover(engine.device))
+    if wanted:
+        reporter.note(f"swapping {wanted} blocks between main memory and {engine.device.type}")
+    return BlockSwap(
+        list(model.double_blocks), list(model.single_blocks), wanted, make_mover(engine.device, reporter.warning)
+    )
 
 
 def unet_rate(options: Options) -> float:

@@ -34,6 +34,7 @@ from trainer.train.conditioning import (
 )
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, files_identity
+from trainer.train.memory_room import encode_in_room
 from trainer.train.reference_caches import ReferenceCaches
 from trainer.train.reporting import Reporter
 from trainer.train.text_plan import TextPlan, text_dtype, writes_reference_text
@@ -107,9 +108,16 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
     if missing and reference is not None:
         missing = reference.read(missing)
     if missing:
+        device = _encoding_device(checked, engine, reporter)
         cache.fill(
             missing,
-            _encoder(checked, engine, _encoding_device(checked, engine, reporter)),
+            encode_in_room(
+                _encoder(checked, engine, device),
+                None if device.type == "cpu" else lambda: _encoder(checked, engine, torch.device("cpu")),
+                "captions",
+                engine,
+                reporter,
+            ),
             batch_size=_batch_size(options),
             progress=reporter.progress,
             check_commands=reporter.check_stop,
