@@ -191,7 +191,7 @@ def _live_html(script: str, elem_id: str) -> gr.HTML:
 def _connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
     parts: dict[str, Any] = dict(tab.parts)
 
-    def when(event: Callable[..., Any], handler: Callable[..., Updates], **more: Any) -> Any:
+    def when(event: Callable[..., Any], handler: Callable[..., Any], **more: Any) -> Any:
         return event(handler, tab.inputs, tab.outputs, **{**IN_ORDER, **more})
 
     def choose(data: Data) -> Updates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -107,7 +108,7 @@ def make_tiny_florence(folder: Path) -> Path:
     )
     torch.manual_seed(1)
     Florence2ForConditionalGeneration(config).save_pretrained(folder)
-    pictures = CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
+    pictures: Any = CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
     pictures.image_seq_length = IMAGE_TOKENS
     Florence2Processor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(folder)
     return folder
@@ -116,7 +117,12 @@ def make_tiny_florence(folder: Path) -> Path:
 def make_tiny_vision_encoder_decoder(folder: Path) -> Path:
     """A ViT that a BERT reads, with random weights: picture processor and tokenizer apart, no prompt."""
     tokenizer = _tokenizer()
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     torch.manual_seed(1)
     encoder = ViTModel(ViTConfig(image_size=SIDE, patch_size=16, **shape))
     decoder = BertLMHeadModel(
