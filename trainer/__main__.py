@@ -190,6 +190,7 @@ def check(arguments: Sequence[str]) -> int:
     if parsed.problems and not names_files(parsed.options):
         parsed.without_problems()
     from trainer.train.check import check_run  # noqa: PLC0415 - torch takes seconds to load
+    from trainer.train.layer_notes import layer_notes  # noqa: PLC0415
     from trainer.train.plan import plan_text, tell_settings  # noqa: PLC0415
     from trainer.train.reporting import Reporter  # noqa: PLC0415
     from trainer.train.session import configure_console  # noqa: PLC0415
@@ -199,6 +200,8 @@ def check(arguments: Sequence[str]) -> int:
     reporter = Reporter()
     checked = check_run(parsed, reporter)
     tell_settings(parsed, checked, reporter)
+    for line in layer_notes(checked):
+        reporter.warning(line)
     texts = plan_texts(checked, parsed.options.seed or 0)
     print("\n".join([plan_text(checked, texts), "No problems found."]))
     return EXIT_DONE
