@@ -4,6 +4,7 @@
     python run.py demo           start the page with the demo run already training
     python run.py train ...      train from the command line; the options are those of flux_train_network.py
     python run.py setup          only make the environment
+    python run.py doctor         say what keeps this machine from training, and what to do about it
     python run.py test           all checks and tests; with arguments: pytest with these arguments, nothing else
 
 Before the command: --venv DIR uses DIR instead of .venv (also: FLUXGUI_VENV).
@@ -416,9 +417,9 @@ def main(arguments: Sequence[str]) -> int:
     if rest and rest[0] in ("-h", "--help", "help"):
         print(__doc__)
         return 0
-    command = rest.pop(0) if rest and rest[0] in ("test", "setup", "demo", "train") else ""
+    command = rest.pop(0) if rest and rest[0] in ("test", "setup", "demo", "train", "doctor") else ""
     if rest and not command and not rest[0].startswith("-"):
-        print(f"run.py: {rest[0]} is not a command; there are demo, train, setup and test.", file=sys.stderr)
+        print(f"run.py: {rest[0]} is not a command; there are demo, train, setup, doctor and test.", file=sys.stderr)
         return EXIT_USAGE
 
     environment = Environment(Path(folder).expanduser().absolute())
@@ -436,7 +437,7 @@ def main(arguments: Sequence[str]) -> int:
         return run_tests(environment, rest)
     if command == "train":
         start(environment, [str(ROOT / "flux_train_network.py"), *rest])
-    start(environment, [str(ROOT / "app.py"), *(["--demo"] if command == "demo" else []), *rest])
+    start(environment, [str(ROOT / "app.py"), *([f"--{command}"] if command else []), *rest])
 
 
 if __name__ == "__main__":

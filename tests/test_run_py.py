@@ -84,6 +84,7 @@ def test_each_command_starts_its_program_in_the_environment(made: Checkout) -> N
     python = str(made.venv)
     assert json.loads(made.run("--port=1", "--no-browser").stdout) == ["app.py", python, "--port=1", "--no-browser"]
     assert json.loads(made.run("demo", "--port=1").stdout) == ["app.py", python, "--demo", "--port=1"]
+    assert json.loads(made.run("doctor").stdout) == ["app.py", python, "--doctor"]
     train = made.run("train", "--learning_rate=1e-4")
     assert json.loads(train.stdout) == ["flux_train_network.py", python, "--learning_rate=1e-4"]
     assert train.returncode == 3
