@@ -18,6 +18,7 @@ from gradio.components import Component
 from gradio.events import Dependency
 
 from fluxgui import train_view
+from fluxgui.all_options import all_options_html, script
 from fluxgui.demo import demo_form_values, make_demo
 from fluxgui.fields import (
     BUCKETS,
@@ -319,7 +320,7 @@ def _first_reason(reading: Reading) -> str:
     return f"{train_view.missing_text(reading.missing[0])} is missing."
 
 
-MORE_NAMES: Final = frozenset({*OPTIMIZER, *FLOW, *BUCKETS, *OTHER})
+MORE_NAMES: Final = frozenset({*OPTIMIZER, *FLOW, *BUCKETS, *OTHER[:1]})
 
 
 def build_train_tab(gpu: Gpu | None) -> TrainTab:
@@ -369,10 +370,13 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
                         ("Optimizer", OPTIMIZER),
                         ("Timesteps and loss", FLOW),
                         ("Sizes and captions", BUCKETS),
-                        ("Device and anything else", OTHER),
+                        (say("train.device"), OTHER[:1]),
                     ):
                         html_part(f"<h4>{heading}</h4>")
                         form |= build_fields(names, fields)
+                with gr.Accordion(say("options.title"), open=False, elem_id="all-options") as everything:
+                    gr.HTML(all_options_html(), js_on_load=script(), elem_classes="part")
+                    form |= build_fields(OTHER[1:], fields)
         with gr.Column(scale=3, min_width=300, elem_classes="side"):
             with gr.Column(elem_classes="card"):
                 html_part(train_view.title("Start"))
@@ -402,7 +406,12 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
         "estimated_for": gr.State(None),
         "remembered": gr.BrowserState({}, storage_key="fluxgui-form", secret="fluxgui"),
     }
-    folds = ((frozenset(TOKENIZERS), tokenizers), (frozenset(MEMORY), memory), (MORE_NAMES, more))
+    folds = (
+        (frozenset(TOKENIZERS), tokenizers),
+        (frozenset(MEMORY), memory),
+        (MORE_NAMES, more),
+        (frozenset(OTHER[1:]), everything),
+    )
     tab = TrainTab(fields, form, parts, presets, folds)
     _connect(tab, start=start, estimate=estimate, find=find, demo_files=demo_files)
     return tab
