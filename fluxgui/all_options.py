@@ -63,7 +63,8 @@ def all_options_html() -> str:
 def script() -> str:
     """The JavaScript for `gr.HTML`'s js_on_load, with its texts."""
     texts = {"changed": say("options.changed_count"), "unreadable": say("options.unreadable")}
-    return f"const TEXTS = {json.dumps(texts)};\n{SCRIPT.read_text(encoding='utf-8')}"
+    # In a function of its own: names such as `watch` are taken around it.
+    return f"(() => {{\nconst TEXTS = {json.dumps(texts)};\n{SCRIPT.read_text(encoding='utf-8')}}})();"
 
 
 def _bar() -> str:
