@@ -11,6 +11,7 @@ from fluxgui.dataset_layout import build_dataset_tab, connect_dataset_page
 from fluxgui.demo import start_demo
 from fluxgui.form_parts import html_part
 from fluxgui.language import say
+from fluxgui.library_tab import build_library_tab
 from fluxgui.presets import start_values
 from fluxgui.presets_tab import build_presets_tab
 from fluxgui.runs import RunWatcher
@@ -23,7 +24,7 @@ from trainer.schema.folders import runs_dir
 from trainer.schema.run_folder import list_runs
 
 QUIETLY: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_limit": 8}
-TRAIN, DATASET, RUNS, PRESETS, SETTINGS = "train", "dataset", "runs", "presets", "settings"
+TRAIN, DATASET, RUNS, LIBRARY, PRESETS, SETTINGS = "train", "dataset", "runs", "library", "presets", "settings"
 
 # A tab also counts as selected when the page is built, before it was known which one the address names.
 ARRIVED: Final = "() => { window.fluxguiArrived = true; }"
@@ -49,6 +50,8 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
                 dataset = build_dataset_tab()
             with gr.Tab(say("page.runs"), id=RUNS) as runs_page:
                 runs = build_runs_tab(watcher)
+            with gr.Tab(say("library.tab"), id=LIBRARY) as library_page:
+                library = build_library_tab(library_page)
             with gr.Tab(say("presets.tab"), id=PRESETS) as presets_page:
                 build_presets_tab(train, tabs, presets_page)
             with gr.Tab(say("settings.tab"), id=SETTINGS) as settings_page:
@@ -78,7 +81,13 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         )
         runs_page.select(None, None, None, js=PAGE_IN_ADDRESS % RUNS)
         runs_page.select(runs.look, look_inputs, runs.outputs, **QUIETLY)
-        pages = {TRAIN: train_page, DATASET: dataset_page, PRESETS: presets_page, SETTINGS: settings_page}
+        pages = {
+            TRAIN: train_page,
+            DATASET: dataset_page,
+            LIBRARY: library_page,
+            PRESETS: presets_page,
+            SETTINGS: settings_page,
+        }
         for name, tab in pages.items():
             tab.select(None, None, None, js=PAGE_IN_ADDRESS % name)
         connect_dataset_page(dataset, dataset_page, train, tabs)
@@ -92,6 +101,7 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
                 **looked,
                 **train.fill(remembered or start_values()),
                 **dataset.arrive(asked.get("dataset")),
+                **library.arrive(asked.get("lora")),
                 tabs: gr.update(selected=asked.get("tab") if asked.get("tab") in (*pages, RUNS) else TRAIN),
                 welcome: gr.update(visible=first_visit),
             }
@@ -100,7 +110,7 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
             page.load(
                 arrive,
                 [train.parts["remembered"], runs.smoothing],
-                [*runs.outputs, *train.form.values(), *dataset.outputs, tabs, welcome],
+                [*runs.outputs, *train.form.values(), *dataset.outputs, *library.outputs, tabs, welcome],
                 **QUIETLY,
             )
             .then(None, None, None, js=ARRIVED)

@@ -25,6 +25,10 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fluxgui.datasets import find_dataset, picture_path
+from fluxgui.jobs import find_job, look_at_job
+from fluxgui.library import find_entry
+from fluxgui.library_jobs import made_picture
+from fluxgui.pictures import safe_name
 from fluxgui.run_view import status_words
 from fluxgui.runs import RunWatcher, find_run, served_file
 from fluxgui.theme import STYLE, make_theme
@@ -150,6 +154,33 @@ def dataset_picture(dataset: str, size: str, name: str) -> Response:
     return FileResponse(kept, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
 
 
+def library_preview(entry_id: str) -> Response:
+    """A LoRA's picture made small."""
+    entry = find_entry(entry_id)
+    kept = thumbnail(entry.preview, "small") if entry is not None and entry.preview is not None else None
+    if kept is None:
+        raise HTTPException(status_code=404, detail="There is no such picture.")
+    return FileResponse(kept, media_type="image/webp", headers={"Cache-Control": "private, max-age=60"})
+
+
+def library_file(entry_id: str) -> FileResponse:
+    """A LoRA of the library, under the name that it has there."""
+    entry = find_entry(entry_id)
+    if entry is None:
+        raise HTTPException(status_code=404, detail="There is no such file.")
+    name = f"{safe_name(entry.title)}.safetensors"
+    return FileResponse(entry.path, media_type="application/octet-stream", filename=name)
+
+
+def library_picture(job_id: str, name: str) -> FileResponse:
+    """A picture that a job of the library made."""
+    job = find_job(job_id)
+    path = made_picture(look_at_job(job), name) if job is not None else None
+    if path is None:
+        raise HTTPException(status_code=404, detail="There is no such picture.")
+    return FileResponse(path, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
+
+
 def head_of_page(theme: str) -> str:
     """The page's own script; `theme` is for browsers in which none was chosen."""
     script = SCRIPT.read_text(encoding="utf-8").replace("THEME", theme)
@@ -185,6 +216,9 @@ def make_server(page: gr.Blocks, watcher: RunWatcher, login: Login | None, *, po
     app.add_api_route("/run-states", run_states, methods=["GET"])
     app.add_api_route("/files/{run_id}/{kind}/{name}", run_file, methods=["GET"])
     app.add_api_route("/pictures/{dataset}/{size}/{name}", dataset_picture, methods=["GET"])
+    app.add_api_route("/library/preview/{entry_id}", library_preview, methods=["GET"])
+    app.add_api_route("/library/file/{entry_id}", library_file, methods=["GET"])
+    app.add_api_route("/library/picture/{job_id}/{name}", library_picture, methods=["GET"])
     gr.mount_gradio_app(
         app,
         page,
