@@ -133,40 +133,34 @@ def start_tool(
 ) -> JobFolder:
     """Start one of `TOOLS` on a LoRA. The result lies in the library's folder, a merged model in that of the models."""
     source = str(entry.path)
-    if tool == "inspect":
-        words = ["inspect", source]
-        target = None
-    else:
+    target = None
+    if tool != "inspect":
         stem = safe_name(name) if name.strip() else f"{entry.path.stem}-{tool}"
         target = (models_dir() if tool == "merge" else loras_dir()) / f"{stem}.safetensors"
         if target.exists():
             raise UserError("there is a file of this name already", target.name, "Choose another name.")
-    if tool == "resize":
-        if rank is None:
-            raise UserError("the new rank is not given", hint="A quarter of the present one is often enough.")
-        words = ["resize", f"--model={source}", f"--new_rank={rank}", f"--save_to={target}"]
-    elif tool == "convert":
-        words = ["convert-lora", f"--input={source}", f"--output={target}", f"--form={form}"]
-        words += [f"--model={model}"] if form == "bfl" and model else []
-    elif tool == "merge-loras":
-        if other is None:
-            raise UserError("the second LoRA is not chosen", hint="Choose it in the list.")
-        words = ["merge-loras", f"--save_to={target}", "--models", source, str(other)]
-        words += ["--ratios", *(f"{ratio:g}" for ratio in ratios)]
-    elif tool == "merge":
-        if not model:
-            raise UserError("the model is not given", hint="Fill in the FLUX model under Models.")
-        words = [
-            "merge",
-            f"--flux_model={model}",
-            f"--save_to={target}",
-            "--models",
-            source,
-            "--ratios",
-            f"{ratios[0]:g}",
-        ]
-    elif tool != "inspect":
-        raise ValueError(tool)
+    match tool:
+        case "inspect":
+            words = ["inspect", source]
+        case "resize":
+            if rank is None:
+                raise UserError("the new rank is not given", hint="A quarter of the present one is often enough.")
+            words = ["resize", f"--model={source}", f"--new_rank={rank}", f"--save_to={target}"]
+        case "convert":
+            words = ["convert-lora", f"--input={source}", f"--output={target}", f"--form={form}"]
+            words += [f"--model={model}"] if form == "bfl" and model else []
+        case "merge-loras":
+            if other is None:
+                raise UserError("the second LoRA is not chosen", hint="Choose it in the list.")
+            words = ["merge-loras", f"--save_to={target}", "--models", source, str(other)]
+            words += ["--ratios", *(f"{ratio:g}" for ratio in ratios)]
+        case "merge":
+            if not model:
+                raise UserError("the model is not given", hint="Fill in the FLUX model under Models.")
+            words = ["merge", f"--flux_model={model}", f"--save_to={target}", "--models", source]
+            words += ["--ratios", f"{ratios[0]:g}"]
+        case _:
+            raise ValueError(tool)
     return start_job(TOOL, f"{tool}: {entry.title}", [*words, "--job_dir={job}"], subject={"entry": entry.entry_id})
 
 

@@ -400,8 +400,8 @@ def _connect(tab: LibraryTab, page: gr.Tab) -> None:
         return {**tab.show(own), **tab.cards(search, order, own)}
 
     parts["cards"].click(choose, listing, outputs, **QUIETLY).then(None, [chosen], None, js=LORA_IN_ADDRESS)
-    for event in (parts["search"].input, parts["order"].change, page.select):
-        event(tab.cards, listing, [parts["cards"]], **QUIETLY)
+    for event in (parts["search"].change, parts["order"].change, page.select):
+        event(tab.cards, listing, [parts["cards"]], trigger_mode="always_last", **QUIETLY)
 
     def begin(entry_id: str | None, *values: Any) -> Updates:
         entry = _need(entry_id)
@@ -425,12 +425,15 @@ def _connect(tab: LibraryTab, page: gr.Tab) -> None:
             raise _refused(error) from None
         return tab.jobs(entry)
 
-    def look(entry_id: str | None) -> Updates:
-        return tab.jobs(find_entry(entry_id))
+    def look(search: str, order: str, entry_id: str | None) -> Updates:
+        updates = tab.jobs(find_entry(entry_id))
+        # What a tool has just written is in the list without being asked for.
+        is_over = updates[parts["timer"]]["active"] is False
+        return {**updates, **tab.cards(search, order, entry_id)} if is_over else updates
 
     inputs = [chosen, *(parts[name] for name in ("prompts", "strengths", "checkpoints", "seed", "size", "steps"))]
     parts["make"].click(begin, [*inputs, *tab.models.values()], outputs, show_progress="hidden", concurrency_limit=1)
-    parts["timer"].tick(look, [chosen], outputs, trigger_mode="once", **QUIETLY)
+    parts["timer"].tick(look, listing, outputs, trigger_mode="once", **QUIETLY)
     for button, kind in ((parts["cancel"], TRY), (parts["cancel_tool"], TOOL)):
         button.click(_canceller(tab, kind), [chosen], outputs, **QUIETLY)
 

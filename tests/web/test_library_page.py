@@ -100,6 +100,7 @@ def test_a_strength_grid_of_a_finished_lora_where_0_is_the_base(
     page.locator("#tool-name input, #tool-name textarea").fill("small emblem")
     page.locator("#tool-run").click()
     expect(page.locator("#tool-result .tool-text")).to_contain_text("rank 2 to 2", timeout=DONE_MS)
+    expect(card).to_have_count(2)
     shoot(page, "library-tool")
     page.locator("#library-search input, #library-search textarea").fill("small")
     expect(card).to_have_count(1)
