@@ -78,15 +78,6 @@ class MadeDense(Protocol):
         ...
 
 
-@runtime_checkable
-class Storing(Protocol):
-    """A Linear that keeps a new weight in a form of its own."""
-
-    def store(self, weight: Tensor) -> None:
-        """Takes the dense weight (O, I)."""
-        ...
-
-
 def frozen_weight(base: nn.Linear, dtype: torch.dtype) -> Tensor:
     """The base's weight for a product in `dtype`. Read it when it is needed and don't keep it: it may be swapped out."""
     return base.dense_weight(dtype) if isinstance(base, MadeDense) else base.weight.to(dtype)

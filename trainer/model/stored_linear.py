@@ -66,12 +66,6 @@ class StoredLinear(FrozenLinear):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
-    def store(self, weight: Tensor) -> None:
-        """Stores a dense weight (O, I), wherever that lies, in place of the numbers there are."""
-        packed, scale = self.pack(weight)
-        self.weight.data.copy_(packed)
-        self.weight_scale.data.copy_(scale)
-
     def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Stored numbers and scales of a dense weight (O, I), on its device."""
         packed, scale = self.empty(weight.device)

@@ -18,7 +18,15 @@ from trainer.model.flux import Flux
 from trainer.model.mapped_file import DTYPES, MappedFile
 from trainer.model.stored_linear import PackedStorage, StoredLinear, use_storage
 from trainer.schema.base import UserError
-from trainer.schema.checkpoint_header import Header, autoencoder_params, clip_params, flux_params, t5_params
+from trainer.schema.checkpoint_header import (
+    ClipParams,
+    Header,
+    T5Params,
+    autoencoder_params,
+    clip_params,
+    flux_params,
+    t5_params,
+)
 from trainer.schema.chroma_header import chroma_params
 from trainer.schema.key_plans import (
     Piece,
@@ -33,6 +41,8 @@ from trainer.schema.key_plans import (
 from trainer.schema.weight_files import read_weights
 
 PlaceTensor = Callable[[str], torch.device | str]
+ChangeOf = Callable[[str], Callable[[Tensor], Tensor] | None]
+"""For a module's path what is to be made of its weight in float32, or None."""
 
 _NUMBERS_AT_ONCE: Final = 1 << 20
 """Of a tensor, so many numbers are read and converted at once; 4 MB in float32."""
@@ -45,17 +55,18 @@ def load_flux(
     *,
     device_of: PlaceTensor | None = None,
     storage: PackedStorage | None = None,
+    change_of: ChangeOf | None = None,
 ) -> Flux:
     """The transformer that `path` names (a file, a folder, a hub id in the cache), frozen, in `dtype` on `device`.
 
     `device_of` may give another device for single parameters, by state-dict name, so that blocks which are to be swapped
     do not stay on the accelerator. With `storage` the blocks' Linears are stored in that form, one after the other while
-    they are read, which is computed on `device`. Raises `UserError` when the file is not a whole FLUX.1 model.
+    they are read, which is computed on `device`; `change_of` gives what is made of each of these before. Raises `UserError` when the file is not a whole FLUX.1 model.
     """
     header = read_weights(path, "flux")
     with torch.device("meta"):
         model = Flux(flux_params(header))
-    _fill_transformer(model, header, flux_plan(header), dtype, torch.device(device), device_of, storage)
+    _fill_transformer(model, header, flux_plan(header), dtype, torch.device(device), device_of, storage, change_of)
     return model.eval()
 
 
@@ -66,12 +77,13 @@ def load_chroma(
     *,
     device_of: PlaceTensor | None = None,
     storage: PackedStorage | None = None,
+    change_of: ChangeOf | None = None,
 ) -> Chroma:
     """The Chroma transformer that `path` names; as `load_flux`."""
     header = read_weights(path, "chroma")
     with torch.device("meta"):
         model = Chroma(chroma_params(header))
-    _fill_transformer(model, header, chroma_plan(header), dtype, torch.device(device), device_of, storage)
+    _fill_transformer(model, header, chroma_plan(header), dtype, torch.device(device), device_of, storage, change_of)
     return model.eval()
 
 
@@ -83,13 +95,16 @@ def _fill_transformer(
     device: torch.device,
     device_of: PlaceTensor | None,
     storage: PackedStorage | None,
+    change_of: ChangeOf | None,
 ) -> None:
     stored: dict[str, StoredLinear] = {}
     if storage is not None:
         for kind in ("double_blocks", "single_blocks"):
             found = use_storage(model.get_submodule(kind), storage)
             stored |= {f"{kind}.{path}.weight": linear for path, linear in found.items()}
-    _fill(model, header, plan, dtype, device_of or (lambda _: device), stored=stored, packs_on=device)
+    _fill(
+        model, header, plan, dtype, device_of or (lambda _: device), stored=stored, packs_on=device, change_of=change_of
+    )
 
 
 def load_autoencoder(path: Path, dtype: torch.dtype, device: torch.device | str) -> AutoEncoder:
@@ -110,6 +125,21 @@ def load_clip_l(
     """
     header = read_weights(path, "clip_l")
     params = clip_params(header)
+    model = empty_clip_l(params, activation)
+    # transformers 4 keeps the published prefix `text_model.` in its parameter names, transformers 5 has dropped it.
+    keeps_prefix = any(name.startswith("text_model.") for name, _ in model.named_parameters())
+
+    prefix = "text_model." if keeps_prefix else ""
+    _fill(model, header, clip_plan(header), dtype, lambda _: device, prefix=prefix)
+    for module in model.modules():
+        position_ids = getattr(module, "position_ids", None)
+        if isinstance(position_ids, Tensor):
+            module.position_ids = torch.arange(params.max_position_embeddings, device=device)[None]
+    return model.eval()
+
+
+def empty_clip_l(params: ClipParams, activation: str = "quick_gelu") -> CLIPTextModel:
+    """A CLIP-L text encoder of these sizes without weights: its parameters are on the meta device."""
     config = CLIPTextConfig(
         hidden_size=params.hidden_size,
         intermediate_size=params.intermediate_size,
@@ -124,23 +154,21 @@ def load_clip_l(
         hidden_act=activation,
     )
     with torch.device("meta"):
-        model = CLIPTextModel(config)
-    # transformers 4 keeps the published prefix `text_model.` in its parameter names, transformers 5 has dropped it.
-    keeps_prefix = any(name.startswith("text_model.") for name, _ in model.named_parameters())
-
-    prefix = "text_model." if keeps_prefix else ""
-    _fill(model, header, clip_plan(header), dtype, lambda _: device, prefix=prefix)
-    for module in model.modules():
-        position_ids = getattr(module, "position_ids", None)
-        if isinstance(position_ids, Tensor):
-            module.position_ids = torch.arange(params.max_position_embeddings, device=device)[None]
-    return model.eval()
+        return CLIPTextModel(config)
 
 
 def load_t5xxl(path: Path, dtype: torch.dtype, device: torch.device | str) -> T5EncoderModel:
     """The T5 encoder that `path` names, frozen, in `dtype` on `device`."""
     header = read_weights(path, "t5xxl")
-    params = t5_params(header)
+    model = empty_t5xxl(t5_params(header))
+    # One embedding under two names: both must go on being the same parameter.
+    model.encoder.embed_tokens = model.shared
+    _fill(model, header, t5_plan(header), dtype, lambda _: device)
+    return model.eval()
+
+
+def empty_t5xxl(params: T5Params) -> T5EncoderModel:
+    """A T5 encoder of these sizes without weights: its parameters are on the meta device."""
     config = T5Config(
         d_model=params.d_model,
         d_ff=params.d_ff,
@@ -157,11 +185,7 @@ def load_t5xxl(path: Path, dtype: torch.dtype, device: torch.device | str) -> T5
         dropout_rate=0.0,
     )
     with torch.device("meta"):
-        model = T5EncoderModel(config)
-    # One embedding under two names: both must go on being the same parameter.
-    model.encoder.embed_tokens = model.shared
-    _fill(model, header, t5_plan(header), dtype, lambda _: device)
-    return model.eval()
+        return T5EncoderModel(config)
 
 
 def _fill(
@@ -174,6 +198,7 @@ def _fill(
     prefix: str = "",
     stored: Mapping[str, StoredLinear] | None = None,
     packs_on: torch.device | None = None,
+    change_of: ChangeOf | None = None,
 ) -> None:
     """Give every parameter of `model`, which is on the meta device, its tensor from the files, frozen.
 
@@ -199,7 +224,8 @@ def _fill(
         for planned in sorted(plan, key=lambda entry: _place_in_files(header, entry)):
             device = torch.device(device_of(planned.target))
             if planned.target in stored:
-                _fill_stored(files, header, planned, stored[planned.target], device, packs_on or device)
+                change = None if change_of is None else change_of(planned.target.removesuffix(".weight"))
+                _fill_stored(files, header, planned, stored[planned.target], device, packs_on or device, change)
                 continue
             _set_parameter(model, prefix + planned.target, _read_parameter(files, header, planned, dtype, device))
 
@@ -241,9 +267,10 @@ def _fill_stored(
     linear: StoredLinear,
     device: torch.device,
     packs_on: torch.device,
+    change: Callable[[Tensor], Tensor] | None,
 ) -> None:
     """The weight in its stored form. Numbers that the file has in that form already are taken over, with their scales."""
-    if linear.storage == "fp8" and all(_read_as(piece) == "F8_E4M3" for piece in planned.pieces):
+    if change is None and linear.storage == "fp8" and all(_read_as(piece) == "F8_E4M3" for piece in planned.pieces):
         raw = dataclasses.replace(planned, pieces=tuple(_without_scale(piece) for piece in planned.pieces))
         scale = torch.ones(linear.out_features)
         start = 0
@@ -255,7 +282,8 @@ def _fill_stored(
             start += end - first
         weight = _read_parameter(files, header, raw, torch.float8_e4m3fn, device)
     else:
-        weight, scale = linear.pack(_read_parameter(files, header, planned, torch.float32, packs_on))
+        dense = _read_parameter(files, header, planned, torch.float32, packs_on)
+        weight, scale = linear.pack(dense if change is None else change(dense))
     linear.set_stored(weight.to(device), scale.to(device))
 
 

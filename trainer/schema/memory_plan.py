@@ -35,8 +35,8 @@ from trainer.schema.swap_counts import max_blocks_to_swap
 from trainer.schema.weight_files import read_weights
 
 DEFAULT_SIDE: Final = 1024
-HOST_RESERVE_BYTES: Final = GIB
-"""Host memory that is left to the system."""
+HOST_RESERVE_BYTES: Final = 2 * GIB
+"""Host memory that is left to the system and other programs."""
 _LOWER_SIDES: Final = (1024, 768, 512, 256)
 
 

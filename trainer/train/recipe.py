@@ -41,8 +41,8 @@ from trainer.schema.options import Options
 from trainer.schema.storage import stored_as
 from trainer.schema.swap_counts import chosen_swap
 from trainer.train.auto_swap import resolve_auto_swap
-from trainer.train.base_weights import merge_base_weights
-from trainer.train.check import CheckedRun, check_run
+from trainer.train.base_weights import base_weights_change, merge_base_weights
+from trainer.train.check import CheckedRun, check_run, trains_clip
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
 from trainer.train.device_checks import check_storage, product_seconds, slow_format
@@ -68,7 +68,7 @@ from trainer.train.sample_maker import SampleMaker
 from trainer.train.saver import LoraSaver
 from trainer.train.session import DeviceLock
 from trainer.train.state_saver import StateSaver, Trainables, advance, resume_state
-from trainer.train.text_phase import PreparedText, prepare_text, trains_clip
+from trainer.train.text_phase import PreparedText, prepare_text
 from trainer.train.text_plan import TextPlan, caption_course, plan_texts
 from trainer.train.trackers import start_trackers
 from trainer.train.training_facts import model_files, training_facts
@@ -313,6 +313,7 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine) -> Tra
         engine.device,
         device_of=lambda name: "cpu" if name.startswith(on_host) else engine.device,
         storage=None if storage == "compute" else storage,
+        change_of=None if storage == "compute" else base_weights_change(options, "unet"),
     )
     model.enable_gradient_checkpointing(options.gradient_checkpointing)
     return model
