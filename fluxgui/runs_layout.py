@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Final
 
 import gradio as gr
-from gradio.blocks import Block
 
 from fluxgui.form_parts import PLAIN, Question, build_question, html_part
 from fluxgui.language import say
 from fluxgui.run_compare import MAX_COMPARED
 from fluxgui.runs import RunWatcher
-from fluxgui.runs_tab import LIVE_SECONDS, RunsTab
+from fluxgui.runs_tab import LIVE_SECONDS, Element, RunsTab
 from fluxgui.system_line import LoadSampler
 
 # Buttons in the list and in the queue. The one that had the focus has it again when the part is written anew.
@@ -87,7 +86,7 @@ def _button(text: str, name: str, *, variant: str = "secondary", visible: bool =
 
 def build_runs_layout(watcher: RunWatcher, sampler: LoadSampler) -> RunsLayout:
     """Lay the page out. Call inside a `gr.Tab`."""
-    parts: dict[str, Block] = {}
+    parts: dict[str, Element] = {}
     parts["shown"] = shown = gr.State({})
     parts["window"] = window = gr.State(None)
     parts["timer"] = gr.Timer(LIVE_SECONDS, active=False)

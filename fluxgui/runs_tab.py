@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, cast
 
 import gradio as gr
-from gradio.blocks import Block
+from gradio.blocks import BlockContext
+from gradio.components import Component
 
 from fluxgui import run_files_view, run_list_view, run_view
 from fluxgui.language import say
@@ -25,6 +26,7 @@ IDLE_SECONDS: Final = 5.0
 AWAY_SECONDS: Final = 20.0
 """Between looks while nobody sees the page: another tab is in front, of the browser or of the program."""
 
+Element = Component | BlockContext
 Shown = dict[str, str]
 """Per part of the page, a digest of what this browser was sent last."""
 
@@ -45,14 +47,14 @@ class Settings(NamedTuple):
 class RunsTab:
     """The page's parts by name. Every look at the runs may change any of them; `shown` remembers what was sent."""
 
-    parts: dict[str, Block]
+    parts: dict[str, Element]
     inputs: list[Any]
     """The chosen run's id, `shown`, and the components of `Settings`."""
     watcher: RunWatcher
     sampler: LoadSampler
 
     @property
-    def outputs(self) -> list[Block]:
+    def outputs(self) -> list[Element]:
         return list(self.parts.values())
 
     def look(self, run_id: str | None, shown: Shown, *settings: Any) -> list[object]:
@@ -100,7 +102,7 @@ class RunsTab:
         others = [
             (" · ".join(filter(None, (view.name, run_view.made_at(view.run_id)))), view.run_id)
             for view in views[: run_list_view.MAX_LISTED]
-            if view.state.points
+            if view.state.points and view is not chosen
         ]
         return {
             "cards": run_list_view.cards(views, chosen.run_id if chosen is not None else None, search=settings.search),
