@@ -13,7 +13,7 @@
 
 // Notifications at the end of a run, on every page, also while it is in the background.
 (() => {
-  const live = ["queued", "running", "paused", "stuck"];
+  const live = ["queued", "starting", "running", "paused", "stuck"];
   let known = null;
   const look = async () => {
     if (localStorage.getItem("fluxgui-notify") !== "1" || !("Notification" in window) || Notification.permission !== "granted") {

@@ -27,6 +27,7 @@ SAVING: Final = ("save_every_n_epochs", "save_every_n_steps", "save_precision")
 MEMORY: Final = (
     "blocks_to_swap",
     "mixed_precision",
+    "base_storage",
     "gradient_checkpointing",
     "cache_latents",
     "cache_latents_to_disk",

@@ -75,9 +75,14 @@ class LibraryTab:
     def outputs(self) -> list[Block]:
         return [*self.parts.values(), *self.models.values()]
 
-    def arrive(self, entry_id: str | None) -> Updates:
-        """The page as the address names it."""
-        return {**self.cards("", "newest", entry_id), **self.show(entry_id), **self.folder_list()}
+    def show_at_visits(self, page: gr.Blocks) -> None:
+        """A visit shows the LoRA that the address names."""
+
+        def arrive(request: gr.Request) -> Updates:
+            entry_id = request.query_params.get("lora")
+            return {**self.cards("", "newest", entry_id), **self.show(entry_id), **self.folder_list()}
+
+        page.load(arrive, None, self.outputs, **QUIETLY)
 
     def cards(self, search: str, order: str, chosen: str | None) -> Updates:
         entries = list_entries(search, cast("Order", order))

@@ -15,8 +15,9 @@ from fluxgui.library_tab import build_library_tab
 from fluxgui.presets import start_values
 from fluxgui.presets_tab import build_presets_tab
 from fluxgui.runs import RunWatcher
-from fluxgui.runs_tab import SHOW_IN_ADDRESS, build_runs_tab
+from fluxgui.runs_actions import SHOW_IN_ADDRESS, build_runs_tab
 from fluxgui.settings_tab import build_settings_tab
+from fluxgui.system_line import LoadSampler
 from fluxgui.train_tab import IN_ORDER, build_train_tab
 from fluxgui.vram import detect_gpu
 from trainer.schema.base import UserError
@@ -36,7 +37,7 @@ PAGE_IN_ADDRESS: Final = """() => {
 }"""
 
 
-def build_page(watcher: RunWatcher) -> gr.Blocks:
+def build_page(watcher: RunWatcher, sampler: LoadSampler) -> gr.Blocks:
     with gr.Blocks(title="FluxGUI", fill_width=True) as page:
         add_api(watcher)  # first, as a handler of the same name would take an endpoint's
         html_part(f'<div class="page-head"><h1>{say("page.title")}</h1><p>{say("page.subtitle")}</p></div>')
@@ -47,9 +48,9 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
             with gr.Tab(say("page.train"), id=TRAIN) as train_page:
                 train = build_train_tab(detect_gpu())
             with gr.Tab(say("dataset.tab"), id=DATASET) as dataset_page:
-                dataset = build_dataset_tab()
+                dataset = build_dataset_tab(train)
             with gr.Tab(say("page.runs"), id=RUNS) as runs_page:
-                runs = build_runs_tab(watcher)
+                runs = build_runs_tab(watcher, train, tabs, sampler)
             with gr.Tab(say("library.tab"), id=LIBRARY) as library_page:
                 library = build_library_tab(library_page)
             with gr.Tab(say("presets.tab"), id=PRESETS) as presets_page:
@@ -60,7 +61,6 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         started = train.parts["started"]
         assert isinstance(started, gr.State)
         show = runs.parts
-        look_inputs = [show["list"], runs.smoothing, show["shown"]]
 
         def run_demo() -> str:
             try:
@@ -71,16 +71,19 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         def go_to_runs() -> list[object]:
             return [gr.update(selected=RUNS), gr.update(visible=False)]
 
+        to_models = train.parts["to_models"]
+        assert isinstance(to_models, gr.Button)
+        to_models.click(lambda: gr.update(selected=SETTINGS), None, [tabs], **QUIETLY)
         try_demo.click(run_demo, None, [started], show_progress="minimal", concurrency_limit=1)
         (
             # First the run and then its tab, which would show the run before last for a moment.
-            started.change(runs.look_and_choose, [started, runs.smoothing, show["shown"]], runs.outputs, **QUIETLY)
+            started.change(runs.look_and_choose, [started, *runs.inputs[1:]], runs.outputs, **QUIETLY)
             .then(go_to_runs, None, [tabs, welcome], **QUIETLY)
             .then(None, [show["list"]], None, js=PAGE_IN_ADDRESS % RUNS)
             .then(None, [show["list"]], None, js=SHOW_IN_ADDRESS)
         )
         runs_page.select(None, None, None, js=PAGE_IN_ADDRESS % RUNS)
-        runs_page.select(runs.look, look_inputs, runs.outputs, **QUIETLY)
+        runs_page.select(runs.look, runs.inputs, runs.outputs, **QUIETLY)
         pages = {
             TRAIN: train_page,
             DATASET: dataset_page,
@@ -90,18 +93,17 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         }
         for name, tab in pages.items():
             tab.select(None, None, None, js=PAGE_IN_ADDRESS % name)
-        connect_dataset_page(dataset, dataset_page, train, tabs)
+        connect_dataset_page(dataset, page, dataset_page, tabs)
+        library.show_at_visits(page)
 
-        def arrive(remembered: dict[str, object] | None, smoothing: float, request: gr.Request) -> dict[Any, Any]:
+        def arrive(remembered: dict[str, object] | None, request: gr.Request) -> dict[Any, Any]:
             """The page as the address says, with the form as this browser left it."""
             asked = request.query_params
-            looked = dict(zip(runs.outputs, runs.look_and_choose(asked.get("run"), smoothing, {}), strict=True))
+            looked = dict(zip(runs.outputs, runs.look_and_choose(asked.get("run"), {}), strict=True))
             first_visit = not list_runs(runs_dir())
             return {
                 **looked,
                 **train.fill(remembered or start_values()),
-                **dataset.arrive(asked.get("dataset")),
-                **library.arrive(asked.get("lora")),
                 tabs: gr.update(selected=asked.get("tab") if asked.get("tab") in (*pages, RUNS) else TRAIN),
                 welcome: gr.update(visible=first_visit),
             }
@@ -109,8 +111,8 @@ def build_page(watcher: RunWatcher) -> gr.Blocks:
         (
             page.load(
                 arrive,
-                [train.parts["remembered"], runs.smoothing],
-                [*runs.outputs, *train.form.values(), *dataset.outputs, *library.outputs, tabs, welcome],
+                [train.parts["remembered"]],
+                [*runs.outputs, *train.form.values(), tabs, welcome],
                 **QUIETLY,
             )
             .then(None, None, None, js=ARRIVED)

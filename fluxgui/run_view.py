@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from html import escape
-from itertools import groupby
-from pathlib import PurePath
 from typing import Final
-from urllib.parse import quote
 
-from fluxgui.run_state import Checkpoint, RunState, Sample
+from fluxgui.language import say
+from fluxgui.run_files_view import megabytes
+from fluxgui.run_state import RunState
 from fluxgui.runs import Contents
-from trainer.schema.run_folder import RunStatus
-
-STEPS_SHOWN: Final = 12
-"""Sample rows on the page; older ones are one click away."""
+from trainer.schema.run_probe import RunStatus
 
 MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
@@ -31,20 +27,7 @@ PHASES: Final = {
 }
 
 
-def file_url(run_id: str, kind: str, path: str) -> str:
-    """Address of a run's file, relative to the page; `server.py` answers it."""
-    return f"files/{quote(run_id, safe='')}/{kind}/{quote(PurePath(path).name, safe='')}"
-
-
-def one_line(name: str, status: RunStatus, state: RunState, run_id: str) -> str:
-    """A run in the list: name, status in words, and when it was made, which its id says. Plain text."""
-    words = status_words(status, state)
-    if status.state in ("running", "paused") and state.num_steps:
-        words += f" {100 * state.step // state.num_steps} %"
-    return " · ".join(part for part in (name, words, _made_at(run_id)) if part)
-
-
-def _made_at(run_id: str) -> str:
+def made_at(run_id: str) -> str:
     """Day and time from the beginning of a run's id; empty for a folder that was named otherwise."""
     try:
         moment = datetime.strptime(run_id[:15], "%Y%m%d-%H%M%S")  # the clock's own time, as in the folder's name
@@ -55,8 +38,6 @@ def _made_at(run_id: str) -> str:
 
 def status_words(status: RunStatus, state: RunState) -> str:
     match status.state:
-        case "queued":
-            return "starting"
         case "stuck":
             return "no progress"
         case "running" if state.phase == "waiting":
@@ -88,11 +69,15 @@ def _doing(status: RunStatus, state: RunState) -> str:
         case "running":
             return phase.capitalize()
         case "queued":
-            return status.detail or "The trainer is being started."
+            return say("runs.waits")
+        case "starting":
+            return status.detail
         case "paused":
             return f"Paused at step {state.step} of {state.num_steps}. Memory stays in use until the run is stopped."
         case "completed":
             return f"Completed: {state.step} steps."
+        case "stopped" if state.num_seen == 0:
+            return say("runs.never_started")
         case "stopped":
             return f"Stopped on request after {state.step} of {state.num_steps} steps; it can be resumed."
         case "failed":
@@ -111,7 +96,7 @@ def _progress(status: RunStatus, state: RunState) -> str:
     else:
         done, total = state.phase_done, state.phase_total
     percent = 100 * done / total if total else 0.0
-    moving = " moving" if status.state in ("running", "queued") and not total else ""
+    moving = " moving" if status.state in ("running", "starting") and not total else ""
     return (
         f'<div class="bar {status.state}{moving}" role="progressbar" aria-label="Progress" aria-valuemin="0" '
         f'aria-valuemax="100" aria-valuenow="{percent:.0f}"><div style="width:{percent:.1f}%"></div></div>'
@@ -140,8 +125,11 @@ def _facts(status: RunStatus, state: RunState) -> str:
     return f'<dl class="facts">{items}</dl>' if items else ""
 
 
-def messages(status: RunStatus, state: RunState, log_tail: str) -> str:
-    """Errors with what to do, a crash with the log's end, and warnings; empty when all is well."""
+def messages(status: RunStatus, state: RunState, log_tail: str, noticed: Sequence[str] = ()) -> str:
+    """Errors with what to do, a crash with the log's end, and warnings; empty when all is well.
+
+    `noticed` are warnings that the page has by itself.
+    """
     parts: list[str] = []
     for error in state.errors if status.state in ("failed", "stuck", "crashed") else ():
         where = f'<p class="where">{escape(error.where)}</p>' if error.where else ""
@@ -158,16 +146,26 @@ def messages(status: RunStatus, state: RunState, log_tail: str) -> str:
             f'<div class="box bad" role="alert"><strong>{escape(title)}</strong>'
             f'<div class="log-tail" tabindex="0"><pre>{escape(tail)}</pre></div></div>'
         )
-    if state.warnings:
-        items = "".join(f"<li>{escape(text)}</li>" for text in state.warnings[-8:])
+    warnings = [*noticed, *state.warnings[-8:]]
+    if warnings:
+        items = "".join(f"<li>{escape(text)}</li>" for text in warnings)
         parts.append(f'<div class="box warn"><strong>Warnings</strong><ul>{items}</ul></div>')
     return "".join(parts)
 
 
-def waiting(pending: Sequence[str], *, is_live: bool, can_resume: bool = False, state_step: int | None = None) -> str:
+def waiting(
+    pending: Sequence[str],
+    *,
+    is_live: bool,
+    is_queued: bool = False,
+    can_resume: bool = False,
+    state_step: int | None = None,
+) -> str:
     """What was asked for and not yet taken up, else what the buttons do. `state_step` is where the run would go on."""
     if pending:
         return f'<p class="empty" role="status">Asked for: {escape(", ".join(pending))}. The trainer answers soon.</p>'
+    if is_queued:
+        return f'<p class="empty">{escape(say("runs.queue_explained"))}</p>'
     if not is_live:
         words = "Start again makes a new run with the same settings, from the beginning."
         if can_resume:
@@ -196,54 +194,8 @@ def deletion(name: str, found: Contents, bin_folder: str) -> str:
         parts.append("the state to resume from")
     return (
         f"Delete {name}? {', '.join(parts[:-1])}{' and ' if len(parts) > 1 else ''}{parts[-1]} "
-        f"({_megabytes(found.num_bytes)}) leave this list. They go to the bin, {bin_folder}, and stay there until you "
+        f"({megabytes(found.num_bytes)}) leave this list. They go to the bin, {bin_folder}, and stay there until you "
         "empty it."
-    )
-
-
-def samples(run_id: str, shown: Sequence[Sample]) -> str:
-    """A grid, newest step first, one column per prompt."""
-    if not shown:
-        return '<p class="empty">Samples appear here as the run makes them.</p>'
-    ordered = sorted(shown, key=lambda sample: (-sample.step, sample.index))
-    rows = [_sample_row(run_id, step, list(row)) for step, row in groupby(ordered, key=lambda sample: sample.step)]
-    older = "".join(rows[STEPS_SHOWN:])
-    more = f"<details><summary>{len(rows) - STEPS_SHOWN} earlier steps</summary>{older}</details>" if older else ""
-    return f'<div class="samples">{"".join(rows[:STEPS_SHOWN])}{more}</div>'
-
-
-def _sample_row(run_id: str, step: int, row: Sequence[Sample]) -> str:
-    pictures = "".join(
-        f'<a href="{file_url(run_id, "samples", sample.path)}" target="_blank" rel="noopener" '
-        f'title="{escape(sample.prompt)}">'
-        f'<img loading="lazy" src="{file_url(run_id, "samples", sample.path)}" '
-        f'alt="Sample of step {sample.step}: {escape(sample.prompt)}"><span>{escape(sample.prompt)}</span></a>'
-        for sample in row
-    )
-    title = f"step {step}" if step else "before training"
-    return f'<section><h4>{title}</h4><div class="row">{pictures}</div></section>'
-
-
-def checkpoints(run_id: str, shown: Sequence[Checkpoint]) -> str:
-    """Download links, newest first."""
-    if not shown:
-        return '<p class="empty">Nothing saved yet.</p>'
-    items = "".join(
-        f'<li><a class="download" download href="{file_url(run_id, "checkpoints", c.path)}">'
-        f"{escape(PurePath(c.path).name)}</a><span>step {c.step}, epoch {c.epoch}, {_megabytes(c.num_bytes)}"
-        f"{' <b>final</b>' if c.is_final else ''}</span></li>"
-        for c in sorted(shown, key=lambda c: (c.is_final, c.step), reverse=True)
-    )
-    return f'<ul class="checkpoints">{items}</ul>'
-
-
-def log(run_id: str, tail: str) -> str:
-    """The end of the worker's log, with a link to all of it."""
-    if not tail:
-        return '<p class="empty">The log is empty.</p>'
-    return (
-        f'<div class="log-tail" tabindex="0" role="region" aria-label="End of the log"><pre>{escape(tail)}</pre></div>'
-        f'<p><a href="{file_url(run_id, "log", "worker.log")}" target="_blank" rel="noopener">the whole log</a></p>'
     )
 
 
@@ -258,7 +210,3 @@ def duration(seconds: float) -> str:
 
 def gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 100_000 else f"{num_bytes / 1e3:.1f} kB"

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import gradio as gr
 from fastapi import FastAPI, HTTPException
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, Response, StreamingResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,6 +29,7 @@ from fluxgui.jobs import find_job, look_at_job
 from fluxgui.library import find_entry
 from fluxgui.library_jobs import made_picture
 from fluxgui.pictures import safe_name
+from fluxgui.run_export import report, zip_stream
 from fluxgui.run_view import status_words
 from fluxgui.runs import RunWatcher, find_run, served_file
 from fluxgui.theme import STYLE, make_theme
@@ -53,6 +54,7 @@ HEADERS: Final = {
 }
 
 SCRIPT: Final = Path(__file__).with_name("browser.js")
+PICTURES_SCRIPT: Final = Path(__file__).with_name("samples.js")
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,10 @@ def dataset_picture(dataset: str, size: str, name: str) -> Response:
     path = picture_path(found, name) if found is not None and size in SIZES else None
     if path is None:
         raise HTTPException(status_code=404, detail="There is no such picture.")
+    return _small_picture(path, size)
+
+
+def _small_picture(path: Path, size: str) -> Response:
     kept = thumbnail(path, size)
     if kept is None:
         return Response(UNREADABLE, media_type="image/svg+xml", headers={"Cache-Control": "no-store"})
@@ -181,21 +187,33 @@ def library_picture(job_id: str, name: str) -> FileResponse:
     return FileResponse(path, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
 
 
+def _download(name: str) -> dict[str, str]:
+    """Headers of something to keep; a run's id is plain ASCII."""
+    return {"Content-Disposition": f'attachment; filename="{quote(name)}"', "Cache-Control": "no-store"}
+
+
 def head_of_page(theme: str) -> str:
     """The page's own script; `theme` is for browsers in which none was chosen."""
     script = SCRIPT.read_text(encoding="utf-8").replace("THEME", theme)
-    return f'<meta name="color-scheme" content="light dark"><script>{script}</script>'
+    pictures = PICTURES_SCRIPT.read_text(encoding="utf-8")
+    return f'<meta name="color-scheme" content="light dark"><script>{script}{pictures}</script>'
 
 
 def make_server(page: gr.Blocks, watcher: RunWatcher, login: Login | None, *, port: int) -> ASGIApp:
     """The whole application, ready for an ASGI server."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-    def run_file(run_id: str, kind: str, name: str) -> FileResponse:
+    def run_file(run_id: str, kind: str, name: str) -> Response:
         run = find_run(run_id)
+        if run is not None and (kind, name) == ("all", f"{run_id}.zip"):
+            return StreamingResponse(zip_stream(run.path), media_type="application/zip", headers=_download(name))
+        if run is not None and (kind, name) == ("report", f"{run_id}.html"):
+            return HTMLResponse(report(watcher.look(run)), headers=_download(name))
         path = served_file(watcher.look(run), kind, name) if run is not None else None
         if path is None:
             raise HTTPException(status_code=404, detail="There is no such file.")
+        if kind == "thumbs":
+            return _small_picture(path, "small")
         if kind == "samples":
             media_type = mimetypes.guess_type(path.name)[0]
             return FileResponse(path, media_type=media_type, headers={"Cache-Control": "private, max-age=3600"})

@@ -37,6 +37,7 @@ from fluxgui.fields import (
 )
 from fluxgui.form import Reading, preset_values, read_form, typed_value
 from fluxgui.form_parts import build_fields, component_value, html_part, mark
+from fluxgui.language import say
 from fluxgui.memory_plan import plan_memory
 from fluxgui.models import found_models, recognised, remember_models
 from fluxgui.pictures import (
@@ -261,7 +262,7 @@ class TrainTab:
     def ask_to_delete(self, name: str | None) -> Updates:
         if not name:
             raise gr.Error("Choose a saved preset first.", print_exception=False)
-        return self.presets.deleting.ask(f"Delete the preset {name}? Its settings are lost.", name)
+        return self.presets.deleting.ask(say("presets.ask_to_delete", name=name), name)
 
     def delete_preset(self, name: str | None) -> Updates:
         bar = self.presets
@@ -335,6 +336,7 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
                 form |= build_fields(MODELS[:2], fields) | build_fields(MODELS[2:], fields)
                 with gr.Row():
                     find = gr.Button("Look in the models folder", size="sm", elem_id="find-models")
+                    parts["to_models"] = gr.Button(say("models.choose"), size="sm", elem_id="to-models")
                     demo_files = gr.Button("Use the demo's files", size="sm", elem_id="use-demo")
                 with gr.Accordion("Tokenizers", open=False) as tokenizers:
                     form |= build_fields(TOKENIZERS, fields)
@@ -350,6 +352,7 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
                 )
                 parts["upload"] = html_part(elem_id="upload-result")
                 parts["pictures"] = html_part(elem_id="pictures")
+                parts["look_after"] = gr.Button(say("dataset.look_after"), size="sm", elem_id="look-after-pictures")
                 form |= build_fields(("trigger_word", "num_repeats"), fields)
             with gr.Column(elem_classes="card"):
                 html_part(train_view.title("3 · Training"))

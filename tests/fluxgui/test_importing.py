@@ -14,8 +14,8 @@ import tomlkit
 from fluxgui.exporting import FORMATS, Project, export_project
 from fluxgui.form import read_form
 from fluxgui.importing import KEPT_FOR_EXPORT, as_job, dataset_text, fill_form, read_only_allowed, read_pasted
-from tests.runs.test_existing_projects import FLUXGYM_DATASET, FLUXGYM_SCRIPT, SECTIONED_CONFIG
-from tests.schema.test_import_project import NAMES
+from tests.runs.test_existing_projects import FLUXGYM_DATASET, FLUXGYM_SCRIPT, KOHYA_SS_CONFIG, SECTIONED_CONFIG
+from tests.schema.test_import_project import COMMAND, MASKED, NAMES
 from tests.tiny import TinyModels
 from trainer.schema.base import UserError
 from trainer.schema.cli import parse_command_line
@@ -89,6 +89,22 @@ def test_the_form_shows_an_imported_command_and_means_the_same(tmp_path: Path) -
     told = "\n".join(filling.left_out)
     assert "/work/output dir" in told
     assert "a cat" in told, "there are captions, so the class tokens are no trigger word"
+
+
+@pytest.mark.parametrize("text", [FLUXGYM_SCRIPT, KOHYA_SS_CONFIG, SECTIONED_CONFIG, COMMAND, MASKED])
+def test_the_form_means_what_each_project_means(text: str, tmp_path: Path) -> None:
+    make_images(tmp_path / "images", 1)
+    dataset = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{tmp_path / 'images'}'\n"
+    project = import_project(text.format(**NAMES), dataset)
+    reading = read_form(fill_form(project).values)
+    assert reading.options is not None, reading.problems
+    # The pictures are the dataset's business, and the steps are left out where epochs win.
+    aside = {*KEPT_FOR_EXPORT, "train_data_dir", "resolution", "max_train_steps"}
+    for name in type(project.options).model_fields:
+        if name not in aside:
+            # An empty list says the same as none.
+            shown, expected = (getattr(options, name) for options in (reading.options, project.options))
+            assert (None if shown == () else shown) == (None if expected == () else expected), name
 
 
 def test_folders_named_by_repeats_fill_the_form(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ from trainer.schema.parameter_counts import (
     t5_count,
     usual_models,
 )
+from trainer.schema.storage import Storage, block_bytes, saved_bytes
 from trainer.schema.swap_counts import max_blocks_to_swap, split_swap
 from trainer.schema.trained_counts import optimizer_state_bytes, trained_sizes
 
@@ -190,11 +191,20 @@ def test_swapped_weights_leave_the_device_for_a_ring_of_two_blocks() -> None:
     assert part(dev_estimate(2), "slots for swapped blocks") == 2 * (339_738_624 + 141_557_760), (
         "one slot has no double"
     )
-    # torch rounds each page-locked Linear up to a power of two.
-    double, single = 2 * (128 + 64 + 32 + 2 * 128) * 2**20, (64 + 128 + 128) * 2**20
-    assert swapped.host_peak_bytes - full.host_peak_bytes == 9 * double + 18 * single
-    on_cpu = [dev_estimate(n, device="cpu").host_parts for n in (0, 18)]
-    assert sum(part.bytes for part in on_cpu[1] if part.name == "swapped blocks") == num_bytes
+    assert swapped.host_peak_bytes - full.host_peak_bytes == num_bytes
+
+
+@pytest.mark.parametrize("storage", ["fp8", "int8", "nf4"])
+def test_stored_weights_take_what_the_storage_says_and_a_scratch(storage: Storage) -> None:
+    dense, stored = dev_estimate(), dev_estimate(base_storage=storage)
+    saved = part(dense, "FLUX.1 weights") - part(stored, "FLUX.1 weights")
+    assert saved == saved_bytes(DEV, storage, 2)
+    assert part(stored, "scratch for stored weights") == 2 * 21504 * 3072
+    swapped = dev_estimate(18, base_storage=storage)
+    double, single = block_bytes(DEV, storage, 2)
+    assert part(stored, "FLUX.1 weights") - part(swapped, "FLUX.1 weights") == 9 * double + 18 * single
+    assert part(swapped, "slots for swapped blocks") == 2 * double
+    assert swapped.host_peak_bytes - stored.host_peak_bytes == 9 * double + 18 * single
 
 
 def test_from_one_block_on_each_further_block_saves_memory() -> None:

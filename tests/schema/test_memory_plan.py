@@ -39,7 +39,8 @@ def test_the_choice_is_the_smallest_count_that_fits() -> None:
 
 def test_alternatives_fit_and_come_fastest_first() -> None:
     found = plan(80, 64)
-    assert [other.changes for other in found.alternatives] == [{"gradient_checkpointing": False, "blocks_to_swap": 0}]
+    assert found.alternatives[0].changes == {"gradient_checkpointing": False, "blocks_to_swap": 0}
+    assert {other.changes.get("base_storage") for other in found.alternatives} == {None, "fp8", "int8", "nf4"}
     assert found.alternatives[0].step_time_ratio == pytest.approx(0.70, abs=0.02), "no second forward pass"
     for other in plan(48, 64).alternatives:
         assert other.estimate.peak_bytes <= usable_bytes(48 * GIB)
@@ -50,6 +51,24 @@ def test_alternatives_fit_and_come_fastest_first() -> None:
     assert seconds == sorted(seconds)
     assert careless.alternatives[0].changes["mixed_precision"] == "bf16"
     assert careless.alternatives[0].changes["cache_text_encoder_outputs"] is True
+
+
+def test_less_storage_needs_less_of_both_memories() -> None:
+    """What the storage is for: 1024 pixels on 8 GiB with 16 GiB of main memory."""
+    found = plan(8, 16)
+    assert not found.fits
+    assert "main memory" in found.impossible[0]
+    assert {str(other.changes["base_storage"]) for other in found.alternatives} == {"fp8", "int8", "nf4"}
+    for other in found.alternatives:
+        assert other.estimate.host_peak_bytes <= usable_host_bytes(16 * GIB)
+        assert other.step_time_ratio < 1.1
+    stored = plan(8, 16, base_storage="fp8")
+    assert stored.fits
+    assert stored.choice.blocks_to_swap < found.choice.blocks_to_swap
+    back = [other.changes for other in plan(80, base_storage="fp8").alternatives]
+    assert {"base_storage": None, "blocks_to_swap": 0} in back
+    old = [other.changes for other in plan(80, fp8_base=True).alternatives]
+    assert {"fp8_base": False, "blocks_to_swap": 0} in old
 
 
 def test_what_does_not_fit_says_which_memory_and_why() -> None:
@@ -121,9 +140,9 @@ def test_the_work_of_a_step_is_that_of_the_shapes(side: int, num_text: int, forw
 
 def test_swapped_blocks_come_twice_a_step_but_for_those_that_are_still_there() -> None:
     double, single = 2 * 339_738_624, 2 * 141_557_760
-    assert step_transfer_bytes(PUBLISHED_DEV, 18, 2) == (7 * double + 18 * single, 9 * double + 16 * single)
-    assert step_transfer_bytes(PUBLISHED_DEV, 1, 2) == (0, 0)
-    assert step_transfer_bytes(PUBLISHED_DEV, 0, 2) == (0, 0)
+    assert step_transfer_bytes(PUBLISHED_DEV, 18, "compute", 2) == (7 * double + 18 * single, 9 * double + 16 * single)
+    assert step_transfer_bytes(PUBLISHED_DEV, 1, "compute", 2) == (0, 0)
+    assert step_transfer_bytes(PUBLISHED_DEV, 0, "compute", 2) == (0, 0)
 
 
 def test_swapping_more_never_makes_a_step_faster_and_hides_behind_large_pictures() -> None:

@@ -174,6 +174,7 @@ def test_the_browser_tells_when_a_run_ends(page: Page, app: App) -> None:
         app.home / "runs", "cat", config_toml="", dataset_toml="", sample_prompts="", info={"name": "cat"}
     )
     page.goto(app.url + "?tab=settings")
+    expect(page.locator("#settings-about")).to_contain_text("gradio")  # what is set has arrived
     with page.expect_response(lambda answer: answer.url.endswith("/run-states")):
         page.locator("#settings-notify input").check()
     events = EventWriter(run.events_jsonl, 1)
@@ -191,7 +192,8 @@ def test_the_models_are_downloaded_found_and_put_into_the_form(
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         monkeypatch.delenv("HF_TOKEN", raising=False)
         app.start()
-        page.goto(app.url + "?tab=settings")
+        page.goto(app.url)
+        page.locator("#to-models").click()
         progress = page.locator("#models-progress")
         page.locator("#models-get").click()
         expect(progress).to_contain_text("Accept the licence at")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.lora.adapter import frozen_weight
 from trainer.lora.forms import to_published
 from trainer.lora.half import held, inner_scale, scaled_down
 from trainer.lora.lora_file import read_lora_file
@@ -64,8 +65,8 @@ class _Addition:
                 inner = held(flat @ scaled_down(down, dtype).t())
                 rows = rows.addmm(inner, up.to(dtype).t(), alpha=self.strength * scale / inner_scale(dtype))
             else:
-                weight = base.weight.float()
-                change = changed_weight(weight, parts, self.name, self.where).sub_(weight).mul_(self.strength)
+                weight = frozen_weight(base, torch.float32)
+                change = changed_weight(weight, parts, self.name, self.where).sub(weight).mul_(self.strength)
                 rows = rows + F.linear(flat, change.to(dtype))
             return held(rows).view(y.shape)
 

@@ -59,10 +59,16 @@ def swapped_prefixes(params: TransformerParams, blocks_to_swap: int) -> tuple[st
 
 
 def swappable_weights(block: nn.Module) -> Iterator[nn.Parameter]:
-    """The frozen matrices of a block: nearly all its bytes. Biases, norms and adapters are small and stay."""
+    """The frozen matrices of a block, with the scales of those that are stored in fewer bits: nearly all its bytes.
+
+    Biases, norms and adapters are small and stay.
+    """
     for module in block.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             yield cast(nn.Parameter, module.weight)
+            scale = getattr(module, "weight_scale", None)
+            if isinstance(scale, nn.Parameter):
+                yield scale
 
 
 class BlockSwap:

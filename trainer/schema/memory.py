@@ -103,7 +103,7 @@ def _estimate(
         phases.append(sums.sampling_phase())
     text_on_host = vram_bytes is not None and sums.caches_text and not _text_fits(phases[0], vram_bytes)
     # While texts are encoded nothing is swapped yet, and when blocks are swapped the text encoders are gone.
-    host = [Part("swapped blocks", sums.pinned_bytes, "weights")]
+    host = [Part("swapped blocks", sums.slab_bytes, "weights")]
     if sums.is_cpu:
         host += max(phases, key=lambda phase: phase.peak_bytes).parts
     elif sums.makes_samples and sums.caches_latents:
@@ -156,14 +156,17 @@ def pick_blocks_to_swap(
     largest = max_blocks_to_swap(flux.depth, flux.depth_single_blocks)
     models = models or usual_models(flux)
     trained = trained_by(flux, options, models)
-    result: Estimate | None = None
-    for count in range(largest + 1):
+
+    def at(count: int) -> Estimate:
         sums = Sums(flux, options, models, width, height, batch_size, count, trained)
-        result = _estimate(options, sums, count, vram_bytes, num_pictures)
-        if result.fits:
-            break
-    assert result is not None
-    return result
+        return _estimate(options, sums, count, vram_bytes, num_pictures)
+
+    # Each further swapped block saves memory, so that halving finds the first count that fits.
+    first, last = 0, largest
+    while first < last:
+        middle = (first + last) // 2
+        first, last = (first, middle) if at(middle).fits else (middle + 1, last)
+    return at(first)
 
 
 def _text_fits(text_phase: Phase, vram_bytes: int) -> bool:

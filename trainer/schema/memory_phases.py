@@ -18,12 +18,12 @@ from trainer.schema.optimizers import moments_of, wanted_optimizer
 from trainer.schema.parameter_counts import (
     OtherModels,
     autoencoder_count,
-    block_linears,
     clip_count,
     flux_counts,
     t5_count,
 )
-from trainer.schema.swap_counts import split_swap
+from trainer.schema.storage import block_bytes, saved_bytes, scratch_bytes, stored_as
+from trainer.schema.swap_counts import slab_bytes, split_swap
 from trainer.schema.trained_counts import Trained, optimizer_state_bytes
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class Sums:
         self.pixels, self.batch = width * height, batch_size
         self.num_double, self.num_single = split_swap(blocks_to_swap)
         self.counts = flux_counts(flux)
+        self.storage = stored_as(options)
         self.value_bytes = 4 if options.mixed_precision == "no" else 2
         # In fp16 the streams between the blocks are kept in fp32, and the autoencoder stays out of half precision.
         self.stream_bytes = 2 if options.mixed_precision == "bf16" else 4
@@ -181,6 +182,7 @@ class Sums:
             saved,
             _part("one block's activations and gradients", one_block * per_token),
             Part("attention workspace", attention),
+            *self._scratch(),
             Part("latents, noise, text and loss", latents + text + rotation, "activations"),
             *([Part("CLIP-L activations", self._clip_work(), "activations")] if self.trains_clip else []),
             *([Part("T5-XXL activations", self._t5_training_work(), "activations")] if self.trains_t5 else []),
@@ -194,7 +196,7 @@ class Sums:
         resident = self._resident(with_gradients=False)
         if self.caches_latents:  # waits in host memory between samples
             resident.append(self.autoencoder_weights())
-        return self._phase("sampling", resident, _part("activations of sampling and decoding", work))
+        return self._phase("sampling", resident, _part("activations of sampling and decoding", work), *self._scratch())
 
     def _phase(self, name: PhaseName, weights: list[Part], *work: Part) -> Phase:
         passing = sum(part.bytes for part in work)
@@ -207,10 +209,13 @@ class Sums:
 
     def _resident(self, *, with_gradients: bool) -> list[Part]:
         """What is on the device all through training."""
+        flux = self.flux
         parts = [
             Part(
-                "Chroma weights" if isinstance(self.flux, ChromaParams) else "FLUX.1 weights",
-                self.counts.total * self.value_bytes - self.swapped_bytes,
+                "Chroma weights" if isinstance(flux, ChromaParams) else "FLUX.1 weights",
+                self.counts.total * self.value_bytes
+                - saved_bytes(flux, self.storage, self.value_bytes)
+                - self.swapped_bytes,
                 "weights",
             ),
             Part("slots for swapped blocks", self._slot_bytes(), "weights"),
@@ -230,21 +235,15 @@ class Sums:
 
     @property
     def swapped_bytes(self) -> int:
-        """Linear weights that live in host memory."""
-        counts = self.counts
-        return self.value_bytes * (self.num_double * counts.double_linear + self.num_single * counts.single_linear)
+        """Linear weights, with their scales, that live in host memory."""
+        double, single = block_bytes(self.flux, self.storage, self.value_bytes)
+        return self.num_double * double + self.num_single * single
 
     @property
-    def pinned_bytes(self) -> int:
-        """What these weights take in host memory: torch rounds page-locked blocks up to powers of two, on CUDA only."""
-        if self.is_cpu:
-            return self.swapped_bytes
-        double, single = block_linears(self.flux)
-
-        def rounded(sizes: tuple[int, ...]) -> int:
-            return sum(1 << (size * self.value_bytes - 1).bit_length() for size in sizes)
-
-        return self.num_double * rounded(double) + self.num_single * rounded(single)
+    def slab_bytes(self) -> int:
+        """What these weights take in host memory, each at its place in its block's slab."""
+        double, single = slab_bytes(self.flux, self.storage, self.value_bytes)
+        return self.num_double * double + self.num_single * single
 
     def cached_bytes(self, num_pictures: int) -> int:
         """Latents and texts of that many pictures that are kept in host memory; those on the disk are read as needed."""
@@ -257,8 +256,9 @@ class Sums:
 
     def _slot_bytes(self) -> int:
         """Blocks take turns in the slots, and each slot is as large as the largest block that ever uses it."""
-        swapped = [self.counts.double_linear] * self.num_double + [self.counts.single_linear] * self.num_single
-        return self.value_bytes * sum(max(swapped[slot::NUM_SLOTS], default=0) for slot in range(NUM_SLOTS))
+        double, single = slab_bytes(self.flux, self.storage, self.value_bytes)
+        swapped = [double] * self.num_double + [single] * self.num_single
+        return sum(max(swapped[slot::NUM_SLOTS], default=0) for slot in range(NUM_SLOTS))
 
     def _lora_parts(self, *, with_gradients: bool) -> list[Part]:
         options, sizes, total = self.options, self.trained.sizes, self.trained.total
@@ -274,6 +274,11 @@ class Sums:
                 "optimizer",
             ),
         ]
+
+    def _scratch(self) -> list[Part]:
+        """Where a weight that is stored in fewer bits is made dense for its product."""
+        scratch = scratch_bytes(self.flux, self.storage, self.value_bytes)
+        return [Part("scratch for stored weights", scratch)] if scratch else []
 
     def _t5_weights(self) -> Part:
         return Part("T5-XXL weights", t5_count(self.models.t5) * self.value_bytes, "weights")

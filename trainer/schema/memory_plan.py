@@ -9,9 +9,10 @@ Sizes come from the model file's header; without a file those of the published m
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, get_args
 
 from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import autoencoder_params, clip_params, t5_params
@@ -29,12 +30,13 @@ from trainer.schema.options import Options
 from trainer.schema.options_data import CHANGES_PIXELS, parse_resolution
 from trainer.schema.parameter_counts import PUBLISHED_CHROMA, PUBLISHED_DEV, OtherModels, usual_models
 from trainer.schema.step_time import PRACTICAL_SHARE, Rates, rates_for, step_time
+from trainer.schema.storage import Storage, stored_as
 from trainer.schema.swap_counts import max_blocks_to_swap
 from trainer.schema.weight_files import read_weights
 
 DEFAULT_SIDE: Final = 1024
-HOST_RESERVE_BYTES: Final = GIB
-"""Host memory that is left to the system."""
+HOST_RESERVE_BYTES: Final = 2 * GIB
+"""Host memory that is left to the system and other programs."""
 _LOWER_SIDES: Final = (1024, 768, 512, 256)
 
 
@@ -216,6 +218,16 @@ def _sizes(
     return size or parse_resolution(options.resolution or DEFAULT_SIDE), batch_size or options.train_batch_size
 
 
+def _stored(options: Options, storage: Storage) -> dict[str, object]:
+    """The changes that store the base model so."""
+    changes: dict[str, object] = {"base_storage": None if storage == "compute" else storage}
+    if storage == "compute":
+        changes |= {name: False for name in ("fp8_base", "fp8_base_unet") if getattr(options, name)}
+        if options.base_storage is None:
+            del changes["base_storage"]
+    return changes
+
+
 def _bar(parts: tuple[Part, ...]) -> tuple[Segment, ...]:
     sums: dict[Kind, int] = {kind: sum(part.bytes for part in parts if part.kind == kind) for kind in KINDS}
     return tuple(Segment(kind, num_bytes) for kind, num_bytes in sums.items() if num_bytes)
@@ -332,11 +344,15 @@ class _Planner:
             base["cache_latents"] = True
         if options.mixed_precision == "no":
             base["mixed_precision"] = "bf16"
-        for common in ({}, base) if base else ({},):
-            for checkpointing in (False, True):
+        given = stored_as(options)
+        may_store = options.network_module != "lycoris.kohya" and options.device != "cpu"
+        for common, checkpointing in itertools.product(({}, base) if base else ({},), (False, True)):
+            for storage in get_args(Storage) if may_store else (given,):
                 changes = dict(common)
                 if checkpointing != options.gradient_checkpointing:
                     changes["gradient_checkpointing"] = checkpointing
+                if storage != given:
+                    changes |= _stored(options, storage)
                 yield changes
 
     def _changed(self, changes: Mapping[str, object]) -> tuple[Options, tuple[int, int], int]:

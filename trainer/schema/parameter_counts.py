@@ -88,14 +88,6 @@ def flux_counts(flux: TransformerParams) -> FluxCounts:
     )
 
 
-def block_linears(flux: TransformerParams) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The weights of each Linear of a double and of a single block."""
-    c, m = flux.hidden_size, mlp_size(flux)
-    has_modulation = not isinstance(flux, ChromaParams)
-    stream = (*([6 * c * c] if has_modulation else ()), 3 * c * c, c * c, c * m, c * m)
-    return (*stream, *stream), (*([3 * c * c] if has_modulation else ()), c * (3 * c + m), (c + m) * c)
-
-
 def _double_linear_weights(c: int, m: int) -> int:
     """qkv, projection and MLP of one of the two streams."""
     return 3 * c * c + c * c + 2 * c * m

@@ -10,6 +10,7 @@ from trainer.schema.base import Problem
 from trainer.schema.chroma_header import TransformerParams
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.options import Options
+from trainer.schema.storage import stored_as
 from trainer.schema.swap_counts import chosen_swap, max_blocks_to_swap
 from trainer.train.findings import EXIT_OPTIONS, Findings
 
@@ -57,6 +58,17 @@ def _check_network_kind(options: Options, spec: LoraSpec, flux: TransformerParam
     if spec.kind == "lycoris":
         if not lycoris.is_installed():
             findings.add(lycoris.not_installed().problems[0], EXIT_OPTIONS)
+        if stored_as(options) != "compute":
+            name = "fp8_base" if options.base_storage is None else "base_storage"
+            findings.add(
+                Problem(
+                    f"lycoris.kohya computes with the model's own weights, which {name} stores in fewer bits",
+                    f"--{name}",
+                    "Leave it out, or use networks.lora_flux.",
+                    name,
+                ),
+                EXIT_OPTIONS,
+            )
         if chosen_swap(options.blocks_to_swap):
             findings.add(
                 Problem(

@@ -38,19 +38,22 @@ from trainer.schema.folders import data_home
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
+from trainer.schema.storage import stored_as
 from trainer.schema.swap_counts import chosen_swap
 from trainer.train.auto_swap import resolve_auto_swap
-from trainer.train.base_weights import merge_base_weights
-from trainer.train.check import CheckedRun, check_run
+from trainer.train.base_weights import base_weights_change, merge_base_weights
+from trainer.train.check import CheckedRun, check_run, trains_clip
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
-from trainer.train.device_checks import product_seconds, slow_format
+from trainer.train.dataset_listing import dataset_listing
+from trainer.train.device_checks import check_storage, product_seconds, slow_format
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, FileHashes
 from trainer.train.foreign_state import resume_foreign
 from trainer.train.hub_upload import HubUploader
 from trainer.train.latents_phase import LatentSource, LoadedBatch, load_ae, loaded_batches, prepare_latents
 from trainer.train.learning_rate import learning_rate_schedule
+from trainer.train.level_losses import LevelLosses
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
 from trainer.train.lora_form import base_layers
 from trainer.train.lost_numbers import explain_lost_numbers
@@ -66,7 +69,7 @@ from trainer.train.sample_maker import SampleMaker
 from trainer.train.saver import LoraSaver
 from trainer.train.session import DeviceLock
 from trainer.train.state_saver import StateSaver, Trainables, advance, resume_state
-from trainer.train.text_phase import PreparedText, prepare_text, trains_clip
+from trainer.train.text_phase import PreparedText, prepare_text
 from trainer.train.text_plan import TextPlan, caption_course, plan_texts
 from trainer.train.trackers import start_trackers
 from trainer.train.training_facts import model_files, training_facts
@@ -86,10 +89,16 @@ def train(command: ParsedCommand, reporter: Reporter) -> None:
     engine = Engine.start(options)
     checked = check_run(command, reporter, num_processes=engine.num_processes)
     tell_settings(command, checked, reporter, num_processes=engine.num_processes)
+    if options.debug_dataset:
+        for text in (plan_text(checked), *dataset_listing(checked, num_processes=engine.num_processes)):
+            reporter.note(text)
+        reporter.note("nothing is trained: --debug_dataset is given")
+        return
     reporter.note(f"training on {engine.name()}, {engine.dtype}".replace("torch.", ""))
     slow = slow_format(engine.device, engine.dtype, product_seconds)
     if slow is not None:
         reporter.warning(slow)
+    check_storage(stored_as(checked.options), engine.device)
     checked = resolve_auto_swap(checked, engine, reporter)
     warn_of_memory(checked, engine.total_bytes(), reporter)
     with _turn_on_device(options, engine, reporter):
@@ -174,6 +183,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         requested=save.requested,
         upload=upload.state if upload is not None and options.save_state_to_huggingface else None,
     )
+    level_losses = LevelLosses()
     loop = TrainingLoop(
         settings,
         network=network,
@@ -184,8 +194,9 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         reporter=reporter,
         rank=engine.rank,
         micro_batches=_micro_batches(
-            checked, latents, flow_objective(options, model, network, text.source, engine), engine, seed
+            checked, latents, flow_objective(options, model, network, text.source, engine), level_losses, engine, seed
         ),
+        level_losses=level_losses,
         save=save,
         sample=sample,
         validate=_validator(checked, model, network, latents, text.source, engine, reporter),
@@ -299,6 +310,7 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine) -> Tra
     """The transformer on the device, except what will be swapped, which never goes there as a whole."""
     if options.pretrained_model_name_or_path is None:
         raise AssertionError("the checks demand the model")
+    storage = stored_as(options)
     on_host = swapped_prefixes(flux, chosen_swap(options.blocks_to_swap))
     model = load_transformer(
         options.pretrained_model_name_or_path,
@@ -306,6 +318,8 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine) -> Tra
         engine.dtype,
         engine.device,
         device_of=lambda name: "cpu" if name.startswith(on_host) else engine.device,
+        storage=None if storage == "compute" else storage,
+        change_of=None if storage == "compute" else base_weights_change(options, "unet"),
     )
     model.enable_gradient_checkpointing(options.gradient_checkpointing)
     return model
@@ -403,7 +417,9 @@ def block_swap(options: Options, model: Transformer, engine: Engine, reporter: R
     wanted = chosen_swap(options.blocks_to_swap)
     if wanted:
         reporter.note(f"swapping {wanted} blocks between main memory and {engine.device.type}")
-    return BlockSwap(list(model.double_blocks), list(model.single_blocks), wanted, make_mover(engine.device))
+    return BlockSwap(
+        list(model.double_blocks), list(model.single_blocks), wanted, make_mover(engine.device, reporter.warning)
+    )
 
 
 def unet_rate(options: Options) -> float:
@@ -572,10 +588,15 @@ class PlannedBatch:
     loaded: LoadedBatch
     latents: LatentSource
     objective: FlowObjective
+    level_losses: LevelLosses
     device: torch.device
 
     def __call__(self, generator: torch.Generator) -> Tensor:
-        return self.objective.loss(self.draw(generator))
+        batch = self.draw(generator)
+        losses = self.objective.sample_losses(batch)
+        if batch.host_timesteps is not None:
+            self.level_losses.note(batch.host_timesteps, losses)
+        return losses.mean()
 
     def draw(self, generator: torch.Generator) -> FlowBatch:
         items, mask = self.plan.items, self.loaded.mask
@@ -591,7 +612,12 @@ class PlannedBatch:
 
 
 def _micro_batches(
-    checked: CheckedRun, latents: LatentSource, objective: FlowObjective, engine: Engine, seed: int
+    checked: CheckedRun,
+    latents: LatentSource,
+    objective: FlowObjective,
+    level_losses: LevelLosses,
+    engine: Engine,
+    seed: int,
 ) -> Callable[[int, int], Iterator[MicroBatch]]:
     """For an epoch, one callable for each batch of this process behind the skipped ones, which gives the batch's loss."""
 
@@ -605,7 +631,7 @@ def _micro_batches(
         share = share_of_rank(plans, engine.rank, engine.num_processes)[skipped:]
         with contextlib.closing(loaded_batches(latents, share, num_threads=num_threads)) as batches:
             for plan, loaded in batches:
-                yield PlannedBatch(plan, loaded, latents, objective, engine.device)
+                yield PlannedBatch(plan, loaded, latents, objective, level_losses, engine.device)
 
     return micro_batches
 

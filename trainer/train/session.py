@@ -22,7 +22,8 @@ from trainer.schema.base import Problem, UserError
 from trainer.schema.events import EventReader, EventWriter
 from trainer.schema.folders import data_home
 from trainer.schema.options import Options
-from trainer.schema.run_folder import Heartbeat, RunFolder, WorkerLock
+from trainer.schema.run_folder import RunFolder
+from trainer.schema.run_liveness import Heartbeat, WorkerLock
 from trainer.train.host_memory import host_memory_text, is_host_out_of_memory
 from trainer.train.notify import notify_end
 from trainer.train.reporting import Reporter, StopRequested
