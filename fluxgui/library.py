@@ -23,7 +23,8 @@ from fluxgui.pictures import safe_name
 from trainer.schema.base import UserError
 from trainer.schema.folders import bin_dir, data_home, runs_dir
 from trainer.schema.model_kinds import identify
-from trainer.schema.run_folder import RunFolder, is_locked, list_runs, write_atomic
+from trainer.schema.run_folder import RunFolder, list_runs, write_atomic
+from trainer.schema.run_liveness import is_locked
 from trainer.schema.safetensors_header import Header, read_header
 from trainer.schema.settings import is_allowed
 

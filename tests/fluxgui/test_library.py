@@ -28,7 +28,8 @@ from fluxgui.library_view import cards, details, metadata_table, try_grid
 from tests.lora.random_lora import random_lora
 from trainer.schema.base import UserError
 from trainer.schema.folders import bin_dir, runs_dir
-from trainer.schema.run_folder import RunFolder, WorkerLock
+from trainer.schema.run_folder import RunFolder
+from trainer.schema.run_liveness import WorkerLock
 from trainer.train.checkpoint import save_lora
 
 METADATA = {
