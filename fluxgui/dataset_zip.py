@@ -7,7 +7,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import IO, Final
 
 from fluxgui.datasets import Added, Dataset, add_pictures, caption_path
 from fluxgui.language import say
@@ -66,7 +66,7 @@ def _unpack(file: Path, target: Path) -> tuple[list[list[Path]], list[str]]:
                 if path.suffix.lower() not in (*IMAGE_SUFFIXES, CAPTION_SUFFIX):
                     refused.append(f"{path.name}: {say('dataset.neither')}")
                     continue
-                if num_files == MAX_FILES or left <= 0:
+                if num_files >= MAX_FILES or left <= 0:
                     refused.append(f"{file.name}: {say('dataset.zip_too_large', most=MAX_FILES)}")
                     break
                 name = "".join("_" if sign in _UNSAFE_IN_NAME else sign for sign in path.name)
@@ -91,7 +91,7 @@ def _unpack(file: Path, target: Path) -> tuple[list[list[Path]], list[str]]:
 class _Limited:
     """A file of which a little more than `limit` bytes are read, so that too large is told from just fitting."""
 
-    def __init__(self, source: zipfile.ZipExtFile, limit: int) -> None:
+    def __init__(self, source: IO[bytes], limit: int) -> None:
         self._source = source
         self._left = limit + 1
 
