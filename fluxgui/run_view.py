@@ -106,21 +106,21 @@ def _progress(status: RunStatus, state: RunState) -> str:
 def _facts(status: RunStatus, state: RunState) -> str:
     facts: list[tuple[str, str]] = []
     if status.state == "running" and state.seconds_left is not None:
-        facts.append(("time left", duration(state.seconds_left)))
+        facts.append((say("runs.time_left"), duration(state.seconds_left)))
     if state.loss is not None:
-        facts.append(("loss", f"{state.loss:.4f}"))
+        facts.append((say("runs.loss_now"), f"{state.loss:.4f}"))
     if state.step_seconds:
-        facts.append(("a step", f"{state.step_seconds:.2f} s"))
+        facts.append((say("runs.a_step"), f"{state.step_seconds:.2f} s"))
     if state.learning_rate:
-        facts.append(("rate", f"{state.learning_rate:.3g}"))
+        facts.append((say("runs.rate_now"), f"{state.learning_rate:.3g}"))
     if state.peak_bytes:
-        facts.append(("GPU memory peak", gib(state.peak_bytes)))
+        facts.append((say("runs.vram_peak"), gib(state.peak_bytes)))
     if state.host_bytes:
-        facts.append(("host memory", gib(state.host_bytes)))
+        facts.append((say("runs.host_now"), gib(state.host_bytes)))
     if state.num_images:
-        facts.append(("pictures", str(state.num_images)))
+        facts.append((say("runs.pictures"), str(state.num_images)))
     if state.device:
-        facts.append(("device", state.device))
+        facts.append((say("runs.device"), state.device))
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
     return f'<dl class="facts">{items}</dl>' if items else ""
 
@@ -137,11 +137,11 @@ def messages(status: RunStatus, state: RunState, log_tail: str, noticed: Sequenc
         parts.append(f'<div class="box bad" role="alert"><strong>{escape(error.message)}</strong>{where}{hint}</div>')
     if status.state in ("crashed", "stuck") or (status.state == "failed" and not state.errors):
         title = {
-            "crashed": "The trainer ended without saying why. The last lines of its log:",
-            "stuck": f"{status.detail or 'No progress for a while.'} The last lines of the log:",
-            "failed": "The run failed. The last lines of its log:",
+            "crashed": say("runs.crashed_log"),
+            "stuck": say("runs.stuck_log", detail=status.detail),
+            "failed": say("runs.failed_log"),
         }[status.state]
-        tail = "\n".join(log_tail.splitlines()[-15:]) or "The log is empty."
+        tail = "\n".join(log_tail.splitlines()[-15:]) or say("runs.log_empty")
         parts.append(
             f'<div class="box bad" role="alert"><strong>{escape(title)}</strong>'
             f'<div class="log-tail" tabindex="0"><pre>{escape(tail)}</pre></div></div>'
@@ -149,7 +149,7 @@ def messages(status: RunStatus, state: RunState, log_tail: str, noticed: Sequenc
     warnings = [*noticed, *state.warnings[-8:]]
     if warnings:
         items = "".join(f"<li>{escape(text)}</li>" for text in warnings)
-        parts.append(f'<div class="box warn"><strong>Warnings</strong><ul>{items}</ul></div>')
+        parts.append(f'<div class="box warn"><strong>{escape(say("runs.warnings"))}</strong><ul>{items}</ul></div>')
     return "".join(parts)
 
 
@@ -163,23 +163,17 @@ def waiting(
 ) -> str:
     """What was asked for and not yet taken up, else what the buttons do. `state_step` is where the run would go on."""
     if pending:
-        return f'<p class="empty" role="status">Asked for: {escape(", ".join(pending))}. The trainer answers soon.</p>'
+        asked = say("runs.asked_for", names=", ".join(pending))
+        return f'<p class="empty" role="status">{escape(asked)}</p>'
     if is_queued:
         return f'<p class="empty">{escape(say("runs.queue_explained"))}</p>'
     if not is_live:
-        words = "Start again makes a new run with the same settings, from the beginning."
+        words = say("runs.what_again_does")
         if can_resume:
-            place = (
-                "begins anew in this run: it ended before a state of it was kept"
-                if state_step is None
-                else f"goes on in this run after step {state_step}"
-            )
-            words = f"Resume {place}. {words}"
-        return f'<p class="empty">{words}</p>'
-    return (
-        '<p class="empty">Stop ends the run after the current step and frees the memory; it can be resumed later. Pause '
-        "keeps the memory. Closing this page stops nothing.</p>"
-    )
+            place = say("runs.resume_anew") if state_step is None else say("runs.resume_after", step=state_step)
+            words = f"{place} {words}"
+        return f'<p class="empty">{escape(words)}</p>'
+    return f'<p class="empty">{escape(say("runs.what_buttons_do"))}</p>'
 
 
 def deletion(name: str, found: Contents, bin_folder: str) -> str:

@@ -154,10 +154,10 @@ def _run_updates(view: RunView, settings: Settings) -> dict[str, object]:
         "sample": gr.update(visible=view.is_live and not is_waiting, interactive=trains),
         "pause": gr.update(
             visible=view.is_live and not is_waiting,
-            value="Resume" if state.is_paused else "Pause",
+            value=say("runs.resume") if state.is_paused else say("runs.pause"),
             interactive=obeys,
         ),
-        "resume": gr.update(visible=view.can_resume, value=say("runs.start") if not state.num_seen else "Resume"),
+        "resume": gr.update(visible=view.can_resume, value=say("runs.resume") if state.num_seen else say("runs.start")),
         "again": gr.update(visible=not view.is_live),
         "delete": gr.update(visible=not view.is_live),
     }
