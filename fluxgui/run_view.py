@@ -15,16 +15,7 @@ from trainer.schema.run_probe import RunStatus
 
 MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
-PHASES: Final = {
-    "check": "checking files and pictures",
-    "waiting": "waiting for another run to finish",
-    "text": "encoding captions",
-    "latents": "encoding pictures",
-    "model": "loading the model",
-    "training": "training",
-    "sampling": "making samples",
-    "saving": "saving",
-}
+PHASES: Final = frozenset({"check", "waiting", "text", "latents", "model", "training", "sampling", "saving"})
 
 
 def made_at(run_id: str) -> str:
@@ -37,13 +28,16 @@ def made_at(run_id: str) -> str:
 
 
 def status_words(status: RunStatus, state: RunState) -> str:
-    match status.state:
-        case "stuck":
-            return "no progress"
-        case "running" if state.phase == "waiting":
-            return "waiting"
-        case _:
-            return status.state
+    if status.state == "running" and state.phase == "waiting":
+        return say("runs.state_waiting")
+    return say(f"runs.state_{status.state}")
+
+
+def phase_words(phase: str) -> str:
+    """What a phase does; one that is not known by its own name."""
+    if phase in PHASES:
+        return say(f"runs.phase_{phase}")
+    return phase or say("runs.phase_start")
 
 
 def header(name: str, status: RunStatus, state: RunState) -> str:
@@ -57,33 +51,34 @@ def header(name: str, status: RunStatus, state: RunState) -> str:
 
 
 def _doing(status: RunStatus, state: RunState) -> str:
-    phase = PHASES.get(state.phase, state.phase) or "starting"
+    phase = phase_words(state.phase)
+    begun = phase[:1].upper() + phase[1:]
     match status.state:
         case "running" if state.phase in ("training", "sampling", "saving") and state.num_steps:
-            text = f"{phase.capitalize()}, step {state.step} of {state.num_steps}"
+            text = say("runs.doing_steps", phase=begun, step=state.step, total=state.num_steps)
             if state.num_epochs:
-                text += f", epoch {max(state.epoch, 1)} of {state.num_epochs}"
+                text += say("runs.doing_epoch", epoch=max(state.epoch, 1), total=state.num_epochs)
             return text
         case "running" if state.phase_total:
-            return f"{phase.capitalize()}, {state.phase_done} of {state.phase_total}"
+            return say("runs.doing_part", phase=begun, done=state.phase_done, total=state.phase_total)
         case "running":
-            return phase.capitalize()
+            return begun
         case "queued":
             return say("runs.waits")
         case "starting":
-            return status.detail
+            return say("runs.doing_start")
         case "paused":
-            return f"Paused at step {state.step} of {state.num_steps}. Memory stays in use until the run is stopped."
+            return say("runs.doing_paused", step=state.step, total=state.num_steps)
         case "completed":
-            return f"Completed: {state.step} steps."
+            return say("runs.doing_completed", step=state.step)
         case "stopped" if state.num_seen == 0:
             return say("runs.never_started")
         case "stopped":
-            return f"Stopped on request after {state.step} of {state.num_steps} steps; it can be resumed."
+            return say("runs.doing_stopped", step=state.step, total=state.num_steps)
         case "failed":
-            return f"Failed while {phase}; the reason is below."
+            return say("runs.doing_failed", phase=phase)
         case "crashed":
-            return f"Crashed while {phase}: the trainer ended without a word. The end of its log is below."
+            return say("runs.doing_crashed", phase=phase)
         case _:
             return status.detail
 
