@@ -10,6 +10,7 @@ from gradio.blocks import Block
 from gradio.components import Component
 
 from fluxgui import dataset_view, doctor_view
+from fluxgui.caption_panel import build_caption_panel, connect_caption_panel
 from fluxgui.dataset_tab import FIRST_PAGE, FORM_NAMES, Data, DatasetTab, Updates, View
 from fluxgui.datasets import find_dataset
 from fluxgui.form_parts import PLAIN, html_part
@@ -93,6 +94,7 @@ def build_dataset_tab(train: TrainTab) -> DatasetTab:
         parts["checking"] = html_part(elem_id="doctor-progress")
         parts["doctor"] = _live_html(doctor_view.SCRIPT, "doctor-report")
         parts["buckets"] = html_part(elem_id="doctor-buckets")
+    caption_buttons = build_caption_panel(parts)
     with gr.Row(visible=False, equal_height=False) as parts["whole"]:
         with gr.Column(scale=5, min_width=300):
             with gr.Column(elem_classes="card") as parts["browse"]:
@@ -170,7 +172,7 @@ def build_dataset_tab(train: TrainTab) -> DatasetTab:
             *(
                 part
                 for part in parts.values()
-                if isinstance(part, Component) and not isinstance(part, gr.HTML | gr.Button)
+                if isinstance(part, Component) and not isinstance(part, gr.HTML | gr.Button | gr.Timer)
             ),
         },
         train,
@@ -181,6 +183,7 @@ def build_dataset_tab(train: TrainTab) -> DatasetTab:
         "put_back": put_back,
     }  # fmt: skip
     _connect(tab, buttons)
+    connect_caption_panel(tab, caption_buttons, **IN_ORDER)
     return tab
 
 

@@ -127,6 +127,7 @@ class DatasetTab:
                 parts["chooser"]: gr.update(visible=False),
                 parts["whole"]: gr.update(visible=False),
                 parts["doctor_box"]: gr.update(visible=False),
+                parts["captions_box"]: gr.update(visible=False),
                 parts["adding"]: gr.update(open=True),
             }
         return cleared | {
@@ -134,6 +135,9 @@ class DatasetTab:
             parts["chooser"]: gr.update(visible=True),
             parts["whole"]: gr.update(visible=True),
             parts["doctor_box"]: gr.update(visible=True),
+            parts["captions_box"]: gr.update(visible=True),
+            parts["caption_status"]: "",
+            parts["caption_timer"]: gr.update(active=True),  # looks once for a job that is under way
             parts["forget"]: gr.update(visible=is_added(dataset)),
             **self.show(dataset, FIRST_PAGE, "", [], None),
         }

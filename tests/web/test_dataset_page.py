@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 from playwright.sync_api import Locator, Page, expect
 
+from tests.tools.tiny_captioners import make_tiny_florence
 from tests.web.page_process import App, wait_until
 
 pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -193,3 +194,25 @@ def test_a_broken_picture_and_a_missing_caption_are_named_and_fixed_on_the_spot(
     page.locator("#dataset-use").click()
     expect(page.locator("#pictures")).to_contain_text("3 pictures")
     expect(page.locator("#pictures .bad")).to_have_count(0)
+
+
+def test_captions_are_written_by_a_worker_and_undone(app: App, page: Page, tmp_path: Path) -> None:
+    folder = app.home / "datasets" / "cats"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        draw(folder / f"{number}.png", 9 * number)
+    model = make_tiny_florence(tmp_path / "model")
+    page.goto(f"{app.url}?tab=dataset&dataset=cats")
+    page.get_by_text("Automatic captions", exact=True).click()
+    text_box(page, "caption-model").fill(str(tmp_path / "nothing"))
+    page.locator("#caption-start").click()
+    expect(page.locator("#caption-status .bad")).to_contain_text("cannot be loaded")
+    text_box(page, "caption-model").fill(str(model))
+    page.locator("#caption-start").click()
+    expect(page.locator("#caption-status .good")).to_contain_text("3 captions written")
+    expect(in_place(page, "1.png")).not_to_have_value("")
+    assert sorted(captions(folder)) == ["0", "1", "2"]
+    expect(page.locator("#dataset-undo")).to_contain_text("automatic captions")
+    page.locator("#dataset-undo").click()
+    expect(in_place(page, "1.png")).to_have_value("")
+    assert captions(folder) == {}

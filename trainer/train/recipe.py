@@ -45,6 +45,7 @@ from trainer.train.base_weights import base_weights_change, merge_base_weights
 from trainer.train.check import CheckedRun, check_run, trains_clip
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
+from trainer.train.dataset_listing import dataset_listing
 from trainer.train.device_checks import check_storage, product_seconds, slow_format
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, FileHashes
@@ -88,6 +89,11 @@ def train(command: ParsedCommand, reporter: Reporter) -> None:
     engine = Engine.start(options)
     checked = check_run(command, reporter, num_processes=engine.num_processes)
     tell_settings(command, checked, reporter, num_processes=engine.num_processes)
+    if options.debug_dataset:
+        for text in (plan_text(checked), *dataset_listing(checked, num_processes=engine.num_processes)):
+            reporter.note(text)
+        reporter.note("nothing is trained: --debug_dataset is given")
+        return
     reporter.note(f"training on {engine.name()}, {engine.dtype}".replace("torch.", ""))
     slow = slow_format(engine.device, engine.dtype, product_seconds)
     if slow is not None:
