@@ -9,18 +9,20 @@ import gradio as gr
 from gradio.blocks import Block
 from gradio.components import Component
 
-from fluxgui import dataset_view
-from fluxgui.dataset_tab import FIRST_PAGE, Data, DatasetTab, Updates, View
+from fluxgui import dataset_view, doctor_view
+from fluxgui.caption_panel import build_caption_panel, connect_caption_panel
+from fluxgui.dataset_tab import FIRST_PAGE, FORM_NAMES, Data, DatasetTab, Updates, View
 from fluxgui.datasets import find_dataset
 from fluxgui.form_parts import PLAIN, html_part
 from fluxgui.language import say
 from fluxgui.pictures import CAPTION_SUFFIX, IMAGE_SUFFIXES, MAX_FILES
+from fluxgui.train_tab import IN_ORDER as CHECK_IN_ORDER
 from fluxgui.train_tab import TrainTab
 
 IN_ORDER: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_id": "dataset", "concurrency_limit": 1}
 """One change after the other: a caption that is left is saved before what the next click does."""
 
-TRAIN_PAGE: Final = "train"
+TRAIN_PAGE, DATASET_PAGE = "train", "dataset"
 
 DATASET_IN_ADDRESS: Final = """(name) => {
     const url = new URL(location.href);
@@ -45,7 +47,7 @@ KEYS: Final = """() => {
 }"""
 
 
-def build_dataset_tab() -> DatasetTab:
+def build_dataset_tab(train: TrainTab) -> DatasetTab:
     """Lay the page out and connect it. Call inside a `gr.Tab`. `parts["use"]` is left for the page to connect."""
     parts: dict[str, Block] = {}
     with gr.Column(elem_classes="card", visible=False) as parts["empty"]:
@@ -80,6 +82,19 @@ def build_dataset_tab() -> DatasetTab:
             )
             parts["forget"] = gr.Button(say("dataset.forget"), size="sm", visible=False, elem_id="dataset-forget")
         parts["said"] = html_part(elem_id="dataset-said")
+    with gr.Accordion(say("dataset.doctor"), open=False, visible=False, elem_id="dataset-doctor") as parts[
+        "doctor_box"
+    ]:
+        html_part(f'<p class="empty">{say("dataset.doctor_text")}</p>')
+        with gr.Row():
+            parts["check"] = gr.Button(say("dataset.check"), size="sm", min_width=120, elem_id="doctor-check")
+            parts["stop_check"] = gr.Button(
+                say("dataset.stop_check"), size="sm", min_width=120, visible=False, elem_id="doctor-stop"
+            )
+        parts["checking"] = html_part(elem_id="doctor-progress")
+        parts["doctor"] = _live_html(doctor_view.SCRIPT, "doctor-report")
+        parts["buckets"] = html_part(elem_id="doctor-buckets")
+    caption_buttons = build_caption_panel(parts)
     with gr.Row(visible=False, equal_height=False) as parts["whole"]:
         with gr.Column(scale=5, min_width=300):
             with gr.Column(elem_classes="card") as parts["browse"]:
@@ -149,9 +164,18 @@ def build_dataset_tab() -> DatasetTab:
     parts["view"] = gr.State(FIRST_PAGE)
     parts["selected"] = gr.State([])
     parts["opened"] = gr.Textbox(visible=False)
+    parts["arrived"] = gr.State(False)
     tab = DatasetTab(
         parts,
-        {part for part in parts.values() if isinstance(part, Component) and not isinstance(part, (gr.HTML, gr.Button))},
+        {
+            *(train.form[name] for name in FORM_NAMES),
+            *(
+                part
+                for part in parts.values()
+                if isinstance(part, Component) and not isinstance(part, gr.HTML | gr.Button | gr.Timer)
+            ),
+        },
+        train,
     )
     buttons = {
         "create": create, "add": add, "save": save, "close": close, "delete_one": delete_one, "select_all": select_all,
@@ -159,6 +183,7 @@ def build_dataset_tab() -> DatasetTab:
         "put_back": put_back,
     }  # fmt: skip
     _connect(tab, buttons)
+    connect_caption_panel(tab, caption_buttons, **IN_ORDER)
     return tab
 
 
@@ -169,7 +194,7 @@ def _live_html(script: str, elem_id: str) -> gr.HTML:
 def _connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
     parts: dict[str, Any] = dict(tab.parts)
 
-    def when(event: Callable[..., Any], handler: Callable[..., Updates], **more: Any) -> Any:
+    def when(event: Callable[..., Any], handler: Callable[..., Any], **more: Any) -> Any:
         return event(handler, tab.inputs, tab.outputs, **{**IN_ORDER, **more})
 
     def choose(data: Data) -> Updates:
@@ -217,6 +242,19 @@ def _connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
     when(parts["grid"].click, open_picture).then(None, None, None, js=KEYS)
     when(parts["grid"].select, select_one)
     when(parts["grid"].edit, tab.edit_in_grid)
+
+    def remove_found(data: Data, event: gr.EventData) -> Updates:
+        return tab.delete(data, [str(event.name)])
+
+    # Not in order with the rest: it may take a while, and changes nothing.
+    checked = {"concurrency_id": "doctor", "concurrency_limit": 4}
+    checking = when(parts["check"].click, tab.check, **checked)
+    parts["stop_check"].click(
+        lambda: tab.check_is_over(say("dataset.check_stopped")), None, tab.outputs, cancels=[checking], queue=False
+    )
+    when(parts["doctor"].click, open_picture).then(None, None, None, js=KEYS)
+    when(parts["doctor"].delete, remove_found)
+    when(parts["doctor"].edit, tab.edit_found)
     when(parts["tags"].click, by_tag)
     when(parts["search"].change, filtered, trigger_mode="always_last")
     when(parts["only_missing"].input, filtered)
@@ -240,17 +278,35 @@ def _connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
     when(buttons["put_back"].click, tab.restore)
 
 
-def connect_dataset_page(tab: DatasetTab, page: gr.Tab, train: TrainTab, tabs: gr.Tabs) -> None:
+def connect_dataset_page(tab: DatasetTab, whole: gr.Blocks, page: gr.Tab, tabs: gr.Tabs) -> None:
     """The ways between this page and the Train page."""
-    list_, use = tab.parts["list"], tab.parts["use"]
+    train = tab.train
+    list_, use, look_after = tab.parts["list"], tab.parts["use"], train.parts["look_after"]
     assert isinstance(list_, gr.Dropdown)
     assert isinstance(use, gr.Button)
+    assert isinstance(look_after, gr.Button)
+    image_dir = train.form["image_dir"]
+
+    def arrive(request: gr.Request) -> Updates:
+        return {**tab.arrive(request.query_params.get("dataset")), tab.parts["arrived"]: True}
+
+    whole.load(arrive, None, tab.outputs, **IN_ORDER)
     # Pictures may have come from elsewhere meanwhile, so the folder is read anew each time the page is turned to.
     page.select(tab.come_back, tab.inputs, tab.outputs, **IN_ORDER).then(None, [list_], None, js=DATASET_IN_ADDRESS)
-    image_dir = train.form["image_dir"]
 
     def use_it(name: str | None) -> list[object]:
         dataset = find_dataset(name)
         return [gr.skip(), gr.skip()] if dataset is None else [str(dataset.path), gr.update(selected=TRAIN_PAGE)]
 
-    use.click(use_it, [list_], [image_dir, tabs], show_progress="hidden")
+    # The folder may be the one that is named there already, with other pictures in it by now.
+    use.click(use_it, [list_], [image_dir, tabs], show_progress="hidden").then(
+        train.look_at_pictures, [image_dir], [train.parts["pictures"]], show_progress="hidden"
+    ).then(train.check, train.inputs, train.outputs, **CHECK_IN_ORDER)
+
+    def visit(data: Data) -> Updates:
+        """The Train page's folder as a dataset, and the check of it."""
+        return {**tab.open_folder(str(data[image_dir] or "")), tabs: gr.update(selected=DATASET_PAGE)}
+
+    look_after.click(visit, {image_dir}, [*tab.outputs, tabs], **IN_ORDER).success(
+        tab.check, tab.inputs, tab.outputs, show_progress="hidden", concurrency_id="doctor"
+    ).then(None, [list_], None, js=DATASET_IN_ADDRESS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
@@ -11,7 +12,8 @@ import gradio as gr
 from gradio.blocks import Block
 from gradio.components import Component
 
-from fluxgui import caption_rules, dataset_view
+from fluxgui import caption_rules, dataset_view, doctor_view
+from fluxgui.dataset_doctor import Bucketing, Report, bucketing_of, crop_of, examine, token_counts
 from fluxgui.dataset_history import (
     binned,
     change_captions,
@@ -35,10 +37,22 @@ from fluxgui.datasets import (
     read_items,
     remove_folder,
 )
+from fluxgui.fields import TOKENIZERS
+from fluxgui.form import typed_value
 from fluxgui.language import say
+from fluxgui.train_tab import TrainTab
 from trainer.schema.base import UserError
 
 NUM_ON_PAGE: Final = 24
+PROGRESS_SECONDS: Final = 0.3
+FORM_NAMES: Final = (
+    "resolution",
+    "enable_bucket",
+    "bucket_no_upscale",
+    "min_bucket_reso",
+    "max_bucket_reso",
+    *TOKENIZERS,
+)
 Updates = dict[Block, Any]
 Data = dict[Component, Any]
 
@@ -58,12 +72,9 @@ FIRST_PAGE: Final[View] = {"page": 0, "tag": "", "only_missing": False}
 class DatasetTab:
     """The page's components by name. Handlers take `inputs` and give updates for some of `outputs`."""
 
-    parts: dict[str, Block] = field(default_factory=dict)
-    inputs_: set[Any] = field(default_factory=set)
-
-    @property
-    def inputs(self) -> set[Any]:
-        return self.inputs_
+    parts: dict[str, Block]
+    inputs: set[Any]
+    train: TrainTab
 
     @property
     def outputs(self) -> list[Any]:
@@ -75,6 +86,10 @@ class DatasetTab:
     def dataset(self, data: Data) -> Dataset | None:
         return find_dataset(self.read(data, "list"))
 
+    def form_values(self, data: Data) -> dict[str, object]:
+        """The Train page's values that the check depends on, by name."""
+        return {name: typed_value(self.train.fields[name], data[self.train.form[name]]) for name in FORM_NAMES}
+
     # ------------------------------------------------------------------------------------------- showing
 
     def arrive(self, name: str | None) -> Updates:
@@ -84,7 +99,9 @@ class DatasetTab:
         return self.choose(chosen)
 
     def come_back(self, data: Data) -> Updates:
-        """The page as it was left, with the folder as it is now."""
+        """The page as it was left, with the folder as it is now. Before the address was read there is nothing to show."""
+        if not self.read(data, "arrived"):
+            return {}
         dataset = self.dataset(data)
         if dataset is None:
             return self.arrive(None)
@@ -100,18 +117,27 @@ class DatasetTab:
             parts["search"]: "",
             parts["said"]: "",
             parts["preview"]: "",
+            parts["doctor"]: "",
+            parts["buckets"]: "",
+            parts["checking"]: "",
         }
         if dataset is None:
             return cleared | {
                 parts["empty"]: gr.update(visible=True),
                 parts["chooser"]: gr.update(visible=False),
                 parts["whole"]: gr.update(visible=False),
+                parts["doctor_box"]: gr.update(visible=False),
+                parts["captions_box"]: gr.update(visible=False),
                 parts["adding"]: gr.update(open=True),
             }
         return cleared | {
             parts["empty"]: gr.update(visible=False),
             parts["chooser"]: gr.update(visible=True),
             parts["whole"]: gr.update(visible=True),
+            parts["doctor_box"]: gr.update(visible=True),
+            parts["captions_box"]: gr.update(visible=True),
+            parts["caption_status"]: "",
+            parts["caption_timer"]: gr.update(active=True),  # looks once for a job that is under way
             parts["forget"]: gr.update(visible=is_added(dataset)),
             **self.show(dataset, FIRST_PAGE, "", [], None),
         }
@@ -125,6 +151,7 @@ class DatasetTab:
         opened: str | None,
         *,
         grid: bool = True,
+        bucketing: Bucketing | None = None,
     ) -> Updates:
         """What the folder holds now, through the filters. Without `grid` the cards stay, where somebody is typing."""
         parts = self.parts
@@ -159,9 +186,11 @@ class DatasetTab:
             updates[parts["grid"]] = (
                 dataset_view.grid(dataset, on_page, set(chosen)) if on_page else dataset_view.lines("warn", nothing)
             )
-        return updates | self._show_large(dataset, shown, opened)
+        return updates | self._show_large(dataset, shown, opened, bucketing)
 
-    def _show_large(self, dataset: Dataset, shown: Sequence[Item], opened: str | None) -> Updates:
+    def _show_large(
+        self, dataset: Dataset, shown: Sequence[Item], opened: str | None, bucketing: Bucketing | None
+    ) -> Updates:
         parts = self.parts
         index = next((index for index, item in enumerate(shown) if item.name == opened), None)
         is_open = index is not None
@@ -172,8 +201,12 @@ class DatasetTab:
         }
         if index is not None:
             item = shown[index]
+            kept = crop_of(dataset.path / item.name, bucketing) if bucketing is not None else None
+            overlay, words = doctor_view.crop(kept)
             updates |= {
-                parts["large"]: dataset_view.large(dataset, item.name, index + 1, len(shown)),
+                parts["large"]: dataset_view.large(
+                    dataset, item.name, index + 1, len(shown), overlay=overlay, words=words
+                ),
                 parts["caption"]: gr.update(value=item.caption or "", label=say("dataset.caption_of", name=item.name)),
                 parts["previous"]: gr.update(interactive=index > 0),
                 parts["next"]: gr.update(interactive=index < len(shown) - 1),
@@ -192,7 +225,15 @@ class DatasetTab:
             return self.arrive(None)
         state = {name: self.read(data, name) for name in ("view", "search", "selected", "opened")} | changes
         return {
-            **self.show(dataset, state["view"], state["search"], state["selected"], state["opened"], grid=grid),
+            **self.show(
+                dataset,
+                state["view"],
+                state["search"],
+                state["selected"],
+                state["opened"],
+                grid=grid,
+                bucketing=bucketing_of(self.form_values(data)),
+            ),
             self.parts["said"]: dataset_view.done(said),
         }
 
@@ -223,6 +264,11 @@ class DatasetTab:
             self.parts["said"]: dataset_view.done(say("dataset.added", name=added.name)),
         }
 
+    def open_folder(self, path: str) -> Updates:
+        """Show the folder at a path; it becomes a dataset where it is none."""
+        dataset = _try(lambda: add_folder(path))
+        return {**self.choose(dataset), self.parts["doctor_box"]: gr.update(visible=True, open=True)}
+
     def forget(self, data: Data) -> Updates:
         dataset = self.dataset(data)
         if dataset is None:
@@ -251,6 +297,10 @@ class DatasetTab:
 
     def edit_in_grid(self, data: Data, event: gr.EventData) -> Updates:
         return self._save(data, str(event.name), str(event.text), grid=False)
+
+    def edit_found(self, data: Data, event: gr.EventData) -> Updates:
+        """A caption written beside a finding: the grid shows it too."""
+        return self._save(data, str(event.name), str(event.text), grid=True)
 
     def save_large(self, data: Data) -> Updates:
         name = str(self.read(data, "opened") or "")
@@ -330,6 +380,46 @@ class DatasetTab:
         if not find:
             raise gr.Error(say("dataset.no_find"), print_exception=False)
         return self.bulk(data, lambda: self._replacing(data), say("dataset.step_replace", text=find))
+
+    # ------------------------------------------------------------------------------------------- check
+
+    def check(self, data: Data) -> Iterator[Updates]:
+        """Look at all pictures, with progress while it lasts."""
+        dataset = self.dataset(data)
+        if dataset is None:
+            yield self.arrive(None)
+            return
+        values = self.form_values(data)
+        tokenizers = [path if isinstance(path, Path) else None for path in (values[name] for name in TOKENIZERS)]
+        parts = self.parts
+        yield {
+            parts["checking"]: doctor_view.progress(0, 1),
+            parts["check"]: gr.update(interactive=False),
+            parts["stop_check"]: gr.update(visible=True),
+        }
+        shown_at = time.monotonic()
+        updates: Updates = {}
+        try:
+            for step in examine(dataset, bucketing_of(values), token_counts(*tokenizers)):
+                if isinstance(step, Report):
+                    items = {item.name: item for item in read_items(dataset)}
+                    updates = {
+                        parts["doctor"]: doctor_view.report(dataset, step, items),
+                        parts["buckets"]: doctor_view.buckets(step),
+                    }
+                elif time.monotonic() - shown_at > PROGRESS_SECONDS:
+                    shown_at = time.monotonic()
+                    yield {parts["checking"]: doctor_view.progress(*step)}
+        except OSError as error:
+            updates = {parts["doctor"]: dataset_view.lines("bad", str(error))}
+        yield {**updates, **self.check_is_over()}
+
+    def check_is_over(self, text: str = "") -> Updates:
+        return {
+            self.parts["checking"]: dataset_view.done(text),
+            self.parts["check"]: gr.update(interactive=True),
+            self.parts["stop_check"]: gr.update(visible=False),
+        }
 
     # ------------------------------------------------------------------------------------------- bin and undo
 

@@ -92,12 +92,13 @@ def tags(counts: Sequence[tuple[str, int]], chosen: str) -> str:
     return f'<div class="tags" role="group" aria-label="{escape(say("dataset.tags"))}">{buttons}{rest}</div>'
 
 
-def large(dataset: Dataset, name: str, position: int, num_shown: int) -> str:
+def large(dataset: Dataset, name: str, position: int, num_shown: int, *, overlay: str = "", words: str = "") -> str:
+    """One picture as large as there is room, with `overlay` lying on it and `words` below, both HTML."""
     place = escape(say("dataset.place", position=position, count=num_shown))
     source = picture_url(dataset, name, "large", stamp=_stamp(dataset, name))
     return (
         f'<div class="large-picture"><p><strong>{escape(name)}</strong> <span class="empty">{place}</span></p>'
-        f'<div class="stage"><img alt="{escape(name)}" src="{source}"></div></div>'
+        f'<div class="stage"><img alt="{escape(name)}" src="{source}">{overlay}</div>{words}</div>'
     )
 
 

@@ -17,6 +17,7 @@ import uvicorn
 from fluxgui.demo import start_demo
 from fluxgui.importing import read_only_allowed
 from fluxgui.language import NAMES, choose_language
+from fluxgui.machine import examine
 from fluxgui.page import build_page
 from fluxgui.run_start import QueueKeeper
 from fluxgui.runs import RunWatcher
@@ -40,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="answer other machines too; needs FLUXGUI_AUTH=user:password in the environment",
     )
+    parser.add_argument("--doctor", action="store_true", help="say what keeps this machine from training, and end")
     parser.add_argument(
         "--language", choices=sorted(NAMES), help="language of the page (default: that of the settings)"
     )
@@ -47,6 +49,9 @@ def main(argv: Sequence[str]) -> int:
     language = arguments.language or read_settings().language
     if language in NAMES:
         choose_language(language)
+
+    if arguments.doctor:
+        return _doctor()
 
     login: Login | None = None
     if arguments.listen:
@@ -85,6 +90,15 @@ def main(argv: Sequence[str]) -> int:
     queue.stop()
     sampler.stop()
     return 0
+
+
+def _doctor() -> int:
+    """Print what was found; the exit code says whether something has to be done before training."""
+    found = examine()
+    for each in found:
+        mark = {"good": "ok", "warn": "note", "bad": "WRONG"}[each.verdict]
+        _say(f"{mark:5}  {each.text}" + (f"\n       {each.remedy}" if each.remedy else ""))
+    return EXIT_FIXABLE if any(each.verdict == "bad" for each in found) else 0
 
 
 def take_port(port: int | None, host: str) -> socket.socket:

@@ -47,7 +47,7 @@ def build_page(watcher: RunWatcher, sampler: LoadSampler) -> gr.Blocks:
             with gr.Tab(say("page.train"), id=TRAIN) as train_page:
                 train = build_train_tab(detect_gpu())
             with gr.Tab(say("dataset.tab"), id=DATASET) as dataset_page:
-                dataset = build_dataset_tab()
+                dataset = build_dataset_tab(train)
             with gr.Tab(say("page.runs"), id=RUNS) as runs_page:
                 runs = build_runs_tab(watcher, train, tabs, sampler)
             with gr.Tab(say("presets.tab"), id=PRESETS) as presets_page:
@@ -84,7 +84,7 @@ def build_page(watcher: RunWatcher, sampler: LoadSampler) -> gr.Blocks:
         pages = {TRAIN: train_page, DATASET: dataset_page, PRESETS: presets_page, SETTINGS: settings_page}
         for name, tab in pages.items():
             tab.select(None, None, None, js=PAGE_IN_ADDRESS % name)
-        connect_dataset_page(dataset, dataset_page, train, tabs)
+        connect_dataset_page(dataset, page, dataset_page, tabs)
 
         def arrive(remembered: dict[str, object] | None, request: gr.Request) -> dict[Any, Any]:
             """The page as the address says, with the form as this browser left it."""
@@ -94,7 +94,6 @@ def build_page(watcher: RunWatcher, sampler: LoadSampler) -> gr.Blocks:
             return {
                 **looked,
                 **train.fill(remembered or start_values()),
-                **dataset.arrive(asked.get("dataset")),
                 tabs: gr.update(selected=asked.get("tab") if asked.get("tab") in (*pages, RUNS) else TRAIN),
                 welcome: gr.update(visible=first_visit),
             }
@@ -103,7 +102,7 @@ def build_page(watcher: RunWatcher, sampler: LoadSampler) -> gr.Blocks:
             page.load(
                 arrive,
                 [train.parts["remembered"]],
-                [*runs.outputs, *train.form.values(), *dataset.outputs, tabs, welcome],
+                [*runs.outputs, *train.form.values(), tabs, welcome],
                 **QUIETLY,
             )
             .then(None, None, None, js=ARRIVED)

@@ -352,6 +352,7 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
                 )
                 parts["upload"] = html_part(elem_id="upload-result")
                 parts["pictures"] = html_part(elem_id="pictures")
+                parts["look_after"] = gr.Button(say("dataset.look_after"), size="sm", elem_id="look-after-pictures")
                 form |= build_fields(("trigger_word", "num_repeats"), fields)
             with gr.Column(elem_classes="card"):
                 html_part(train_view.title("3 · Training"))

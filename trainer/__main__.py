@@ -37,6 +37,8 @@ python -m trainer generate --prompt P --output_dir D --option=...
                                          make pictures, with LoRAs at one or several strengths
 python -m trainer merge | merge-loras | extract | resize | inspect
                                          work on LoRA files; each has --help, and docs/tools.md explains them
+python -m trainer caption --image_dir D --model M
+                                         write captions with a vision-language model: missing ones, all, or added
 python -m trainer cache FOLDER ...        list what is cached beside pictures; --prune removes what is not used any more
 python -m trainer make-demo [--dir D]    write the demo's models and pictures
 python -m trainer get-models [--flux dev] [--t5 fp16] [--dir D]
@@ -188,6 +190,7 @@ def check(arguments: Sequence[str]) -> int:
     if parsed.problems and not names_files(parsed.options):
         parsed.without_problems()
     from trainer.train.check import check_run  # noqa: PLC0415 - torch takes seconds to load
+    from trainer.train.layer_notes import layer_notes  # noqa: PLC0415
     from trainer.train.plan import plan_text, tell_settings  # noqa: PLC0415
     from trainer.train.reporting import Reporter  # noqa: PLC0415
     from trainer.train.session import configure_console  # noqa: PLC0415
@@ -197,6 +200,8 @@ def check(arguments: Sequence[str]) -> int:
     reporter = Reporter()
     checked = check_run(parsed, reporter)
     tell_settings(parsed, checked, reporter)
+    for line in layer_notes(checked):
+        reporter.warning(line)
     texts = plan_texts(checked, parsed.options.seed or 0)
     print("\n".join([plan_text(checked, texts), "No problems found."]))
     return EXIT_DONE
@@ -267,6 +272,12 @@ def get_models(arguments: Sequence[str]) -> int:
     return download(arguments)
 
 
+def caption(arguments: Sequence[str]) -> int:
+    from trainer.tools.caption import main as write_captions  # noqa: PLC0415 - Pillow and numpy
+
+    return write_captions(arguments)
+
+
 def notify(_arguments: Sequence[str]) -> int:
     from trainer.train.notify import try_out  # noqa: PLC0415
 
@@ -291,6 +302,7 @@ COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType
         "options": list_options,
         "get-models": get_models,
         "notify": notify,
+        "caption": caption,
     }
 )
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 from playwright.sync_api import Locator, Page, expect
 
+from tests.tools.tiny_captioners import make_tiny_florence
 from tests.web.page_process import App, wait_until
 
 pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -149,3 +150,69 @@ def test_pictures_are_dropped_into_a_new_dataset(app: App, page: Page, tmp_path:
     text_box(page, "dataset-new-path").fill("/etc")
     page.locator("#dataset-add").click()
     expect(page.get_by_text("this folder may not be used by the page").first).to_be_visible()
+
+
+def test_a_broken_picture_and_a_missing_caption_are_named_and_fixed_on_the_spot(
+    app: App, page: Page, tmp_path: Path
+) -> None:
+    folder = app.home / "datasets" / "cats"
+    folder.mkdir(parents=True)
+    for number in range(4):
+        draw(folder / f"{number}.png", 9 * number, (600, 500 - 40 * number))
+        (folder / f"{number}.txt").write_text("a cat", encoding="utf-8")
+    (folder / "2.txt").unlink()
+    broken = (folder / "3.png").read_bytes()
+    (folder / "3.png").write_bytes(broken[: len(broken) // 2])
+    page.goto(app.url)
+    expect(text_box(page, "field-resolution")).not_to_have_value("")
+    text_box(page, "field-image_dir").fill(str(folder))
+    expect(page.locator("#pictures .bad")).to_contain_text("3.png")
+    expect(page.locator("#pictures .warn")).to_contain_text("2.png")
+
+    page.locator("#look-after-pictures").click()
+    expect(page).to_have_url(re.compile("tab=dataset.*dataset=cats"))
+    missing = page.locator('#doctor-report [data-kind="missing"]')
+    expect(missing).to_contain_text("2.png")
+    expect(page.locator('#doctor-report [data-kind="corrupt"]')).to_contain_text("3.png")
+    expect(page.locator("#doctor-buckets")).to_contain_text("576 x 448")
+    caption = missing.locator("textarea")
+    caption.fill("a cat on a wall")
+    page.locator('#doctor-report button[data-remove="3.png"]').click()
+    expect(page.locator(".picture-card")).to_have_count(3)
+    wait_until(lambda: (folder / "2.txt").exists())
+    assert (folder / "2.txt").read_text(encoding="utf-8") == "a cat on a wall"
+    assert not (folder / "3.png").exists()
+    page.locator("#doctor-check").click()
+    expect(page.locator("#doctor-report [data-kind]")).not_to_have_count(0)
+    expect(page.locator('#doctor-report [data-kind="missing"], #doctor-report [data-kind="corrupt"]')).to_have_count(0)
+
+    # What training cuts off lies on the large picture.
+    page.locator('.picture-card button[data-open="0.png"]').click()
+    expect(page.locator("#picture-stage .kept")).to_be_attached()
+    expect(page.locator("#picture-crop")).to_contain_text("Trained at 576 x 448")
+
+    page.locator("#dataset-use").click()
+    expect(page.locator("#pictures")).to_contain_text("3 pictures")
+    expect(page.locator("#pictures .bad")).to_have_count(0)
+
+
+def test_captions_are_written_by_a_worker_and_undone(app: App, page: Page, tmp_path: Path) -> None:
+    folder = app.home / "datasets" / "cats"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        draw(folder / f"{number}.png", 9 * number)
+    model = make_tiny_florence(tmp_path / "model")
+    page.goto(f"{app.url}?tab=dataset&dataset=cats")
+    page.get_by_text("Automatic captions", exact=True).click()
+    text_box(page, "caption-model").fill(str(tmp_path / "nothing"))
+    page.locator("#caption-start").click()
+    expect(page.locator("#caption-status .bad")).to_contain_text("cannot be loaded")
+    text_box(page, "caption-model").fill(str(model))
+    page.locator("#caption-start").click()
+    expect(page.locator("#caption-status .good")).to_contain_text("3 captions written")
+    expect(in_place(page, "1.png")).not_to_have_value("")
+    assert sorted(captions(folder)) == ["0", "1", "2"]
+    expect(page.locator("#dataset-undo")).to_contain_text("automatic captions")
+    page.locator("#dataset-undo").click()
+    expect(in_place(page, "1.png")).to_have_value("")
+    assert captions(folder) == {}

@@ -18,7 +18,15 @@ from trainer.model.flux import Flux
 from trainer.model.mapped_file import DTYPES, MappedFile
 from trainer.model.stored_linear import PackedStorage, StoredLinear, use_storage
 from trainer.schema.base import UserError
-from trainer.schema.checkpoint_header import Header, autoencoder_params, clip_params, flux_params, t5_params
+from trainer.schema.checkpoint_header import (
+    ClipParams,
+    Header,
+    T5Params,
+    autoencoder_params,
+    clip_params,
+    flux_params,
+    t5_params,
+)
 from trainer.schema.chroma_header import chroma_params
 from trainer.schema.key_plans import (
     Piece,
@@ -117,6 +125,21 @@ def load_clip_l(
     """
     header = read_weights(path, "clip_l")
     params = clip_params(header)
+    model = empty_clip_l(params, activation)
+    # transformers 4 keeps the published prefix `text_model.` in its parameter names, transformers 5 has dropped it.
+    keeps_prefix = any(name.startswith("text_model.") for name, _ in model.named_parameters())
+
+    prefix = "text_model." if keeps_prefix else ""
+    _fill(model, header, clip_plan(header), dtype, lambda _: device, prefix=prefix)
+    for module in model.modules():
+        position_ids = getattr(module, "position_ids", None)
+        if isinstance(position_ids, Tensor):
+            module.position_ids = torch.arange(params.max_position_embeddings, device=device)[None]
+    return model.eval()
+
+
+def empty_clip_l(params: ClipParams, activation: str = "quick_gelu") -> CLIPTextModel:
+    """A CLIP-L text encoder of these sizes without weights: its parameters are on the meta device."""
     config = CLIPTextConfig(
         hidden_size=params.hidden_size,
         intermediate_size=params.intermediate_size,
@@ -131,23 +154,21 @@ def load_clip_l(
         hidden_act=activation,
     )
     with torch.device("meta"):
-        model = CLIPTextModel(config)
-    # transformers 4 keeps the published prefix `text_model.` in its parameter names, transformers 5 has dropped it.
-    keeps_prefix = any(name.startswith("text_model.") for name, _ in model.named_parameters())
-
-    prefix = "text_model." if keeps_prefix else ""
-    _fill(model, header, clip_plan(header), dtype, lambda _: device, prefix=prefix)
-    for module in model.modules():
-        position_ids = getattr(module, "position_ids", None)
-        if isinstance(position_ids, Tensor):
-            module.position_ids = torch.arange(params.max_position_embeddings, device=device)[None]
-    return model.eval()
+        return CLIPTextModel(config)
 
 
 def load_t5xxl(path: Path, dtype: torch.dtype, device: torch.device | str) -> T5EncoderModel:
     """The T5 encoder that `path` names, frozen, in `dtype` on `device`."""
     header = read_weights(path, "t5xxl")
-    params = t5_params(header)
+    model = empty_t5xxl(t5_params(header))
+    # One embedding under two names: both must go on being the same parameter.
+    model.encoder.embed_tokens = model.shared
+    _fill(model, header, t5_plan(header), dtype, lambda _: device)
+    return model.eval()
+
+
+def empty_t5xxl(params: T5Params) -> T5EncoderModel:
+    """A T5 encoder of these sizes without weights: its parameters are on the meta device."""
     config = T5Config(
         d_model=params.d_model,
         d_ff=params.d_ff,
@@ -164,11 +185,7 @@ def load_t5xxl(path: Path, dtype: torch.dtype, device: torch.device | str) -> T5
         dropout_rate=0.0,
     )
     with torch.device("meta"):
-        model = T5EncoderModel(config)
-    # One embedding under two names: both must go on being the same parameter.
-    model.encoder.embed_tokens = model.shared
-    _fill(model, header, t5_plan(header), dtype, lambda _: device)
-    return model.eval()
+        return T5EncoderModel(config)
 
 
 def _fill(

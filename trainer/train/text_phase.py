@@ -20,7 +20,7 @@ from trainer.schema.options import Options
 from trainer.schema.parameter_counts import t5_count
 from trainer.schema.weight_files import read_weights
 from trainer.train.base_weights import base_weights_identity, merge_base_weights
-from trainer.train.check import CheckedRun
+from trainer.train.check import CheckedRun, trains_clip, trains_t5
 from trainer.train.conditioning import (
     VISIBLE_PADDING,
     CachedText,
@@ -53,16 +53,6 @@ class PreparedText:
     t5: T5EncoderModel | None = None
     add: Callable[[Sequence[str]], None] = lambda _texts: None
     """Makes sure that texts which were not known at the start can be asked for."""
-
-
-def trains_clip(checked: CheckedRun) -> bool:
-    """CLIP-L gets a LoRA unless the options leave it out; other networks than LoRA are FLUX's only."""
-    return not checked.options.network_train_unet_only and checked.spec.kind != "oft"
-
-
-def trains_t5(checked: CheckedRun) -> bool:
-    """T5 gets a LoRA when the network settings ask for it, or the file that they are taken from has one."""
-    return checked.spec.train_t5xxl and not checked.options.network_train_unet_only
 
 
 def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, reporter: Reporter) -> PreparedText:
