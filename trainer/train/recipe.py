@@ -57,6 +57,7 @@ from trainer.train.level_losses import LevelLosses
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
 from trainer.train.lora_form import base_layers
 from trainer.train.lost_numbers import explain_lost_numbers
+from trainer.train.measured_peak import MeasuredPeak
 from trainer.train.memory_room import NoRoom, SwapRoom
 from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
 from trainer.train.optim import create_optimizer, final_weights, optimizer_description
@@ -200,7 +201,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         save=save,
         sample=sample,
         validate=_validator(checked, model, network, latents, text.source, engine, reporter),
-        peak_bytes=engine.peak_bytes,
+        peak_bytes=MeasuredPeak(checked, engine, reporter, swap),
         before_step=network.before_step,
         after_step=partial(hold_norms, network, options.scale_weight_norms),
         start=start.progress,
