@@ -13,6 +13,7 @@ from fluxgui.form_parts import html_part
 from fluxgui.language import say
 from fluxgui.library_tab import build_library_tab
 from fluxgui.presets import start_values
+from fluxgui.presets_bar import choices
 from fluxgui.presets_tab import build_presets_tab
 from fluxgui.runs import RunWatcher
 from fluxgui.runs_actions import SHOW_IN_ADDRESS, build_runs_tab
@@ -104,6 +105,8 @@ def build_page(watcher: RunWatcher, sampler: LoadSampler) -> gr.Blocks:
             return {
                 **looked,
                 **train.fill(remembered or start_values()),
+                # The page was built when the program started; presets may have come since.
+                train.presets.own: gr.update(choices=choices("own")),
                 tabs: gr.update(selected=asked.get("tab") if asked.get("tab") in (*pages, RUNS) else TRAIN),
                 welcome: gr.update(visible=first_visit),
             }
@@ -112,7 +115,7 @@ def build_page(watcher: RunWatcher, sampler: LoadSampler) -> gr.Blocks:
             page.load(
                 arrive,
                 [train.parts["remembered"]],
-                [*runs.outputs, *train.form.values(), tabs, welcome],
+                [*runs.outputs, *train.form.values(), train.presets.own, tabs, welcome],
                 **QUIETLY,
             )
             .then(None, None, None, js=ARRIVED)
