@@ -170,4 +170,4 @@ def _header(tensors: Mapping[str, Tensor], checks: Mapping[str, int]) -> bytes:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
