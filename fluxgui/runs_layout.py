@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Final
 
 import gradio as gr
-from gradio.blocks import Block
 
 from fluxgui.form_parts import PLAIN, Question, build_question, html_part
 from fluxgui.language import say
 from fluxgui.run_compare import MAX_COMPARED
 from fluxgui.runs import RunWatcher
-from fluxgui.runs_tab import LIVE_SECONDS, RunsTab
+from fluxgui.runs_tab import LIVE_SECONDS, Element, RunsTab
 from fluxgui.system_line import LoadSampler
 
 # Buttons in the list and in the queue. The one that had the focus has it again when the part is written anew.
@@ -87,7 +86,7 @@ def _button(text: str, name: str, *, variant: str = "secondary", visible: bool =
 
 def build_runs_layout(watcher: RunWatcher, sampler: LoadSampler) -> RunsLayout:
     """Lay the page out. Call inside a `gr.Tab`."""
-    parts: dict[str, Block] = {}
+    parts: dict[str, Element] = {}
     parts["shown"] = shown = gr.State({})
     parts["window"] = window = gr.State(None)
     parts["timer"] = gr.Timer(LIVE_SECONDS, active=False)
@@ -108,16 +107,16 @@ def build_runs_layout(watcher: RunWatcher, sampler: LoadSampler) -> RunsLayout:
                 parts["system"] = html_part(elem_id="run-system")
                 parts["messages"] = html_part(elem_id="run-messages")
                 with gr.Row():
-                    parts["stop"] = _button("Stop", "stop", variant="stop")
-                    parts["save"] = _button("Save now", "save")
-                    parts["sample"] = _button("Sample now", "sample")
-                    parts["pause"] = _button("Pause", "pause")
-                    parts["resume"] = _button("Resume", "resume", variant="primary", visible=False)
-                    parts["again"] = _button("Start again", "again", visible=False)
+                    parts["stop"] = _button(say("runs.stop"), "stop", variant="stop")
+                    parts["save"] = _button(say("runs.save_now"), "save")
+                    parts["sample"] = _button(say("runs.sample_now"), "sample")
+                    parts["pause"] = _button(say("runs.pause"), "pause")
+                    parts["resume"] = _button(say("runs.resume"), "resume", variant="primary", visible=False)
+                    parts["again"] = _button(say("runs.again"), "again", visible=False)
                     duplicate = _button(say("runs.duplicate"), "duplicate")
-                    parts["delete"] = _button("Delete", "delete", visible=False)
-                deleting = build_question("run-delete", yes="Delete it", no="Keep it")
-                stopping = build_question("run-stop", yes="Stop it", no="Go on")
+                    parts["delete"] = _button(say("runs.delete"), "delete", visible=False)
+                deleting = build_question("run-delete", yes=say("runs.delete_it"), no=say("runs.keep_it"))
+                stopping = build_question("run-stop", yes=say("runs.stop_it"), no=say("runs.go_on"))
                 parts["waiting"] = html_part(elem_id="run-waiting")
             with gr.Column(elem_classes="card"):
                 chart = gr.Radio(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, cast
 
 import gradio as gr
-from gradio.blocks import Block
+from gradio.blocks import BlockContext
+from gradio.components import Component
 
 from fluxgui import run_files_view, run_list_view, run_view
 from fluxgui.language import say
@@ -25,19 +26,23 @@ IDLE_SECONDS: Final = 5.0
 AWAY_SECONDS: Final = 20.0
 """Between looks while nobody sees the page: another tab is in front, of the browser or of the program."""
 
+Element = Component | BlockContext
 Shown = dict[str, str]
 """Per part of the page, a digest of what this browser was sent last."""
 
 
 class Settings(NamedTuple):
-    """What the user set for what is shown, in the order of `RunsTab.inputs` behind the run and what was shown."""
+    """What the user set for what is shown, in the order of `RunsTab.inputs` behind the run and what was shown.
+
+    A browser sends None for what was never touched.
+    """
 
     smoothing: float = 0.9
-    search: str = ""
+    search: str | None = None
     chart: Chart = "loss"
     window: Window = None
     level: str = "all"
-    compared: Sequence[str] = ()
+    compared: Sequence[str] | None = None
     away: object = ""
 
 
@@ -45,14 +50,14 @@ class Settings(NamedTuple):
 class RunsTab:
     """The page's parts by name. Every look at the runs may change any of them; `shown` remembers what was sent."""
 
-    parts: dict[str, Block]
+    parts: dict[str, Element]
     inputs: list[Any]
     """The chosen run's id, `shown`, and the components of `Settings`."""
     watcher: RunWatcher
     sampler: LoadSampler
 
     @property
-    def outputs(self) -> list[Block]:
+    def outputs(self) -> list[Element]:
         return list(self.parts.values())
 
     def look(self, run_id: str | None, shown: Shown, *settings: Any) -> list[object]:
@@ -78,7 +83,7 @@ class RunsTab:
         updates = self._list_updates(views, chosen, settings)
         if chosen is not None:
             updates |= _run_updates(chosen, settings)
-            compared = [view for view in views if view.run_id in settings.compared and view.run_id != chosen.run_id]
+            compared = [view for view in views if view.run_id in (settings.compared or ()) and view is not chosen]
             updates["comparison"] = comparison([chosen, *compared], smoothing=settings.smoothing) if compared else ""
         digests = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in updates.items()}
         changed: dict[str, object] = {
@@ -100,10 +105,12 @@ class RunsTab:
         others = [
             (" · ".join(filter(None, (view.name, run_view.made_at(view.run_id)))), view.run_id)
             for view in views[: run_list_view.MAX_LISTED]
-            if view.state.points
+            if view.state.points and view is not chosen
         ]
         return {
-            "cards": run_list_view.cards(views, chosen.run_id if chosen is not None else None, search=settings.search),
+            "cards": run_list_view.cards(
+                views, chosen.run_id if chosen is not None else None, search=settings.search or ""
+            ),
             "queue": queue,
             "queue_box": gr.update(visible=bool(queue)),
             "list_column": gr.update(visible=bool(views)),
@@ -152,10 +159,10 @@ def _run_updates(view: RunView, settings: Settings) -> dict[str, object]:
         "sample": gr.update(visible=view.is_live and not is_waiting, interactive=trains),
         "pause": gr.update(
             visible=view.is_live and not is_waiting,
-            value="Resume" if state.is_paused else "Pause",
+            value=say("runs.resume") if state.is_paused else say("runs.pause"),
             interactive=obeys,
         ),
-        "resume": gr.update(visible=view.can_resume, value=say("runs.start") if not state.num_seen else "Resume"),
+        "resume": gr.update(visible=view.can_resume, value=say("runs.resume") if state.num_seen else say("runs.start")),
         "again": gr.update(visible=not view.is_live),
         "delete": gr.update(visible=not view.is_live),
     }

@@ -11,6 +11,7 @@ import binascii
 import hashlib
 import hmac
 import mimetypes
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +21,19 @@ from urllib.parse import quote, urlsplit
 import gradio as gr
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse, HTMLResponse, Response, StreamingResponse
+from starlette.background import BackgroundTask
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fluxgui.dataset_zip import write_zip
 from fluxgui.datasets import find_dataset, picture_path
 from fluxgui.run_export import report, zip_stream
 from fluxgui.run_view import status_words
 from fluxgui.runs import RunWatcher, find_run, served_file
 from fluxgui.theme import STYLE, make_theme
 from fluxgui.thumbnails import SIZES, thumbnail
+from trainer.schema.folders import data_home
 from trainer.schema.settings import read_settings
 
 MAX_UPLOAD_BYTES: Final = 64 * 1024 * 1024
@@ -133,6 +137,20 @@ class Guard:
         return None
 
 
+def dataset_zip(dataset: str) -> FileResponse:
+    """A dataset's pictures and captions as one file, which is removed when it was sent."""
+    found = find_dataset(dataset)
+    if found is None:
+        raise HTTPException(status_code=404, detail="There is no such dataset.")
+    folder = data_home() / "cache" / "zip"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{uuid.uuid4().hex}.zip"
+    write_zip(found, file)
+    return FileResponse(
+        file, media_type="application/zip", filename=f"{found.name}.zip", background=BackgroundTask(file.unlink)
+    )
+
+
 UNREADABLE: Final = (
     '<svg xmlns="http://www.w3.org/2000/svg" width="256" height="256" viewBox="0 0 256 256">'
     '<rect width="256" height="256" fill="#fee2e2"/><path d="M88 88l80 80m0-80l-80 80" stroke="#b91c1c" '
@@ -203,6 +221,7 @@ def make_server(page: gr.Blocks, watcher: RunWatcher, login: Login | None, *, po
     app.add_api_route("/run-states", run_states, methods=["GET"])
     app.add_api_route("/files/{run_id}/{kind}/{name}", run_file, methods=["GET"])
     app.add_api_route("/pictures/{dataset}/{size}/{name}", dataset_picture, methods=["GET"])
+    app.add_api_route("/datasets/{dataset}/zip", dataset_zip, methods=["GET"])
     gr.mount_gradio_app(
         app,
         page,

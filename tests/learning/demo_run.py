@@ -1,30 +1,26 @@
-"""Trains the demo in this process with further options, and measures what came of it."""
+"""Trains the demo in this process with further options, short or whole, and says what has to come of it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from trainer.schema.cli import parse_command_line
 from trainer.schema.folders import demo_dir
 from trainer.tools.demo import demo_arguments
-from trainer.tools.demo_measure import Accuracy, base_accuracy
+from trainer.tools.demo_measure import Accuracy
+from trainer.tools.demo_pictures import emblem_folder
 from trainer.tools.demo_report import EmblemRate, demo_lora, emblem_rate, painter_with
 from trainer.tools.tiny_models import DemoBundle, make_demo_bundle
+from trainer.tools.world import SIDE
 from trainer.train.recipe import train
 from trainer.train.reporting import Reporter
 
-NUM_PICTURES = 40
-NO_SAMPLES = ("--sample_prompts", "--sample_every_n_epochs", "--sample_at_first", "--save_every_n_epochs")
-
-
-@dataclass(frozen=True)
-class Learned:
-    """Parts, 0 to 1, measured with the LoRA merged into the demo's models."""
-
-    emblem: EmblemRate
-    others: Accuracy
+NO_SAMPLES: Final = ("--sample_prompts", "--sample_every_n_epochs", "--sample_at_first", "--save_every_n_epochs")
+NUM_PICTURES: Final = 32
+SHORT: Final = ("--max_train_epochs=4",)
 
 
 def train_demo(folder: Path, *options: str, without: Sequence[str] = (), dataset: Path | None = None) -> Path:
@@ -41,9 +37,32 @@ def train_demo(folder: Path, *options: str, without: Sequence[str] = (), dataset
     return demo_lora(folder)
 
 
-def measure(lora: Path) -> Learned:
-    painter = painter_with(lora)
-    return Learned(emblem_rate(painter, NUM_PICTURES), base_accuracy(painter, NUM_PICTURES))
+def emblem_pictures() -> Path:
+    """The demo's pictures of the emblem with their captions."""
+    return emblem_folder(make_demo_bundle(demo_dir()).images)
+
+
+def subset_toml(images: Path, *more: str, num_repeats: int = 8) -> str:
+    lines = ("[[datasets.subsets]]", f"image_dir = {json.dumps(str(images))}", f"num_repeats = {num_repeats}", *more)
+    return "\n".join(lines) + "\n"
+
+
+def train_short(folder: Path, *options: str, subsets: str | None = None, without: Sequence[str] = ()) -> Path:
+    """The LoRA of 160 steps on the emblem alone, four pictures each, which learn half of what the whole demo does.
+
+    `subsets` takes the place of the emblem's pictures.
+    """
+    dataset = folder / "short.toml"
+    dataset.write_text(
+        f"[[datasets]]\nresolution = {SIDE}\nbatch_size = 4\ncaption_extension = '.txt'\n"
+        + (subsets or subset_toml(emblem_pictures())),
+        encoding="utf-8",
+    )
+    return train_demo(folder / "out", *SHORT, *options, without=without, dataset=dataset)
+
+
+def measure(lora: Path) -> EmblemRate:
+    return emblem_rate(painter_with(lora), NUM_PICTURES)
 
 
 def assert_emblem_learned(emblem: EmblemRate, *, at_least: float = 0.7) -> None:

@@ -126,6 +126,7 @@ EFFECTS: dict[str, Effect] = {
     "alpha_mask": e("weights"),
     "masked_loss": e("code", "", "--dataset_config={masked}"),
     "masked_loss_normalize": e("weights", "", "--masked_loss", "--dataset_config={masked}"),
+    "debug_dataset": e("lines"),
     # ---- network
     "network_module": e("tensors", "networks.oft_flux", "--network_args", without=("network_module",)),
     "network_dim": e("weights", "2"),
@@ -279,6 +280,7 @@ SHOWN_ELSEWHERE = {
     "resume_from_huggingface": "tests/train/test_hub_state.py",
     "max_data_loader_n_workers": "tests/train/test_reading_ahead.py",
     "skip_cache_check": "tests/data/test_cache.py",
+    "ddp_timeout": "tests/train/test_engine.py",
     "no_oom_recovery": "tests/runs/test_out_of_memory.py",
     "async_upload": "tests/train/test_hub_upload.py",
 }

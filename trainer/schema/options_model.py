@@ -147,6 +147,15 @@ class MemoryOptions(OptionGroup):
         ),
     ] = False
     split_mode: Annotated[bool, Opt("Old name of --blocks_to_swap=18.", "Split mode", "expert")] = False
+    ddp_timeout: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Opt(
+            "How long a process waits for those on the other devices before it gives up. Empty: torch's 10 or 30 minutes.",
+            "Wait for other devices",
+            "expert",
+            "minutes",
+        ),
+    ] = None
 
 
 class NetworkOptions(OptionGroup):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trainer.schema.base import UserError
 from trainer.train.learning_rate import LearningRateSchedule
+from trainer.train.level_losses import LevelLosses
 from trainer.train.optim import final_weights, found_rates, group_rates
 from trainer.train.reporting import Reporter, StopRequested
 
@@ -215,6 +216,7 @@ class TrainingLoop:
         start: Progress | None = None,
         save_state: Callable[[Progress, SaveKind], None] = lambda _progress, _kind: None,
         state_is_due: Callable[[], bool] = lambda: False,
+        level_losses: LevelLosses | None = None,
         make_room: Callable[[str, str], None] | None = None,
     ) -> None:
         """`inspect_gradients(step)` is called with each step's gradients in place, averaged and not yet clipped.
@@ -244,6 +246,7 @@ class TrainingLoop:
         start = start or Progress()
         self._save_state = save_state
         self._state_is_due = state_is_due
+        self._level_losses = level_losses or LevelLosses()
         self._make_room = make_room
         self._wishes = Wishes()
         self._num_duties_done = start.num_duties_done
@@ -326,6 +329,7 @@ class TrainingLoop:
                 # Outside of the handler, which keeps the tensors of the failed pass alive. All of the step's gradients
                 # come anew: it is not known which of them the failed pass has touched.
                 losses.clear()
+                self._level_losses.clear()
                 self._optimizer.zero_grad(set_to_none=True)
                 self._make_room(f"step {step + 1}", reason)
             if len(losses) < group:
@@ -369,7 +373,7 @@ class TrainingLoop:
             self._inspect_gradients(position.step)
         limit = self._settings.max_grad_norm
         norm = float(nn.utils.clip_grad_norm_(self._parameters, limit if limit > 0 else math.inf))
-        loss = torch.stack(list(losses)).mean().item()
+        loss, levels = self._level_losses.read(torch.stack(list(losses)).mean())
         # Looked at before the optimizer's step: what is no number never gets into the weights.
         if not math.isfinite(loss) or (not math.isfinite(norm) and not self._may_skip()):
             raise self._numbers_lost(before, losses, micro_batches, loss, norm)
@@ -387,7 +391,7 @@ class TrainingLoop:
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._num_duties_done = 0
-        self._report(position, loss, norm, rates, started, paused, more)
+        self._report(position, loss, levels, norm, rates, started, paused, more)
         return self._wishes.stop
 
     def _may_skip(self) -> bool:
@@ -427,6 +431,7 @@ class TrainingLoop:
         self,
         position: StepPosition,
         loss: float,
+        levels: Sequence[float | None] | None,
         norm: float,
         rates: Sequence[float],
         started: float,
@@ -444,6 +449,7 @@ class TrainingLoop:
             epoch=position.epoch,
             loss=loss,
             loss_average=average,
+            **({} if levels is None else {"level_losses": levels}),
             lr=rates[0],
             step_seconds=time.monotonic() - started - (self._reporter.paused_seconds - paused),
             peak_bytes=self._peak_bytes(),

@@ -46,6 +46,7 @@ from trainer.train.base_weights import base_weights_change, base_weights_identit
 from trainer.train.check import CheckedRun, check_run, trains_clip
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
+from trainer.train.dataset_listing import dataset_listing
 from trainer.train.device_checks import check_storage, product_seconds, slow_format
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, FileHashes
@@ -53,9 +54,11 @@ from trainer.train.foreign_state import resume_foreign
 from trainer.train.hub_upload import HubUploader
 from trainer.train.latents_phase import LatentSource, LoadedBatch, load_ae, loaded_batches, prepare_latents
 from trainer.train.learning_rate import learning_rate_schedule
+from trainer.train.level_losses import LevelLosses
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
 from trainer.train.lora_form import base_layers
 from trainer.train.lost_numbers import explain_lost_numbers
+from trainer.train.measured_peak import MeasuredPeak
 from trainer.train.memory_room import NoRoom, SwapRoom
 from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
 from trainer.train.optim import create_optimizer, final_weights, optimizer_description
@@ -88,6 +91,11 @@ def train(command: ParsedCommand, reporter: Reporter) -> None:
     engine = Engine.start(options)
     checked = check_run(command, reporter, num_processes=engine.num_processes)
     tell_settings(command, checked, reporter, num_processes=engine.num_processes)
+    if options.debug_dataset:
+        for text in (plan_text(checked), *dataset_listing(checked, num_processes=engine.num_processes)):
+            reporter.note(text)
+        reporter.note("nothing is trained: --debug_dataset is given")
+        return
     reporter.note(f"training on {engine.name()}, {engine.dtype}".replace("torch.", ""))
     slow = slow_format(engine.device, engine.dtype, product_seconds)
     if slow is not None:
@@ -177,6 +185,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         requested=save.requested,
         upload=upload.state if upload is not None and options.save_state_to_huggingface else None,
     )
+    level_losses = LevelLosses()
     loop = TrainingLoop(
         settings,
         network=network,
@@ -187,12 +196,13 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         reporter=reporter,
         rank=engine.rank,
         micro_batches=_micro_batches(
-            checked, latents, flow_objective(options, model, network, text.source, engine), engine, seed
+            checked, latents, flow_objective(options, model, network, text.source, engine), level_losses, engine, seed
         ),
+        level_losses=level_losses,
         save=save,
         sample=sample,
         validate=_validator(checked, model, network, latents, text.source, engine, reporter),
-        peak_bytes=engine.peak_bytes,
+        peak_bytes=MeasuredPeak(checked, engine, reporter, swap),
         before_step=network.before_step,
         after_step=partial(hold_norms, network, options.scale_weight_norms),
         start=start.progress,
@@ -582,10 +592,15 @@ class PlannedBatch:
     loaded: LoadedBatch
     latents: LatentSource
     objective: FlowObjective
+    level_losses: LevelLosses
     device: torch.device
 
     def __call__(self, generator: torch.Generator) -> Tensor:
-        return self.objective.loss(self.draw(generator))
+        batch = self.draw(generator)
+        losses = self.objective.sample_losses(batch)
+        if batch.host_timesteps is not None:
+            self.level_losses.note(batch.host_timesteps, losses)
+        return losses.mean()
 
     def draw(self, generator: torch.Generator) -> FlowBatch:
         items, mask = self.plan.items, self.loaded.mask
@@ -601,7 +616,12 @@ class PlannedBatch:
 
 
 def _micro_batches(
-    checked: CheckedRun, latents: LatentSource, objective: FlowObjective, engine: Engine, seed: int
+    checked: CheckedRun,
+    latents: LatentSource,
+    objective: FlowObjective,
+    level_losses: LevelLosses,
+    engine: Engine,
+    seed: int,
 ) -> Callable[[int, int], Iterator[MicroBatch]]:
     """For an epoch, one callable for each batch of this process behind the skipped ones, which gives the batch's loss."""
 
@@ -615,7 +635,7 @@ def _micro_batches(
         share = share_of_rank(plans, engine.rank, engine.num_processes)[skipped:]
         with contextlib.closing(loaded_batches(latents, share, num_threads=num_threads)) as batches:
             for plan, loaded in batches:
-                yield PlannedBatch(plan, loaded, latents, objective, engine.device)
+                yield PlannedBatch(plan, loaded, latents, objective, level_losses, engine.device)
 
     return micro_batches
 
