@@ -12,6 +12,7 @@ from gradio.components import Component
 from fluxgui import dataset_view, doctor_view
 from fluxgui.caption_panel import build_caption_panel, connect_caption_panel
 from fluxgui.dataset_tab import FIRST_PAGE, FORM_NAMES, Data, DatasetTab, Updates, View
+from fluxgui.dataset_zip import ZIP_SUFFIX
 from fluxgui.datasets import find_dataset
 from fluxgui.form_parts import PLAIN, html_part
 from fluxgui.language import say
@@ -75,7 +76,7 @@ def build_dataset_tab(train: TrainTab) -> DatasetTab:
                     add = gr.Button(say("dataset.add_folder"), size="sm", elem_id="dataset-add")
             parts["drop"] = gr.File(
                 file_count="multiple",
-                file_types=[*IMAGE_SUFFIXES, CAPTION_SUFFIX],
+                file_types=[*IMAGE_SUFFIXES, CAPTION_SUFFIX, ZIP_SUFFIX],
                 label=say("dataset.drop", most=MAX_FILES),
                 height=130,
                 elem_id="dataset-drop",

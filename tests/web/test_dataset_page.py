@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,15 @@ def test_pictures_are_dropped_into_a_new_dataset(app: App, page: Page, tmp_path:
     expect(page.locator("#dataset-said")).to_contain_text("bad.png")
     folder = app.home / "datasets" / "My_cats"
     assert sorted(path.name for path in folder.iterdir()) == ["cat_0.png", "cat_0.txt", "cat_1.png", "cat_2.png"]
+    with page.expect_download() as waiting:
+        page.locator("#dataset-zip").click()
+    waiting.value.save_as(tmp_path / "cats.zip")
+    with zipfile.ZipFile(tmp_path / "cats.zip") as archive:
+        assert sorted(archive.namelist()) == ["cat_0.png", "cat_0.txt", "cat_1.png", "cat_2.png"]
+        assert archive.read("cat_0.txt") == b"a cat"
+    page.locator("#dataset-drop input[type=file]").set_input_files([tmp_path / "cats.zip"])
+    expect(page.locator(".picture-card")).to_have_count(6)
+    assert (folder / "cat_0-2.txt").read_text(encoding="utf-8") == "a cat"
     text_box(page, "dataset-new-path").fill("/etc")
     page.locator("#dataset-add").click()
     expect(page.get_by_text("this folder may not be used by the page").first).to_be_visible()
