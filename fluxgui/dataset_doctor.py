@@ -6,6 +6,7 @@ as long as the file does not change.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -281,8 +282,8 @@ def _findings_of_picture(
             sizes[fit.bucket] += 1
             bucket = f"{fit.bucket[0]} x {fit.bucket[1]}"
             if fit.resized[0] > width or fit.resized[1] > height:
-                times = f"{fit.resized[0] / width:.2g}"
-                yield Finding("small", (name,), say("dataset.enlarged", size=shape, bucket=bucket, times=times))
+                percent = math.ceil(100 * max(fit.resized[0] / width, fit.resized[1] / height))
+                yield Finding("small", (name,), say("dataset.enlarged", size=shape, bucket=bucket, percent=percent))
             lost = 1 - fit.bucket[0] * fit.bucket[1] / (fit.resized[0] * fit.resized[1])
             if lost > MUCH_CROPPED:
                 yield Finding("cropped", (name,), say("dataset.loses", percent=round(100 * lost), bucket=bucket))

@@ -87,6 +87,12 @@ def write_captions(dataset: Dataset, captions: Mapping[str, str], what: str) -> 
     return len(written)
 
 
+def record_written(dataset: Dataset, written: Sequence[Written], what: str) -> None:
+    """Take note of captions that another process wrote, so that they can be undone as one change."""
+    if written:
+        _record(dataset, Step(what, written=tuple(written)))
+
+
 def change_captions(dataset: Dataset, items: Sequence[Item], rule: Rule, what: str) -> int:
     """Apply a rule to the captions of `items` as one change."""
     changed = {item.name: rule(item.caption or "") for item in items}

@@ -10,7 +10,9 @@ from gradio.blocks import Block
 from gradio.components import Component
 
 from fluxgui import dataset_view, doctor_view
+from fluxgui.caption_panel import build_caption_panel, connect_caption_panel
 from fluxgui.dataset_tab import FIRST_PAGE, FORM_NAMES, Data, DatasetTab, Updates, View
+from fluxgui.dataset_zip import ZIP_SUFFIX
 from fluxgui.datasets import find_dataset
 from fluxgui.form_parts import PLAIN, html_part
 from fluxgui.language import say
@@ -74,7 +76,7 @@ def build_dataset_tab(train: TrainTab) -> DatasetTab:
                     add = gr.Button(say("dataset.add_folder"), size="sm", elem_id="dataset-add")
             parts["drop"] = gr.File(
                 file_count="multiple",
-                file_types=[*IMAGE_SUFFIXES, CAPTION_SUFFIX],
+                file_types=[*IMAGE_SUFFIXES, CAPTION_SUFFIX, ZIP_SUFFIX],
                 label=say("dataset.drop", most=MAX_FILES),
                 height=130,
                 elem_id="dataset-drop",
@@ -93,6 +95,7 @@ def build_dataset_tab(train: TrainTab) -> DatasetTab:
         parts["checking"] = html_part(elem_id="doctor-progress")
         parts["doctor"] = _live_html(doctor_view.SCRIPT, "doctor-report")
         parts["buckets"] = html_part(elem_id="doctor-buckets")
+    caption_buttons = build_caption_panel(parts)
     with gr.Row(visible=False, equal_height=False) as parts["whole"]:
         with gr.Column(scale=5, min_width=300):
             with gr.Column(elem_classes="card") as parts["browse"]:
@@ -170,7 +173,7 @@ def build_dataset_tab(train: TrainTab) -> DatasetTab:
             *(
                 part
                 for part in parts.values()
-                if isinstance(part, Component) and not isinstance(part, gr.HTML | gr.Button)
+                if isinstance(part, Component) and not isinstance(part, gr.HTML | gr.Button | gr.Timer)
             ),
         },
         train,
@@ -181,6 +184,7 @@ def build_dataset_tab(train: TrainTab) -> DatasetTab:
         "put_back": put_back,
     }  # fmt: skip
     _connect(tab, buttons)
+    connect_caption_panel(tab, caption_buttons, **IN_ORDER)
     return tab
 
 

@@ -23,11 +23,11 @@ from fluxgui.dataset_history import (
     undo,
     write_captions,
 )
+from fluxgui.dataset_zip import add_files
 from fluxgui.datasets import (
     Dataset,
     Item,
     add_folder,
-    add_pictures,
     count_tags,
     create_dataset,
     find_dataset,
@@ -127,6 +127,7 @@ class DatasetTab:
                 parts["chooser"]: gr.update(visible=False),
                 parts["whole"]: gr.update(visible=False),
                 parts["doctor_box"]: gr.update(visible=False),
+                parts["captions_box"]: gr.update(visible=False),
                 parts["adding"]: gr.update(open=True),
             }
         return cleared | {
@@ -134,6 +135,9 @@ class DatasetTab:
             parts["chooser"]: gr.update(visible=True),
             parts["whole"]: gr.update(visible=True),
             parts["doctor_box"]: gr.update(visible=True),
+            parts["captions_box"]: gr.update(visible=True),
+            parts["caption_status"]: "",
+            parts["caption_timer"]: gr.update(active=True),  # looks once for a job that is under way
             parts["forget"]: gr.update(visible=is_added(dataset)),
             **self.show(dataset, FIRST_PAGE, "", [], None),
         }
@@ -280,7 +284,7 @@ class DatasetTab:
         if not files:
             return {}
         dataset = self.dataset(data) or _try(lambda: create_dataset(_free_dataset_name()))
-        added = _try(lambda: add_pictures(dataset, files))
+        added = _try(lambda: add_files(dataset, files))
         heading = say("dataset.taken_in", pictures=len(added.images), captions=added.num_captions)
         refused = dataset_view.lines("warn", say("dataset.left_out"), added.refused) if added.refused else ""
         return {

@@ -72,9 +72,12 @@ def summary(dataset: Dataset, items: Sequence[Item]) -> str:
     missing = sum(not item.caption for item in items)
     text = say("dataset.count", pictures=len(items), captions=len(items) - missing)
     warning = f' <span class="mark">{escape(say("dataset.count_missing", missing=missing))}</span>' if missing else ""
-    return (
-        f'<p><strong>{escape(text)}</strong>{warning}<br><small class="where">{escape(str(dataset.path))}</small></p>'
-    )
+    link = ""
+    if items:
+        address = f"/datasets/{quote(dataset.name, safe='')}/zip"
+        link = f' · <a download id="dataset-zip" href="{address}">{escape(say("dataset.download_zip"))}</a>'
+    place = f'<small class="where">{escape(str(dataset.path))}</small>'
+    return f"<p><strong>{escape(text)}</strong>{warning}{link}<br>{place}</p>"
 
 
 def tags(counts: Sequence[tuple[str, int]], chosen: str) -> str:

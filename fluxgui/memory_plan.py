@@ -7,6 +7,7 @@ from typing import Final
 
 from fluxgui.form import Reading
 from trainer.schema.base import UserError
+from trainer.schema.calibration import calibration_for
 from trainer.schema.chroma_header import read_transformer
 from trainer.schema.memory import Estimate
 from trainer.schema.memory_plan import Plan, plan_for
@@ -45,6 +46,7 @@ def plan_memory(reading: Reading, *, vram_gb: float | None, ram_bytes: int | Non
             flux=read_transformer(options.pretrained_model_name_or_path, options.model_type),
             size=parse_resolution(options.resolution or DEFAULT_SIDE),
             batch_size=options.train_batch_size,
+            calibration=calibration_for(None, vram_bytes),
             num_pictures=None if reading.pictures is None else len(reading.pictures.images),
         )
     except UserError as error:

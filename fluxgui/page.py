@@ -11,6 +11,7 @@ from fluxgui.dataset_layout import build_dataset_tab, connect_dataset_page
 from fluxgui.demo import start_demo
 from fluxgui.form_parts import html_part
 from fluxgui.language import say
+from fluxgui.library_tab import build_library_tab
 from fluxgui.presets import start_values
 from fluxgui.presets_tab import build_presets_tab
 from fluxgui.runs import RunWatcher
@@ -24,7 +25,7 @@ from trainer.schema.folders import runs_dir
 from trainer.schema.run_folder import list_runs
 
 QUIETLY: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_limit": 8}
-TRAIN, DATASET, RUNS, PRESETS, SETTINGS = "train", "dataset", "runs", "presets", "settings"
+TRAIN, DATASET, RUNS, LIBRARY, PRESETS, SETTINGS = "train", "dataset", "runs", "library", "presets", "settings"
 
 # A tab also counts as selected when the page is built, before it was known which one the address names.
 ARRIVED: Final = "() => { window.fluxguiArrived = true; }"
@@ -50,6 +51,8 @@ def build_page(watcher: RunWatcher, sampler: LoadSampler) -> gr.Blocks:
                 dataset = build_dataset_tab(train)
             with gr.Tab(say("page.runs"), id=RUNS) as runs_page:
                 runs = build_runs_tab(watcher, train, tabs, sampler)
+            with gr.Tab(say("library.tab"), id=LIBRARY) as library_page:
+                library = build_library_tab(library_page)
             with gr.Tab(say("presets.tab"), id=PRESETS) as presets_page:
                 build_presets_tab(train, tabs, presets_page)
             with gr.Tab(say("settings.tab"), id=SETTINGS) as settings_page:
@@ -81,10 +84,17 @@ def build_page(watcher: RunWatcher, sampler: LoadSampler) -> gr.Blocks:
         )
         runs_page.select(None, None, None, js=PAGE_IN_ADDRESS % RUNS)
         runs_page.select(runs.look, runs.inputs, runs.outputs, **QUIETLY)
-        pages = {TRAIN: train_page, DATASET: dataset_page, PRESETS: presets_page, SETTINGS: settings_page}
+        pages = {
+            TRAIN: train_page,
+            DATASET: dataset_page,
+            LIBRARY: library_page,
+            PRESETS: presets_page,
+            SETTINGS: settings_page,
+        }
         for name, tab in pages.items():
             tab.select(None, None, None, js=PAGE_IN_ADDRESS % name)
         connect_dataset_page(dataset, page, dataset_page, tabs)
+        library.show_at_visits(page)
 
         def arrive(remembered: dict[str, object] | None, request: gr.Request) -> dict[Any, Any]:
             """The page as the address says, with the form as this browser left it."""

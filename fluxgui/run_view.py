@@ -15,16 +15,7 @@ from trainer.schema.run_probe import RunStatus
 
 MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
-PHASES: Final = {
-    "check": "checking files and pictures",
-    "waiting": "waiting for another run to finish",
-    "text": "encoding captions",
-    "latents": "encoding pictures",
-    "model": "loading the model",
-    "training": "training",
-    "sampling": "making samples",
-    "saving": "saving",
-}
+PHASES: Final = frozenset({"check", "waiting", "text", "latents", "model", "training", "sampling", "saving"})
 
 
 def made_at(run_id: str) -> str:
@@ -37,13 +28,16 @@ def made_at(run_id: str) -> str:
 
 
 def status_words(status: RunStatus, state: RunState) -> str:
-    match status.state:
-        case "stuck":
-            return "no progress"
-        case "running" if state.phase == "waiting":
-            return "waiting"
-        case _:
-            return status.state
+    if status.state == "running" and state.phase == "waiting":
+        return say("runs.state_waiting")
+    return say(f"runs.state_{status.state}")
+
+
+def phase_words(phase: str) -> str:
+    """What a phase does; one that is not known by its own name."""
+    if phase in PHASES:
+        return say(f"runs.phase_{phase}")
+    return phase or say("runs.phase_start")
 
 
 def header(name: str, status: RunStatus, state: RunState) -> str:
@@ -57,33 +51,34 @@ def header(name: str, status: RunStatus, state: RunState) -> str:
 
 
 def _doing(status: RunStatus, state: RunState) -> str:
-    phase = PHASES.get(state.phase, state.phase) or "starting"
+    phase = phase_words(state.phase)
+    begun = phase[:1].upper() + phase[1:]
     match status.state:
         case "running" if state.phase in ("training", "sampling", "saving") and state.num_steps:
-            text = f"{phase.capitalize()}, step {state.step} of {state.num_steps}"
+            text = say("runs.doing_steps", phase=begun, step=state.step, total=state.num_steps)
             if state.num_epochs:
-                text += f", epoch {max(state.epoch, 1)} of {state.num_epochs}"
+                text += say("runs.doing_epoch", epoch=max(state.epoch, 1), total=state.num_epochs)
             return text
         case "running" if state.phase_total:
-            return f"{phase.capitalize()}, {state.phase_done} of {state.phase_total}"
+            return say("runs.doing_part", phase=begun, done=state.phase_done, total=state.phase_total)
         case "running":
-            return phase.capitalize()
+            return begun
         case "queued":
             return say("runs.waits")
         case "starting":
-            return status.detail
+            return say("runs.doing_start")
         case "paused":
-            return f"Paused at step {state.step} of {state.num_steps}. Memory stays in use until the run is stopped."
+            return say("runs.doing_paused", step=state.step, total=state.num_steps)
         case "completed":
-            return f"Completed: {state.step} steps."
+            return say("runs.doing_completed", step=state.step)
         case "stopped" if state.num_seen == 0:
             return say("runs.never_started")
         case "stopped":
-            return f"Stopped on request after {state.step} of {state.num_steps} steps; it can be resumed."
+            return say("runs.doing_stopped", step=state.step, total=state.num_steps)
         case "failed":
-            return f"Failed while {phase}; the reason is below."
+            return say("runs.doing_failed", phase=phase)
         case "crashed":
-            return f"Crashed while {phase}: the trainer ended without a word. The end of its log is below."
+            return say("runs.doing_crashed", phase=phase)
         case _:
             return status.detail
 
@@ -106,21 +101,21 @@ def _progress(status: RunStatus, state: RunState) -> str:
 def _facts(status: RunStatus, state: RunState) -> str:
     facts: list[tuple[str, str]] = []
     if status.state == "running" and state.seconds_left is not None:
-        facts.append(("time left", duration(state.seconds_left)))
+        facts.append((say("runs.time_left"), duration(state.seconds_left)))
     if state.loss is not None:
-        facts.append(("loss", f"{state.loss:.4f}"))
+        facts.append((say("runs.loss_now"), f"{state.loss:.4f}"))
     if state.step_seconds:
-        facts.append(("a step", f"{state.step_seconds:.2f} s"))
+        facts.append((say("runs.a_step"), f"{state.step_seconds:.2f} s"))
     if state.learning_rate:
-        facts.append(("rate", f"{state.learning_rate:.3g}"))
+        facts.append((say("runs.rate_now"), f"{state.learning_rate:.3g}"))
     if state.peak_bytes:
-        facts.append(("GPU memory peak", gib(state.peak_bytes)))
+        facts.append((say("runs.vram_peak"), gib(state.peak_bytes)))
     if state.host_bytes:
-        facts.append(("host memory", gib(state.host_bytes)))
+        facts.append((say("runs.host_now"), gib(state.host_bytes)))
     if state.num_images:
-        facts.append(("pictures", str(state.num_images)))
+        facts.append((say("runs.pictures"), str(state.num_images)))
     if state.device:
-        facts.append(("device", state.device))
+        facts.append((say("runs.device"), state.device))
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
     return f'<dl class="facts">{items}</dl>' if items else ""
 
@@ -137,11 +132,11 @@ def messages(status: RunStatus, state: RunState, log_tail: str, noticed: Sequenc
         parts.append(f'<div class="box bad" role="alert"><strong>{escape(error.message)}</strong>{where}{hint}</div>')
     if status.state in ("crashed", "stuck") or (status.state == "failed" and not state.errors):
         title = {
-            "crashed": "The trainer ended without saying why. The last lines of its log:",
-            "stuck": f"{status.detail or 'No progress for a while.'} The last lines of the log:",
-            "failed": "The run failed. The last lines of its log:",
+            "crashed": say("runs.crashed_log"),
+            "stuck": say("runs.stuck_log", detail=status.detail),
+            "failed": say("runs.failed_log"),
         }[status.state]
-        tail = "\n".join(log_tail.splitlines()[-15:]) or "The log is empty."
+        tail = "\n".join(log_tail.splitlines()[-15:]) or say("runs.log_empty")
         parts.append(
             f'<div class="box bad" role="alert"><strong>{escape(title)}</strong>'
             f'<div class="log-tail" tabindex="0"><pre>{escape(tail)}</pre></div></div>'
@@ -149,7 +144,7 @@ def messages(status: RunStatus, state: RunState, log_tail: str, noticed: Sequenc
     warnings = [*noticed, *state.warnings[-8:]]
     if warnings:
         items = "".join(f"<li>{escape(text)}</li>" for text in warnings)
-        parts.append(f'<div class="box warn"><strong>Warnings</strong><ul>{items}</ul></div>')
+        parts.append(f'<div class="box warn"><strong>{escape(say("runs.warnings"))}</strong><ul>{items}</ul></div>')
     return "".join(parts)
 
 
@@ -163,23 +158,17 @@ def waiting(
 ) -> str:
     """What was asked for and not yet taken up, else what the buttons do. `state_step` is where the run would go on."""
     if pending:
-        return f'<p class="empty" role="status">Asked for: {escape(", ".join(pending))}. The trainer answers soon.</p>'
+        asked = say("runs.asked_for", names=", ".join(pending))
+        return f'<p class="empty" role="status">{escape(asked)}</p>'
     if is_queued:
         return f'<p class="empty">{escape(say("runs.queue_explained"))}</p>'
     if not is_live:
-        words = "Start again makes a new run with the same settings, from the beginning."
+        words = say("runs.what_again_does")
         if can_resume:
-            place = (
-                "begins anew in this run: it ended before a state of it was kept"
-                if state_step is None
-                else f"goes on in this run after step {state_step}"
-            )
-            words = f"Resume {place}. {words}"
-        return f'<p class="empty">{words}</p>'
-    return (
-        '<p class="empty">Stop ends the run after the current step and frees the memory; it can be resumed later. Pause '
-        "keeps the memory. Closing this page stops nothing.</p>"
-    )
+            place = say("runs.resume_anew") if state_step is None else say("runs.resume_after", step=state_step)
+            words = f"{place} {words}"
+        return f'<p class="empty">{escape(words)}</p>'
+    return f'<p class="empty">{escape(say("runs.what_buttons_do"))}</p>'
 
 
 def deletion(name: str, found: Contents, bin_folder: str) -> str:

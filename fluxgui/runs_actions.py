@@ -139,7 +139,7 @@ def _connect_commands(layout: RunsLayout) -> None:
             found = find_run(run_id)
             if found is not None:
                 # The one button that has two meanings says which one it had when it was pressed.
-                send(found, "resume" if label == "Resume" else name)
+                send(found, "resume" if label == say("runs.resume") else name)
 
         return ask
 
@@ -149,8 +149,7 @@ def _connect_commands(layout: RunsLayout) -> None:
             return {}
         state = tab.watcher.look(found).state
         return stopping.ask(
-            f"Stop {run_name(found)} at step {state.step} of {state.num_steps}? What it has learned by then is saved, "
-            "and it can be resumed from there.",
+            say("runs.ask_to_stop", name=run_name(found), step=state.step, total=state.num_steps),
             found.path.name,
         )
 
@@ -178,7 +177,7 @@ def _connect_ends(layout: RunsLayout) -> None:
     def go_on(run_id: str | None) -> None:
         found = find_run(run_id)
         if found is not None:
-            _or_error("The run cannot be resumed", lambda: resume(found))
+            _or_error(say("runs.not_resumed"), lambda: resume(found))
 
     parts["resume"].click(go_on, [chosen], None, **QUIETLY).then(tab.look, tab.inputs, tab.outputs, **QUIETLY)
 
@@ -191,7 +190,7 @@ def _connect_ends(layout: RunsLayout) -> None:
     def delete_it(run_id: str | None) -> None:
         found = find_run(run_id)
         if found is not None:
-            _or_error("The run cannot be deleted", lambda: delete_run(found))
+            _or_error(say("runs.not_deleted"), lambda: delete_run(found))
             tab.watcher.forget(found)
 
     parts["delete"].click(ask_to_delete, [chosen], deleting.outputs, **QUIETLY)
@@ -202,7 +201,7 @@ def _connect_ends(layout: RunsLayout) -> None:
 
     def restart(run_id: str | None) -> str | None:
         found = find_run(run_id)
-        return run_id if found is None else _or_error("The run cannot be started", lambda: start_again(found)).path.name
+        return run_id if found is None else _or_error(say("runs.not_started"), lambda: start_again(found)).path.name
 
     started = gr.State(None)
     parts["again"].click(restart, [chosen], [started], **QUIETLY).success(

@@ -32,14 +32,17 @@ Shown = dict[str, str]
 
 
 class Settings(NamedTuple):
-    """What the user set for what is shown, in the order of `RunsTab.inputs` behind the run and what was shown."""
+    """What the user set for what is shown, in the order of `RunsTab.inputs` behind the run and what was shown.
+
+    A browser sends None for what was never touched.
+    """
 
     smoothing: float = 0.9
-    search: str = ""
+    search: str | None = None
     chart: Chart = "loss"
     window: Window = None
     level: str = "all"
-    compared: Sequence[str] = ()
+    compared: Sequence[str] | None = None
     away: object = ""
 
 
@@ -80,7 +83,7 @@ class RunsTab:
         updates = self._list_updates(views, chosen, settings)
         if chosen is not None:
             updates |= _run_updates(chosen, settings)
-            compared = [view for view in views if view.run_id in settings.compared and view.run_id != chosen.run_id]
+            compared = [view for view in views if view.run_id in (settings.compared or ()) and view is not chosen]
             updates["comparison"] = comparison([chosen, *compared], smoothing=settings.smoothing) if compared else ""
         digests = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in updates.items()}
         changed: dict[str, object] = {
@@ -105,7 +108,9 @@ class RunsTab:
             if view.state.points and view is not chosen
         ]
         return {
-            "cards": run_list_view.cards(views, chosen.run_id if chosen is not None else None, search=settings.search),
+            "cards": run_list_view.cards(
+                views, chosen.run_id if chosen is not None else None, search=settings.search or ""
+            ),
             "queue": queue,
             "queue_box": gr.update(visible=bool(queue)),
             "list_column": gr.update(visible=bool(views)),
@@ -154,10 +159,10 @@ def _run_updates(view: RunView, settings: Settings) -> dict[str, object]:
         "sample": gr.update(visible=view.is_live and not is_waiting, interactive=trains),
         "pause": gr.update(
             visible=view.is_live and not is_waiting,
-            value="Resume" if state.is_paused else "Pause",
+            value=say("runs.resume") if state.is_paused else say("runs.pause"),
             interactive=obeys,
         ),
-        "resume": gr.update(visible=view.can_resume, value=say("runs.start") if not state.num_seen else "Resume"),
+        "resume": gr.update(visible=view.can_resume, value=say("runs.resume") if state.num_seen else say("runs.start")),
         "again": gr.update(visible=not view.is_live),
         "delete": gr.update(visible=not view.is_live),
     }

@@ -11,6 +11,7 @@ import binascii
 import hashlib
 import hmac
 import mimetypes
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +21,23 @@ from urllib.parse import quote, urlsplit
 import gradio as gr
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse, HTMLResponse, Response, StreamingResponse
+from starlette.background import BackgroundTask
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fluxgui.dataset_zip import write_zip
 from fluxgui.datasets import find_dataset, picture_path
+from fluxgui.jobs import find_job, look_at_job
+from fluxgui.library import find_entry
+from fluxgui.library_jobs import made_picture
+from fluxgui.pictures import safe_name
 from fluxgui.run_export import report, zip_stream
 from fluxgui.run_view import status_words
 from fluxgui.runs import RunWatcher, find_run, served_file
 from fluxgui.theme import STYLE, make_theme
 from fluxgui.thumbnails import SIZES, thumbnail
+from trainer.schema.folders import data_home
 from trainer.schema.settings import read_settings
 
 MAX_UPLOAD_BYTES: Final = 64 * 1024 * 1024
@@ -133,6 +141,20 @@ class Guard:
         return None
 
 
+def dataset_zip(dataset: str) -> FileResponse:
+    """A dataset's pictures and captions as one file, which is removed when it was sent."""
+    found = find_dataset(dataset)
+    if found is None:
+        raise HTTPException(status_code=404, detail="There is no such dataset.")
+    folder = data_home() / "cache" / "zip"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{uuid.uuid4().hex}.zip"
+    write_zip(found, file)
+    return FileResponse(
+        file, media_type="application/zip", filename=f"{found.name}.zip", background=BackgroundTask(file.unlink)
+    )
+
+
 UNREADABLE: Final = (
     '<svg xmlns="http://www.w3.org/2000/svg" width="256" height="256" viewBox="0 0 256 256">'
     '<rect width="256" height="256" fill="#fee2e2"/><path d="M88 88l80 80m0-80l-80 80" stroke="#b91c1c" '
@@ -154,6 +176,33 @@ def _small_picture(path: Path, size: str) -> Response:
     if kept is None:
         return Response(UNREADABLE, media_type="image/svg+xml", headers={"Cache-Control": "no-store"})
     return FileResponse(kept, media_type="image/webp", headers={"Cache-Control": "private, max-age=3600"})
+
+
+def library_preview(entry_id: str) -> Response:
+    """A LoRA's picture made small."""
+    entry = find_entry(entry_id)
+    kept = thumbnail(entry.preview, "small") if entry is not None and entry.preview is not None else None
+    if kept is None:
+        raise HTTPException(status_code=404, detail="There is no such picture.")
+    return FileResponse(kept, media_type="image/webp", headers={"Cache-Control": "private, max-age=60"})
+
+
+def library_file(entry_id: str) -> FileResponse:
+    """A LoRA of the library, under the name that it has there."""
+    entry = find_entry(entry_id)
+    if entry is None:
+        raise HTTPException(status_code=404, detail="There is no such file.")
+    name = f"{safe_name(entry.title)}.safetensors"
+    return FileResponse(entry.path, media_type="application/octet-stream", filename=name)
+
+
+def library_picture(job_id: str, name: str) -> FileResponse:
+    """A picture that a job of the library made."""
+    job = find_job(job_id)
+    path = made_picture(look_at_job(job), name) if job is not None else None
+    if path is None:
+        raise HTTPException(status_code=404, detail="There is no such picture.")
+    return FileResponse(path, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
 
 
 def _download(name: str) -> dict[str, str]:
@@ -203,6 +252,10 @@ def make_server(page: gr.Blocks, watcher: RunWatcher, login: Login | None, *, po
     app.add_api_route("/run-states", run_states, methods=["GET"])
     app.add_api_route("/files/{run_id}/{kind}/{name}", run_file, methods=["GET"])
     app.add_api_route("/pictures/{dataset}/{size}/{name}", dataset_picture, methods=["GET"])
+    app.add_api_route("/library/preview/{entry_id}", library_preview, methods=["GET"])
+    app.add_api_route("/library/file/{entry_id}", library_file, methods=["GET"])
+    app.add_api_route("/library/picture/{job_id}/{name}", library_picture, methods=["GET"])
+    app.add_api_route("/datasets/{dataset}/zip", dataset_zip, methods=["GET"])
     gr.mount_gradio_app(
         app,
         page,

@@ -17,6 +17,7 @@ from trainer.schema.base import UserError
 from trainer.schema.cli import ParsedCommand, parse_command_line, read_command_line, read_values, write_config
 from trainer.schema.file_checks import needed_models
 from trainer.schema.folders import demo_dir
+from trainer.schema.job_folder import JobReporter, run_job
 from trainer.schema.option_files import read_config_file
 from trainer.schema.options import Options
 from trainer.schema.run_folder import RunFolder
@@ -155,10 +156,18 @@ def make_demo(arguments: Sequence[str]) -> int:
 
 
 def convert_lora_file(arguments: Sequence[str]) -> int:
-    from trainer.tools.convert_lora import convert_lora  # noqa: PLC0415 - torch takes seconds to load
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--job_dir", type=Path)
+    known, rest = parser.parse_known_args(arguments)
 
-    print(convert_lora(arguments))
-    return EXIT_DONE
+    def work(reporter: JobReporter) -> None:
+        from trainer.tools.convert_lora import convert_lora  # noqa: PLC0415 - torch takes seconds to load
+
+        text = convert_lora(rest)
+        print(text)
+        reporter.result(text=text)
+
+    return run_job(known.job_dir, work)
 
 
 def make_pictures(arguments: Sequence[str]) -> int:

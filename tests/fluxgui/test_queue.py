@@ -15,7 +15,7 @@ from fluxgui.run_start import QueueKeeper, start_due, waiting_runs
 from fluxgui.runs import RunWatcher
 from tests.fluxgui.test_runs import home, make_run, start, wait_for
 from trainer.schema.run_folder import RunFolder
-from trainer.schema.run_queue import move, withdraw
+from trainer.schema.run_queue import ask_for_start, move, withdraw
 
 __all__ = ["home", "start"]  # fixtures
 
@@ -113,6 +113,16 @@ def test_a_run_whose_process_ended_without_a_word_is_not_started_over_and_over(
     assert run.worker_log.read_text(encoding="utf-8").count("No module named trainer") >= 1
     wait_for(lambda: RunWatcher().look(run), lambda view: view.status.state == "crashed")
     assert run.worker_log.read_text(encoding="utf-8").count("No module named trainer") == 2
+
+
+def test_a_clock_that_was_set_back_does_not_lose_a_wish(home: Path) -> None:
+    run = make_run(home)
+    (run.path / "process.json").write_text(
+        f'{{"pid": 0, "asked": {time.time() + 3600}, "started": 1.0}}', encoding="utf-8"
+    )
+    assert waiting_runs() == []
+    ask_for_start(run)
+    assert waiting_runs() == [run]
 
 
 def test_the_queue_of_a_program_that_is_not_there_waits(home: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_refresh_at_ten_thousand_steps_is_small_and_fast(home: Path, chart: st
 def test_nothing_new_sends_nothing_and_who_is_away_is_asked_rarely(home: Path) -> None:
     run = make_ended_run(home / "runs", "cat")
     tab = build_tab()
-    shown = look(tab, run, {})["shown"]
+    shown = look(tab, run, {}, 0.9, None, "loss", None, "all", None, None)["shown"]
     assert sent(look(tab, run, shown)) == {}
     away = look(tab, run, shown, 0.9, "", "loss", None, "all", (), "away")
     assert away["timer"]["value"] == AWAY_SECONDS

@@ -152,9 +152,9 @@ def test_a_type_dim_replaces_the_rank() -> None:
 
 
 def test_eight_bit_state_takes_a_quarter_and_its_scales() -> None:
-    assert optimizer_state_bytes(256 * 100, is_8bit=False) == 8 * 25_600
+    assert optimizer_state_bytes(256 * 100, is_8bit=False) == 8 * 25_600 + 4, "and the count of its steps"
     assert optimizer_state_bytes(256 * 100, is_8bit=True) == 2 * (25_600 + 4 * 100)
-    assert optimizer_state_bytes(4095, is_8bit=True) == 8 * 4095
+    assert optimizer_state_bytes(4095, is_8bit=True) == 8 * 4095 + 4
 
 
 # ---- block swap ----
@@ -229,11 +229,11 @@ def test_dev_at_1024_in_bf16_needs_about_26_gib_and_swapping_brings_it_down() ->
     assert 6 < phase(dev_estimate(35), "training").peak_bytes / GIB < 9
 
 
-def test_the_lora_takes_16_bytes_a_value_and_its_half_precision_copy() -> None:
+def test_the_lora_takes_16_bytes_a_value() -> None:
     result, num_values = dev_estimate(), 76_578_816
-    assert part(result, "LoRA weights") == (4 + 2) * num_values
+    assert part(result, "LoRA weights") == 4 * num_values, "a layer's half precision copy is there for the moment only"
     assert part(result, "LoRA gradients") == 4 * num_values
-    assert part(result, "optimizer state") == 8 * num_values
+    assert part(result, "optimizer state") == 8 * num_values + 4 * 608
     in_8bit = part(dev_estimate(optimizer_type="AdamW8bit"), "optimizer state")
     assert 2 * num_values < in_8bit < 2.05 * num_values
     assert part(dev_estimate(mixed_precision="no"), "LoRA weights") == 4 * num_values
@@ -242,25 +242,32 @@ def test_the_lora_takes_16_bytes_a_value_and_its_half_precision_copy() -> None:
 def test_checkpointing_keeps_one_tensor_a_block_and_token() -> None:
     result = dev_estimate()
     tokens = 64 * 64 + 512
-    assert part(result, "saved block inputs") == 57 * tokens * 3072 * 2
+    last = 8 * 64 * 64 + 4 * 3072 * 2
+    assert part(result, "saved block inputs") == 58 * tokens * 3072 * 2 + last, (
+        "the last block's output is an input, too"
+    )
     assert part(result, "one block's activations and gradients") == 30 * tokens * 3072 * 2
     without = dev_estimate(gradient_checkpointing=False)
-    assert part(without, "saved activations") == (19 * 21 + 38 * 18) * tokens * 3072 * 2
+    whole = (19 * 21 + 38 * 18 + 1) * tokens * 3072 * 2
+    assert whole < part(without, "saved activations") < 1.02 * whole
     assert without.peak_bytes > result.peak_bytes + 20 * GIB
 
 
 def test_text_tokens_size_and_batch_count() -> None:
-    assert part(dev_estimate(t5xxl_max_token_length=64), "saved block inputs") == 57 * (4096 + 64) * 3072 * 2
-    assert part(dev_estimate(side=512), "saved block inputs") == 57 * (1024 + 512) * 3072 * 2
-    assert part(dev_estimate(batch_size=3), "saved block inputs") == 3 * 57 * (4096 + 512) * 3072 * 2
+    def inputs(num_image: int, num_text: int) -> int:
+        return 58 * (num_image + num_text) * 3072 * 2 + 8 * num_image + 4 * 3072 * 2
+
+    assert part(dev_estimate(t5xxl_max_token_length=64), "saved block inputs") == inputs(4096, 64)
+    assert part(dev_estimate(side=512), "saved block inputs") == inputs(1024, 512)
+    assert part(dev_estimate(batch_size=3), "saved block inputs") == 3 * inputs(4096, 512)
     schnell = estimate(SCHNELL, usual_options(), width=768, height=512, batch_size=1)
-    assert part(schnell, "saved block inputs") == 57 * (48 * 32 + 256) * 3072 * 2
+    assert part(schnell, "saved block inputs") == inputs(48 * 32, 256)
 
 
 def test_full_precision_doubles_weights_and_activations() -> None:
     half, full = dev_estimate(), dev_estimate(mixed_precision="no")
     for name in ("FLUX.1 weights", "saved block inputs", "one block's activations and gradients"):
-        assert part(full, name) == 2 * part(half, name)
+        assert part(full, name) == pytest.approx(2 * part(half, name), rel=1e-4), "statistics are in fp32 anyway"
 
 
 def test_what_is_not_cached_stays_on_the_device_beside_the_transformer() -> None:

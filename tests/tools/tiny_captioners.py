@@ -97,7 +97,7 @@ def make_tiny_florence(folder: Path) -> Path:
             "decoder_attention_heads": 2,
             "encoder_ffn_dim": 32,
             "decoder_ffn_dim": 32,
-            "max_position_embeddings": 128,
+            "max_position_embeddings": 512,
             "bos_token_id": BOS,
             "pad_token_id": PAD,
             "eos_token_id": EOS,

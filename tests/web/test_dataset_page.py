@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
 from playwright.sync_api import Locator, Page, expect
 
+from tests.tools.tiny_captioners import make_tiny_florence
 from tests.web.page_process import App, wait_until
 
 pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -146,6 +148,15 @@ def test_pictures_are_dropped_into_a_new_dataset(app: App, page: Page, tmp_path:
     expect(page.locator("#dataset-said")).to_contain_text("bad.png")
     folder = app.home / "datasets" / "My_cats"
     assert sorted(path.name for path in folder.iterdir()) == ["cat_0.png", "cat_0.txt", "cat_1.png", "cat_2.png"]
+    with page.expect_download() as waiting:
+        page.locator("#dataset-zip").click()
+    waiting.value.save_as(tmp_path / "cats.zip")
+    with zipfile.ZipFile(tmp_path / "cats.zip") as archive:
+        assert sorted(archive.namelist()) == ["cat_0.png", "cat_0.txt", "cat_1.png", "cat_2.png"]
+        assert archive.read("cat_0.txt") == b"a cat"
+    page.locator("#dataset-drop input[type=file]").set_input_files([tmp_path / "cats.zip"])
+    expect(page.locator(".picture-card")).to_have_count(6)
+    assert (folder / "cat_0-2.txt").read_text(encoding="utf-8") == "a cat"
     text_box(page, "dataset-new-path").fill("/etc")
     page.locator("#dataset-add").click()
     expect(page.get_by_text("this folder may not be used by the page").first).to_be_visible()
@@ -193,3 +204,25 @@ def test_a_broken_picture_and_a_missing_caption_are_named_and_fixed_on_the_spot(
     page.locator("#dataset-use").click()
     expect(page.locator("#pictures")).to_contain_text("3 pictures")
     expect(page.locator("#pictures .bad")).to_have_count(0)
+
+
+def test_captions_are_written_by_a_worker_and_undone(app: App, page: Page, tmp_path: Path) -> None:
+    folder = app.home / "datasets" / "cats"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        draw(folder / f"{number}.png", 9 * number)
+    model = make_tiny_florence(tmp_path / "model")
+    page.goto(f"{app.url}?tab=dataset&dataset=cats")
+    page.get_by_text("Automatic captions", exact=True).click()
+    text_box(page, "caption-model").fill(str(tmp_path / "nothing"))
+    page.locator("#caption-start").click()
+    expect(page.locator("#caption-status .bad")).to_contain_text("cannot be loaded")
+    text_box(page, "caption-model").fill(str(model))
+    page.locator("#caption-start").click()
+    expect(page.locator("#caption-status .good")).to_contain_text("3 captions written")
+    expect(in_place(page, "1.png")).not_to_have_value("")
+    assert sorted(captions(folder)) == ["0", "1", "2"]
+    expect(page.locator("#dataset-undo")).to_contain_text("automatic captions")
+    page.locator("#dataset-undo").click()
+    expect(in_place(page, "1.png")).to_have_value("")
+    assert captions(folder) == {}

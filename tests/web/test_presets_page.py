@@ -19,6 +19,7 @@ from trainer.schema.cli import parse_command_line
 from trainer.schema.events import EventWriter
 from trainer.schema.import_project import import_project
 from trainer.schema.run_folder import RunFolder
+from trainer.schema.run_liveness import WorkerLock
 from trainer.schema.shell_words import read_training_command
 from trainer.tools.tiny_models import make_images
 
@@ -171,14 +172,17 @@ def test_the_browser_tells_when_a_run_ends(page: Page, app: App) -> None:
         " static permission = 'granted'; static requestPermission() { return Promise.resolve('granted'); } };"
     )
     run = RunFolder.create(
-        app.home / "runs", "cat", config_toml="", dataset_toml="", sample_prompts="", info={"name": "cat"}
+        app.home / "runs", "cat", config_toml="", dataset_toml="", sample_prompts="", info={"request": None}
     )
+    lock = WorkerLock(run)
+    lock.acquire()  # a trainer is at work, as far as the page can see
     page.goto(app.url + "?tab=settings")
     expect(page.locator("#settings-about")).to_contain_text("gradio")  # what is set has arrived
     with page.expect_response(lambda answer: answer.url.endswith("/run-states")):
         page.locator("#settings-notify input").check()
     events = EventWriter(run.events_jsonl, 1)
     events.write("run_finished", outcome="completed", steps=3)
+    lock.release()
     page.wait_for_function("window.told.length > 0")
     assert page.evaluate("window.told") == ["cat: completed"]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from trainer.schema.activation_counts import (
     dora_values_per_token,
     dora_work_per_token,
     forward_per_token,
+    last_saved_bytes,
     saved_values_per_token,
+    small_saved_bytes,
     t5_values_per_token,
     work_per_token,
 )
@@ -22,7 +24,7 @@ from trainer.schema.parameter_counts import (
     flux_counts,
     t5_count,
 )
-from trainer.schema.storage import block_bytes, saved_bytes, scratch_bytes, stored_as
+from trainer.schema.storage import Storage, block_bytes, saved_bytes, scratch_bytes, stored_as
 from trainer.schema.swap_counts import slab_bytes, split_swap
 from trainer.schema.trained_counts import Trained, optimizer_state_bytes
 
@@ -106,12 +108,15 @@ class Sums:
         batch_size: int,
         blocks_to_swap: int,
         trained: Trained,
+        factor: float = 1.0,
     ) -> None:
+        """`factor` is what this device was measured to need of what comes and goes in training, as part of the estimate."""
         self.flux, self.options, self.models, self.trained = flux, options, models, trained
+        self.factor = factor
         self.pixels, self.batch = width * height, batch_size
         self.num_double, self.num_single = split_swap(blocks_to_swap)
         self.counts = flux_counts(flux)
-        self.storage = stored_as(options)
+        self.storage: Storage = stored_as(options)
         self.value_bytes = 4 if options.mixed_precision == "no" else 2
         # In fp16 the streams between the blocks are kept in fp32, and the autoencoder stays out of half precision.
         self.stream_bytes = 2 if options.mixed_precision == "bf16" else 4
@@ -163,11 +168,16 @@ class Sums:
         one_block += 4 * (stream - 1)
         num_blocks = flux.depth + flux.depth_single_blocks
         passing = self.trained.passing
+        # Beside every block's input the last layer keeps what the last block gives.
+        last = stream * per_token + last_saved_bytes(flux, self.batch * self.num_image, self.batch, self.value_bytes)
+        small_double, small_single = small_saved_bytes(flux, tokens, self.batch, self.value_bytes)
+        thin = self.trained.inner_bytes(self.batch, self.num_image, self.num_text, self.value_bytes)
         if self.options.gradient_checkpointing:
-            saved = _part("saved block inputs", num_blocks * stream * per_token)
+            saved = _part("saved block inputs", num_blocks * stream * per_token + last)
         else:
             values = flux.depth * (stream + saved_double) + flux.depth_single_blocks * (stream + saved_single)
-            saved = _part("saved activations", values * per_token)
+            small = flux.depth * small_double + flux.depth_single_blocks * small_single + thin
+            saved = _part("saved activations", values * per_token + small + last)
             one_block -= min(saved_double, saved_single)
             passing = self.trained.passing_all
         # Flash attention's backward sums the query's gradient in fp32, and keeps two numbers a head and token.
@@ -199,6 +209,8 @@ class Sums:
         return self._phase("sampling", resident, _part("activations of sampling and decoding", work), *self._scratch())
 
     def _phase(self, name: PhaseName, weights: list[Part], *work: Part) -> Phase:
+        if name == "training" and not self.is_cpu:
+            work = tuple(replace(part, bytes=round(self.factor * part.bytes)) for part in work)
         passing = sum(part.bytes for part in work)
         parts = [*weights, *work, _part("allocator rounding", ALLOCATOR_SHARE * passing, "workspace")]
         if not self.is_cpu:
@@ -263,8 +275,10 @@ class Sums:
     def _lora_parts(self, *, with_gradients: bool) -> list[Part]:
         options, sizes, total = self.options, self.trained.sizes, self.trained.total
         num_moments, is_8bit = moments_of(wanted_optimizer(options))
-        # fp32 master weights, and under autocast their copies in the type of the products.
-        weight_bytes = 4 if self.value_bytes == 4 else 4 + self.value_bytes
+        # fp32 master weights; a plain LoRA casts those of one layer for the moment, others have copies under autocast.
+        spec = self.trained.spec
+        is_plain = spec.kind == "lora" and not spec.dora and not spec.pissa
+        weight_bytes = 4 if self.value_bytes == 4 or is_plain else 4 + self.value_bytes
         return [
             Part("LoRA weights", total * weight_bytes + 4 * self.trained.frozen, "lora"),
             Part("LoRA gradients", 4 * total if with_gradients else 0, "gradients"),

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, get_args
 
 from trainer.schema.base import UserError
+from trainer.schema.calibration import Measurement
 from trainer.schema.checkpoint_header import autoencoder_params, clip_params, t5_params
 from trainer.schema.chroma_header import TransformerParams, read_transformer
 from trainer.schema.dataset_file import read_dataset_config
@@ -124,12 +125,13 @@ def plan_for(
     size: tuple[int, int] | None = None,
     batch_size: int | None = None,
     num_pictures: int | None = None,
+    calibration: Measurement | None = None,
 ) -> Plan:
     """The plan for a card of `vram_bytes` in a machine of `ram_bytes`; None sets no limit.
 
     What is not given is read: `flux` and `models` from the headers of the files that the options name, `size` (width, height)
     and `batch_size` from the dataset file or the options. Raises `UserError` for files that cannot be read and for options
-    that contradict the model.
+    that contradict the model. With `calibration` the estimates follow what was measured on that device.
     """
     assumptions: list[str] = []
     if flux is None:
@@ -149,7 +151,12 @@ def plan_for(
         ASSUMED_PICTURES if num_pictures is None else num_pictures,
         rates_for(vram_bytes),
         options,
+        1.0 if calibration is None else calibration.factor,
     )
+    if calibration is not None:
+        assumptions.append(
+            f"activations as measured on {calibration.device}: {calibration.factor:.2f} times the formula"
+        )
     rates = planner.rates
     assumptions.append(
         f"step times: {rates.name}, {PRACTICAL_SHARE:.0%} of {rates.flops / 1e12:.0f} TFLOP/s and "
@@ -246,6 +253,7 @@ class _Planner:
     num_pictures: int
     rates: Rates
     options: Options
+    factor: float
     _seen: dict[str, Choice] = field(default_factory=dict[str, Choice])
 
     def fits(self, result: Estimate) -> bool:
@@ -275,6 +283,7 @@ class _Planner:
                 blocks_to_swap=None if may_swap else 0,
                 vram_bytes=None if options.device == "cpu" else self.vram_bytes,
                 num_pictures=self.num_pictures,
+                factor=self.factor,
             )
         else:
             result = pick_blocks_to_swap(
@@ -286,6 +295,7 @@ class _Planner:
                 vram_bytes=self.vram_bytes,
                 models=self.models,
                 num_pictures=self.num_pictures,
+                factor=self.factor,
             )
         seconds = self._seconds(options, (width, height), batch_size, result.blocks_to_swap)
         whole = self._seconds(self.options, self.size, self.batch_size, 0)

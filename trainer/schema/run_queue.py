@@ -37,7 +37,9 @@ def is_withdrawn(run: RunFolder) -> bool:
 def ask_for_start(run: RunFolder, clock: Callable[[], float] = time.time) -> None:
     """Put the run at the end of the queue."""
     now = clock()
-    _write(run, wanted=True, asked=now, place=now)
+    # A clock that was set back must not make this wish older than the process that came before it.
+    started = _number(read_json(run.path / PROCESS_FILE).get("asked")) or 0.0
+    _write(run, wanted=True, asked=max(now, started + 1e-3), place=now)
 
 
 def withdraw(run: RunFolder) -> None:

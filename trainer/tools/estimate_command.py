@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from trainer.schema.base import UserError, shown
+from trainer.schema.calibration import calibration_for, read_calibrations
 from trainer.schema.cli import parse_command_line
 from trainer.schema.memory import Estimate
 from trainer.schema.memory_phases import GIB, KINDS, Part, gib_text
@@ -35,16 +36,23 @@ def estimate_text(arguments: Sequence[str]) -> str:
     )
     parser.add_argument("--vram_gb", type=float, help="memory of the card in GiB: plans for it")
     parser.add_argument("--ram_gb", type=float, help="main memory of the machine in GiB: plans for it")
+    parser.add_argument(
+        "--gpu", help="name of a device that a run has measured; without it the one of the size of --vram_gb"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     known, rest = parser.parse_known_args(arguments)
     options = parse_command_line(rest).options
     vram_bytes, ram_bytes = _size("vram_gb", known.vram_gb), _size("ram_gb", known.ram_gb)
-    plan = plan_for(options, vram_bytes, ram_bytes)
+    calibration = calibration_for(known.gpu, vram_bytes)
+    if known.gpu is not None and calibration is None:
+        names = ", ".join(read_calibrations()) or "none yet"
+        raise UserError(f"nothing was measured on {known.gpu}", "--gpu", f"Measured are: {names}.", exit_code=2)
+    plan = plan_for(options, vram_bytes, ram_bytes, calibration=calibration)
     is_planned = vram_bytes is not None or ram_bytes is not None
     # A number that was given is what the figures are for; the plan may say another.
     result = plan.choice.estimate
     if is_planned and isinstance(options.blocks_to_swap, int):
-        result = plan_for(options).choice.estimate
+        result = plan_for(options, calibration=calibration).choice.estimate
     if known.json:
         return json.dumps(_as_json(result, plan, is_planned=is_planned), indent=1)
     return "\n".join(_lines(result, plan, is_planned=is_planned))

@@ -6,6 +6,7 @@ import dataclasses
 
 import psutil
 
+from trainer.schema.calibration import calibration_for
 from trainer.schema.memory_phases import CUDA_CONTEXT_BYTES, gib_text
 from trainer.schema.memory_plan import Plan, plan_for
 from trainer.train.check import CheckedRun
@@ -14,8 +15,10 @@ from trainer.train.plan import largest_batch
 from trainer.train.reporting import Reporter
 
 
-def plan_of_run(checked: CheckedRun, vram_bytes: int | None, ram_bytes: int | None = None) -> Plan:
-    """What fits for the run's largest batch; see `plan_for`."""
+def plan_of_run(
+    checked: CheckedRun, vram_bytes: int | None, ram_bytes: int | None = None, device: str | None = None
+) -> Plan:
+    """What fits for the run's largest batch, with what was measured on `device` before; see `plan_for`."""
     size, batch_size = largest_batch(checked)
     return plan_for(
         checked.options,
@@ -26,6 +29,7 @@ def plan_of_run(checked: CheckedRun, vram_bytes: int | None, ram_bytes: int | No
         size=size,
         batch_size=batch_size,
         num_pictures=checked.index.num_images,
+        calibration=calibration_for(device, None),
     )
 
 
@@ -46,7 +50,9 @@ def resolve_auto_swap(checked: CheckedRun, engine: Engine, reporter: Reporter) -
         )
         return with_swap(checked, 0)
     # The CUDA context is not free any more by now, and part of the estimate.
-    plan = plan_of_run(checked, min(total_bytes, free_bytes + CUDA_CONTEXT_BYTES), psutil.virtual_memory().total)
+    plan = plan_of_run(
+        checked, min(total_bytes, free_bytes + CUDA_CONTEXT_BYTES), psutil.virtual_memory().total, engine.name()
+    )
     count = engine.share(plan.choice.blocks_to_swap)
     reporter.note(
         f"blocks_to_swap auto is {count}: about {gib_text(plan.choice.estimate.peak_bytes)} of "

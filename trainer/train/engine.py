@@ -114,8 +114,13 @@ class Engine:
         return cast("list[object]", gather_object([value]))
 
     def peak_bytes(self) -> int:
-        """The most device memory in use so far; 0 on a CPU, where it is the host's."""
+        """The most device memory in use since `reset_peak`; 0 on a CPU, where it is the host's."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def reset_peak(self) -> None:
+        """Forgets the most device memory that was in use."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def total_bytes(self) -> int | None:
         """The card's memory; None for devices that share the machine's."""

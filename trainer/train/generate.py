@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
+import psutil
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -29,8 +30,11 @@ from trainer.schema.cli import ParsedCommand
 from trainer.schema.file_checks import check_files
 from trainer.schema.folders import data_home
 from trainer.schema.job_folder import JobReporter
+from trainer.schema.memory_phases import CUDA_CONTEXT_BYTES
+from trainer.schema.memory_plan import plan_for
 from trainer.schema.options import Options
 from trainer.schema.parameter_counts import OtherModels, t5_count
+from trainer.schema.swap_counts import chosen_swap
 from trainer.train.conditioning import VISIBLE_PADDING, ClipEncoder, LiveText, NoClip, T5Encoder, TextInputs
 from trainer.train.device_checks import check_device
 from trainer.train.engine import Engine
@@ -116,7 +120,37 @@ def generate(
     with _turn_on_device(str(engine.device), reporter):
         texts = _encode(options, models, tokenizers, engine, loras, pictures, reporter)
         engine.free_cached_memory()
+        options = _with_counted_swap(options, flux, models, engine, pictures, reporter)
         return _draw(options, flux, engine, loras, pictures, texts, folder, reporter)
+
+
+def _with_counted_swap(
+    options: Options,
+    flux: TransformerParams,
+    models: OtherModels,
+    engine: Engine,
+    pictures: Sequence[Picture],
+    reporter: JobReporter,
+) -> Options:
+    """A number for `auto`: what a training at the largest picture would need, which is more than the picture itself."""
+    if options.blocks_to_swap != "auto":
+        return options
+    free_bytes, total_bytes = engine.free_bytes(), engine.total_bytes()
+    count = 0
+    if free_bytes is not None and total_bytes is not None:
+        plan = plan_for(
+            options,
+            min(total_bytes, free_bytes + CUDA_CONTEXT_BYTES),
+            psutil.virtual_memory().total,
+            flux=flux,
+            models=models,
+            size=max(((p.prompt.width, p.prompt.height) for p in pictures), key=lambda size: size[0] * size[1]),
+            batch_size=1,
+            num_pictures=1,
+        )
+        count = plan.choice.blocks_to_swap
+    reporter.note(f"blocks_to_swap auto is {count}")
+    return options.model_copy(update={"blocks_to_swap": count})
 
 
 def _relevant(problems: Sequence[Problem]) -> list[Problem]:
@@ -228,7 +262,7 @@ def _draw(
 ) -> list[Path]:
     reporter.note("reading the model")
     assert options.pretrained_model_name_or_path is not None
-    num_swapped = options.blocks_to_swap or 0
+    num_swapped = chosen_swap(options.blocks_to_swap)
     on_host = swapped_prefixes(flux, num_swapped)
     model = load_transformer(
         options.pretrained_model_name_or_path,

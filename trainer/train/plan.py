@@ -65,8 +65,10 @@ def largest_batch(checked: CheckedRun) -> tuple[tuple[int, int], int]:
     return (width, height), spec.batch_size
 
 
-def estimate_run(checked: CheckedRun, total_bytes: int | None = None) -> Estimate:
-    """The memory that the largest batch needs; `total_bytes` is the card's."""
+def estimate_run(
+    checked: CheckedRun, total_bytes: int | None = None, *, factor: float = 1.0, blocks_to_swap: int | None = None
+) -> Estimate:
+    """The memory that the largest batch needs; `total_bytes` is the card's, `factor` its calibration's."""
     (width, height), batch_size = largest_batch(checked)
     return estimate(
         checked.flux,
@@ -77,6 +79,8 @@ def estimate_run(checked: CheckedRun, total_bytes: int | None = None) -> Estimat
         models=checked.models,
         vram_bytes=total_bytes,
         num_pictures=checked.index.num_images,
+        factor=factor,
+        blocks_to_swap=blocks_to_swap,
     )
 
 
