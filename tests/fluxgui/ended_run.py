@@ -31,7 +31,7 @@ def make_ended_run(
         head = {"schema": 1, "seq": len(lines) + 1, "attempt": 1, "time": 1000.0 + len(lines), "kind": kind}
         lines.append(json.dumps({**fields, **head}))
 
-    write("run_started", pid=0, device="")
+    write("run_started", pid=2**22 + 1, device="")  # no system gives this number
     write("plan", num_images=4, num_epochs=1, num_steps=num_steps, first_step=0, device="cpu")
     write("phase", name="training")
     for step in range(1, num_steps + 1):

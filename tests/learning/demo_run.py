@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -12,8 +13,9 @@ from trainer.schema.folders import demo_dir
 from trainer.tools.demo import demo_arguments
 from trainer.tools.demo_measure import Accuracy
 from trainer.tools.demo_pictures import emblem_folder
-from trainer.tools.demo_report import EmblemRate, demo_lora, emblem_rate, painter_with
-from trainer.tools.tiny_models import DemoBundle, make_demo_bundle
+from trainer.tools.demo_report import EmblemRate, demo_lora, emblem_rate, held_out_emblems, loss, painter_with
+from trainer.tools.tiny_models import TRAINED_FILES, DemoBundle, make_demo_bundle
+from trainer.tools.train_demo_models import load_painter
 from trainer.tools.world import SIDE
 from trainer.train.recipe import train
 from trainer.train.reporting import Reporter
@@ -61,8 +63,23 @@ def train_short(folder: Path, *options: str, subsets: str | None = None, without
     return train_demo(folder / "out", *SHORT, *options, without=without, dataset=dataset)
 
 
-def measure(lora: Path) -> EmblemRate:
-    return emblem_rate(painter_with(lora), NUM_PICTURES)
+@dataclass(frozen=True)
+class Learned:
+    """What the pictures show, and the loss on pictures of the emblem that were not trained on, as a part of the base's."""
+
+    emblem: EmblemRate
+    loss_ratio: float
+
+
+def measure(lora: Path) -> Learned:
+    painter, pictures = painter_with(lora), held_out_emblems()
+    before = loss(load_painter(TRAINED_FILES).model, pictures)
+    return Learned(emblem_rate(painter, NUM_PICTURES), loss(painter.model, pictures) / before)
+
+
+def assert_loss_fell(learned: Learned, *, to: float = 0.7) -> None:
+    """Seen after a short training: 0.32; with what learns slower up to 0.58. It is 1 where nothing is learned."""
+    assert learned.loss_ratio < to, learned
 
 
 def assert_emblem_learned(emblem: EmblemRate, *, at_least: float = 0.7) -> None:

@@ -11,8 +11,15 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from tests.learning.demo_run import assert_emblem_learned, emblem_pictures, measure, subset_toml, train_short
-from trainer.tools.demo_report import EmblemRate
+from tests.learning.demo_run import (
+    Learned,
+    assert_emblem_learned,
+    assert_loss_fell,
+    emblem_pictures,
+    measure,
+    subset_toml,
+    train_short,
+)
 from trainer.train import flow
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -20,13 +27,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LEAST = 0.35
 
 
-def assert_not_learned(emblem: EmblemRate) -> None:
+def assert_not_drawn(learned: Learned) -> None:
     with pytest.raises(AssertionError):
-        assert_emblem_learned(emblem, at_least=LEAST)
+        assert_emblem_learned(learned.emblem, at_least=LEAST)
+
+
+def assert_loss_stayed(learned: Learned) -> None:
+    with pytest.raises(AssertionError):
+        assert_loss_fell(learned)
 
 
 def test_without_a_fault_it_is_learned(tmp_path: Path) -> None:
-    assert_emblem_learned(measure(train_short(tmp_path)), at_least=LEAST)
+    learned = measure(train_short(tmp_path))
+    assert_emblem_learned(learned.emblem, at_least=LEAST)
+    assert_loss_fell(learned)
 
 
 def test_a_target_of_the_wrong_sign_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,11 +48,15 @@ def test_a_target_of_the_wrong_sign_is_seen(tmp_path: Path, monkeypatch: pytest.
         return latents - noise
 
     monkeypatch.setattr(flow, "velocity_target", wrong)
-    assert_not_learned(measure(train_short(tmp_path)))
+    learned = measure(train_short(tmp_path))
+    assert_not_drawn(learned)
+    assert_loss_stayed(learned)
 
 
 def test_a_lora_of_scale_0_is_seen(tmp_path: Path) -> None:
-    assert_not_learned(measure(train_short(tmp_path, "--network_alpha=1e-9")))
+    learned = measure(train_short(tmp_path, "--network_alpha=1e-9"))
+    assert_not_drawn(learned)
+    assert_loss_stayed(learned)
 
 
 def test_captions_of_other_pictures_are_seen(tmp_path: Path) -> None:
@@ -49,4 +67,4 @@ def test_captions_of_other_pictures_are_seen(tmp_path: Path) -> None:
     texts = [path.read_text(encoding="utf-8") for path in captions]
     for index, path in enumerate(captions):
         path.write_text(texts[(index + len(texts) // 2) % len(texts)], encoding="utf-8")
-    assert_not_learned(measure(train_short(tmp_path, subsets=subset_toml(images))))
+    assert_not_drawn(measure(train_short(tmp_path, subsets=subset_toml(images))))

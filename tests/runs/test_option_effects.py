@@ -195,6 +195,7 @@ EFFECTS: dict[str, Effect] = {
     "device": e("code", "mps"),
     "mixed_precision": e("weights", "bf16"),
     "base_storage": e("weights", "nf4"),
+    "base_storage_cache": e("files", "{out}/stored", "--base_storage=int8"),
     "fp8_base": e("weights", "", *BF16),
     "fp8_base_unet": e("weights", "", *BF16),
     "no_half_vae": e("weights", "", *BF16),

@@ -36,7 +36,8 @@ def test_the_shapes_are_all_linears_of_the_blocks(flux: FluxParams | ChromaParam
 
 def test_the_blocks_of_dev_without_modulation_shrink_to_what_the_storage_says() -> None:
     plain = 2 * (19 * 12 * 2 + 38 * 12) * 3072**2
-    for storage, share in (("fp8", 0.5), ("int8", 0.5), ("nf4", 4.25 / 16)):
+    shares: dict[Storage, float] = {"fp8": 0.5, "int8": 0.5, "nf4": 4.25 / 16}
+    for storage, share in shares.items():
         stored = plain - saved_bytes(DEV, storage, 2)
         assert stored / plain == pytest.approx(share, rel=0.002)
     assert scratch_bytes(DEV, "nf4", 2) == 21504 * 3072 * 2

@@ -59,7 +59,8 @@ class App:
 
     def worker_pids(self) -> list[int]:
         started = [event for run in self.runs() for event in self.events(run) if event["kind"] == "run_started"]
-        return [int(str(event["pid"])) for event in started]
+        # Never 0, which would mean the test's own process group.
+        return [pid for event in started if (pid := int(str(event["pid"]))) > 0]
 
 
 def chip(page: Page) -> Locator:

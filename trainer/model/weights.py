@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
@@ -16,6 +17,7 @@ from trainer.model.autoencoder import AutoEncoder
 from trainer.model.chroma import Chroma
 from trainer.model.flux import Flux
 from trainer.model.mapped_file import DTYPES, MappedFile
+from trainer.model.storage_cache import CachedWeights, StorageCache
 from trainer.model.stored_linear import PackedStorage, StoredLinear, use_storage
 from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import (
@@ -56,17 +58,21 @@ def load_flux(
     device_of: PlaceTensor | None = None,
     storage: PackedStorage | None = None,
     change_of: ChangeOf | None = None,
+    cache: StorageCache | None = None,
 ) -> Flux:
     """The transformer that `path` names (a file, a folder, a hub id in the cache), frozen, in `dtype` on `device`.
 
     `device_of` may give another device for single parameters, by state-dict name, so that blocks which are to be swapped
     do not stay on the accelerator. With `storage` the blocks' Linears are stored in that form, one after the other while
-    they are read, which is computed on `device`; `change_of` gives what is made of each of these before. Raises `UserError` when the file is not a whole FLUX.1 model.
+    they are read, which is computed on `device`; `change_of` gives what is made of each of these before, and
+    `cache` keeps them for the next time. Raises `UserError` when the file is not a whole FLUX.1 model.
     """
     header = read_weights(path, "flux")
     with torch.device("meta"):
         model = Flux(flux_params(header))
-    _fill_transformer(model, header, flux_plan(header), dtype, torch.device(device), device_of, storage, change_of)
+    _fill_transformer(
+        model, header, flux_plan(header), dtype, torch.device(device), device_of, storage, change_of, cache
+    )
     return model.eval()
 
 
@@ -78,12 +84,15 @@ def load_chroma(
     device_of: PlaceTensor | None = None,
     storage: PackedStorage | None = None,
     change_of: ChangeOf | None = None,
+    cache: StorageCache | None = None,
 ) -> Chroma:
     """The Chroma transformer that `path` names; as `load_flux`."""
     header = read_weights(path, "chroma")
     with torch.device("meta"):
         model = Chroma(chroma_params(header))
-    _fill_transformer(model, header, chroma_plan(header), dtype, torch.device(device), device_of, storage, change_of)
+    _fill_transformer(
+        model, header, chroma_plan(header), dtype, torch.device(device), device_of, storage, change_of, cache
+    )
     return model.eval()
 
 
@@ -96,15 +105,28 @@ def _fill_transformer(
     device_of: PlaceTensor | None,
     storage: PackedStorage | None,
     change_of: ChangeOf | None,
+    cache: StorageCache | None,
 ) -> None:
     stored: dict[str, StoredLinear] = {}
     if storage is not None:
         for kind in ("double_blocks", "single_blocks"):
             found = use_storage(model.get_submodule(kind), storage)
             stored |= {f"{kind}.{path}.weight": linear for path, linear in found.items()}
-    _fill(
-        model, header, plan, dtype, device_of or (lambda _: device), stored=stored, packs_on=device, change_of=change_of
-    )
+    with contextlib.ExitStack() as stack:
+        cached = stack.enter_context(cache.open(header, storage)) if cache is not None and storage is not None else None
+        _fill(
+            model,
+            header,
+            plan,
+            dtype,
+            device_of or (lambda _: device),
+            stored=stored,
+            packs_on=device,
+            change_of=change_of,
+            cached=cached,
+        )
+    if cached is not None and not cached.is_whole:
+        cached.keep({name.removesuffix(".weight"): linear for name, linear in stored.items()})
 
 
 def load_autoencoder(path: Path, dtype: torch.dtype, device: torch.device | str) -> AutoEncoder:
@@ -199,6 +221,7 @@ def _fill(
     stored: Mapping[str, StoredLinear] | None = None,
     packs_on: torch.device | None = None,
     change_of: ChangeOf | None = None,
+    cached: CachedWeights | None = None,
 ) -> None:
     """Give every parameter of `model`, which is on the meta device, its tensor from the files, frozen.
 
@@ -224,7 +247,13 @@ def _fill(
         for planned in sorted(plan, key=lambda entry: _place_in_files(header, entry)):
             device = torch.device(device_of(planned.target))
             if planned.target in stored:
-                change = None if change_of is None else change_of(planned.target.removesuffix(".weight"))
+                path = planned.target.removesuffix(".weight")
+                taken = None if cached is None else cached.take(path, stored[planned.target])
+                if taken is not None:
+                    weight, scale = taken
+                    stored[planned.target].set_stored(weight.to(device), scale.to(device))
+                    continue
+                change = None if change_of is None else change_of(path)
                 _fill_stored(files, header, planned, stored[planned.target], device, packs_on or device, change)
                 continue
             _set_parameter(model, prefix + planned.target, _read_parameter(files, header, planned, dtype, device))

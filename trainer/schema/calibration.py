@@ -80,11 +80,10 @@ def read_calibrations() -> dict[str, Measurement]:
     found: dict[str, Measurement] = {}
     for name, entry in cast("Mapping[str, Any]", entries if isinstance(entries, dict) else {}).items():
         try:
-            one = Measurement(device=name, **{key: value for key, value in entry.items() if key != "device"})
-            sizes = (one.total_bytes, one.measured_bytes, one.exact_bytes, one.other_bytes)
+            sizes = [entry[key] for key in ("total_bytes", "measured_bytes", "exact_bytes", "other_bytes")]
             if all(isinstance(size, int) and size > 0 for size in sizes):
-                found[name] = one
-        except (TypeError, AttributeError):
+                found[name] = Measurement(name, *sizes, when=float(entry["when"]))
+        except (KeyError, TypeError, ValueError):
             continue
     return found
 

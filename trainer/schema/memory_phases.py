@@ -24,7 +24,7 @@ from trainer.schema.parameter_counts import (
     flux_counts,
     t5_count,
 )
-from trainer.schema.storage import block_bytes, saved_bytes, scratch_bytes, stored_as
+from trainer.schema.storage import Storage, block_bytes, saved_bytes, scratch_bytes, stored_as
 from trainer.schema.swap_counts import slab_bytes, split_swap
 from trainer.schema.trained_counts import Trained, optimizer_state_bytes
 
@@ -116,7 +116,7 @@ class Sums:
         self.pixels, self.batch = width * height, batch_size
         self.num_double, self.num_single = split_swap(blocks_to_swap)
         self.counts = flux_counts(flux)
-        self.storage = stored_as(options)
+        self.storage: Storage = stored_as(options)
         self.value_bytes = 4 if options.mixed_precision == "no" else 2
         # In fp16 the streams between the blocks are kept in fp32, and the autoencoder stays out of half precision.
         self.stream_bytes = 2 if options.mixed_precision == "bf16" else 4

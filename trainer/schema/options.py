@@ -69,6 +69,7 @@ SECRET_OPTIONS: Final = frozenset({"huggingface_token", "wandb_api_key"})
 OUR_OPTIONS: Final = frozenset(
     {
         "base_storage",
+        "base_storage_cache",
         "caption_variants",
         "clip_l_tokenizer",
         "t5xxl_tokenizer",

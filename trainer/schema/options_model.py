@@ -107,6 +107,14 @@ class MemoryOptions(OptionGroup):
             "basic",
         ),
     ] = None
+    base_storage_cache: Annotated[
+        Path | None,
+        Opt(
+            "Folder where the model is kept as base_storage stores it (up to 9 GB for each model): the next start is fast.",
+            "Folder for the stored model",
+            "expert",
+        ),
+    ] = None
     fp8_base: Annotated[
         bool,
         Opt("Store the frozen transformer in 8 bit; the same as --base_storage=fp8.", "Model in fp8", "advanced"),

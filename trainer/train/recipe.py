@@ -28,6 +28,7 @@ from trainer.lora.lycoris import AnyNetwork, LycorisNetwork
 from trainer.lora.network import LoraNetwork
 from trainer.lora.targets import settings_without_layers
 from trainer.model.autoencoder import AutoEncoder
+from trainer.model.storage_cache import StorageCache
 from trainer.model.transformer import Transformer, load_transformer
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.mover import make_mover
@@ -41,7 +42,7 @@ from trainer.schema.options import Options
 from trainer.schema.storage import stored_as
 from trainer.schema.swap_counts import chosen_swap
 from trainer.train.auto_swap import resolve_auto_swap
-from trainer.train.base_weights import base_weights_change, merge_base_weights
+from trainer.train.base_weights import base_weights_change, base_weights_identity, merge_base_weights
 from trainer.train.check import CheckedRun, check_run, trains_clip
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
@@ -123,7 +124,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
     latents, autoencoder = prepare_latents(checked, engine, reporter)
 
     reporter.phase("model")
-    model = load_model(options, checked.flux, engine)
+    model = load_model(options, checked.flux, engine, reporter.note)
     for line in merge_base_weights({"unet": model}, options):
         reporter.note(line)
     base = base_layers(model) if options.lora_form == "bfl" else None
@@ -307,12 +308,13 @@ def _announce_plan(checked: CheckedRun, texts: TextPlan | None, engine: Engine, 
     reporter.note(plan_text(checked, texts, engine.total_bytes()))
 
 
-def load_model(options: Options, flux: TransformerParams, engine: Engine) -> Transformer:
-    """The transformer on the device, except what will be swapped, which never goes there as a whole."""
+def load_model(options: Options, flux: TransformerParams, engine: Engine, tell: Callable[[str], None]) -> Transformer:
+    """The transformer on the device, except what will be swapped, which never stays there. `tell` gets notes."""
     if options.pretrained_model_name_or_path is None:
         raise AssertionError("the checks demand the model")
     storage = stored_as(options)
     on_host = swapped_prefixes(flux, chosen_swap(options.blocks_to_swap))
+    cache = options.base_storage_cache
     model = load_transformer(
         options.pretrained_model_name_or_path,
         options.model_type,
@@ -321,6 +323,7 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine) -> Tra
         device_of=lambda name: "cpu" if name.startswith(on_host) else engine.device,
         storage=None if storage == "compute" else storage,
         change_of=None if storage == "compute" else base_weights_change(options, "unet"),
+        cache=None if cache is None else StorageCache(cache, base_weights_identity(options, ["unet"]), tell),
     )
     model.enable_gradient_checkpointing(options.gradient_checkpointing)
     return model
