@@ -4,6 +4,7 @@
     python run.py demo           start the page with the demo run already training
     python run.py train ...      train from the command line; the options are those of flux_train_network.py
     python run.py setup          only make the environment
+    python run.py doctor         say what keeps this machine from training, and what to do about it
     python run.py test           all checks and tests; with arguments: pytest with these arguments, nothing else
 
 Before the command: --venv DIR uses DIR instead of .venv (also: FLUXGUI_VENV).
@@ -28,6 +29,7 @@ import platform
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -346,27 +348,33 @@ def run_tests(environment: Environment, arguments: Sequence[str]) -> int:
     if arguments:
         return subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT, env=variables).returncode
     ensure_chromium()
-    # Tests in as many processes as there are cores: most are small and leave a second core idle otherwise.
-    num_workers = max(1, min(4, os.cpu_count() or 1))
+    # One process more than there are cores: browser tests wait a lot, and most others leave a second core idle.
+    num_workers = min(5, (os.cpu_count() or 1) + 1)
     variables["OMP_NUM_THREADS"] = "1"
     checks: Mapping[str, list[str]] = {
         "ruff format": [python, "-m", "ruff", "format", "--check", "."],
         "ruff check": [python, "-m", "ruff", "check", "."],
         "import rules": [python, "-c", "from importlinter.cli import lint_imports_command as run; run()"],
-        "types": [python, "-m", "pyright", "--pythonpath", python],
-        # Browser, page and worker together need the whole machine: beside other tests they would only wait.
-        "browser tests": [python, "-m", "pytest", "tests/web"],
         "tests": [
-            *(python, "-m", "pytest", "--ignore=tests/web", f"--numprocesses={num_workers}"),
+            *(python, "-m", "pytest", f"--numprocesses={num_workers}"),
             *("--dist=loadfile", "--no-loadscope-reorder"),
         ],
     }
     codes: dict[str, int] = {}
-    for name, command in checks.items():
-        say(f"--- {name}")
-        codes[name] = subprocess.run(command, cwd=ROOT, env=variables).returncode
+    # The types are checked beside the others, in a single process that takes more than a minute; it prints at the end.
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
+        types = subprocess.Popen(
+            [python, "-m", "pyright", "--pythonpath", python], cwd=ROOT, env=variables, stdout=printed, stderr=printed
+        )
+        for name, command in checks.items():
+            say(f"--- {name}")
+            codes[name] = subprocess.run(command, cwd=ROOT, env=variables).returncode
+        say("--- types")
+        codes["types"] = types.wait()
+        printed.seek(0)
+        print(printed.read(), end="", flush=True)
     failed = [name for name, code in codes.items() if code]
-    say(f"FAILED: {', '.join(failed)}" if failed else f"all passed: {', '.join(checks)}")
+    say(f"FAILED: {', '.join(failed)}" if failed else f"all passed: {', '.join(codes)}")
     return 1 if failed else 0
 
 
@@ -416,9 +424,9 @@ def main(arguments: Sequence[str]) -> int:
     if rest and rest[0] in ("-h", "--help", "help"):
         print(__doc__)
         return 0
-    command = rest.pop(0) if rest and rest[0] in ("test", "setup", "demo", "train") else ""
+    command = rest.pop(0) if rest and rest[0] in ("test", "setup", "demo", "train", "doctor") else ""
     if rest and not command and not rest[0].startswith("-"):
-        print(f"run.py: {rest[0]} is not a command; there are demo, train, setup and test.", file=sys.stderr)
+        print(f"run.py: {rest[0]} is not a command; there are demo, train, setup, doctor and test.", file=sys.stderr)
         return EXIT_USAGE
 
     environment = Environment(Path(folder).expanduser().absolute())
@@ -436,7 +444,7 @@ def main(arguments: Sequence[str]) -> int:
         return run_tests(environment, rest)
     if command == "train":
         start(environment, [str(ROOT / "flux_train_network.py"), *rest])
-    start(environment, [str(ROOT / "app.py"), *(["--demo"] if command == "demo" else []), *rest])
+    start(environment, [str(ROOT / "app.py"), *([f"--{command}"] if command else []), *rest])
 
 
 if __name__ == "__main__":

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Final
 
 from fluxgui.form import read_form
 from fluxgui.presets import preset_form_values, start_values
-from fluxgui.runs import PROGRAM_FOLDER, create_and_start
+from fluxgui.run_start import PROGRAM_FOLDER
+from fluxgui.runs import create_and_start
 from trainer.schema.base import UserError
+from trainer.schema.dataset_file import read_dataset_config
 from trainer.schema.folders import demo_dir
+from trainer.schema.options import Options
 from trainer.schema.run_folder import RunFolder
 
 MAKE_SECONDS: Final = 120
@@ -31,6 +35,15 @@ def make_demo() -> None:
         raise UserError(f"the demo's files cannot be made: {lines[-1]}", str(demo_dir()))
 
 
+def _taught_pictures(folder: Path) -> Path:
+    """The folder of what the demo teaches: its dataset file names that one first, and ordinary pictures after it."""
+    dataset = read_dataset_config(folder / "dataset.toml", Options())
+    subset = dataset.datasets[0].subsets[0]
+    if subset.image_dir is None:
+        raise UserError("the demo's dataset file names no folder", str(folder / "dataset.toml"), "Make the demo anew.")
+    return subset.image_dir
+
+
 def demo_form_values() -> dict[str, object]:
     """What to fill the form with to train on the demo's files, which must have been made."""
     folder = demo_dir()
@@ -44,7 +57,7 @@ def demo_form_values() -> dict[str, object]:
         "t5xxl": str(models / "t5xxl.safetensors"),
         "clip_l_tokenizer": str(models / "clip_l_tokenizer"),
         "t5xxl_tokenizer": str(models / "t5xxl_tokenizer"),
-        "image_dir": str(folder / "images" / "kelvo"),
+        "image_dir": str(_taught_pictures(folder)),
         "sample_prompt_lines": (folder / "sample_prompts.txt").read_text(encoding="utf-8").strip(),
         "output_name": "demo",
     }

@@ -20,6 +20,7 @@ FORMATS: Final = ("bash", "windows", "toml", "script", "notebook")
 _NEEDS_QUOTES: Final = re.compile(r"[^\w./:\\=,+-]")
 _DATASET: Final = "dataset.toml"
 _PROMPTS: Final = "sample_prompts.txt"
+_PATHS: Final = "Models and pictures have the paths of the machine that wrote this: change those that differ here."
 _END: Final = "END_OF_FILE"
 
 
@@ -60,6 +61,7 @@ def bash_script(project: Project) -> str:
     lines = [
         "#!/bin/bash",
         "# Start it in the program's folder, in its environment: bash train.sh",
+        f"# {_PATHS}",
         "set -e",
     ]
     for name, content in files.items():
@@ -81,6 +83,7 @@ def notebook_cell(project: Project) -> str:
         "folder = pathlib.Path(PROGRAM).resolve()",
         'assert (folder / "run.py").is_file(), f"the program is not in {folder}: change PROGRAM"',
     ]
+    lines.append(f"# {_PATHS}")
     for name, content in files.items():
         lines.append(f'(folder / "{name}").write_text({json.dumps(content)}, encoding="utf-8")')
     lines += [

@@ -27,6 +27,7 @@ SAVING: Final = ("save_every_n_epochs", "save_every_n_steps", "save_precision")
 MEMORY: Final = (
     "blocks_to_swap",
     "mixed_precision",
+    "base_storage",
     "gradient_checkpointing",
     "cache_latents",
     "cache_latents_to_disk",
@@ -163,6 +164,8 @@ def _kind(annotation: object) -> tuple[Kind, tuple[str, ...], bool]:
     parts = [part for part in parts if part is not type(None)]
     if bool in parts:
         return "flag", (), optional
+    if int in parts and len(parts) > 1 and float not in parts:
+        return "text", (), optional  # a number or a word, such as auto
     if any(typing.get_origin(part) is Literal for part in parts):
         choices = tuple(str(value) for part in parts for value in typing.get_args(part))
         return "choice", choices, optional

@@ -134,7 +134,9 @@ def read_form(values: FormValues) -> Reading:
     chosen |= {name: False for name in typed if typed[name] is False and fields[name].default is True}
     if isinstance(chosen.get("max_train_epochs"), int) and isinstance(chosen.get("max_train_steps"), int):
         del chosen["max_train_steps"]  # epochs win; both boxes may be filled
-    chosen |= {"network_module": "networks.lora_flux", "dataset_config": DATASET_FILE, "output_dir": OUTPUT_FOLDER}
+    chosen |= {"dataset_config": DATASET_FILE, "output_dir": OUTPUT_FOLDER}
+    if "network_module" not in more:
+        chosen["network_module"] = "networks.lora_flux"
     if prompts is not None:
         chosen["sample_prompts"] = PROMPTS_FILE
     for name in sorted(set(more) & (set(chosen) | set(fields))):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, cast
 
@@ -16,14 +17,19 @@ from fluxgui.language import say
 from fluxgui.pictures import CAPTION_SUFFIX, PictureFolder, check_folder
 from trainer.schema.base import Problem, UserError
 from trainer.schema.cli import check_files
-from trainer.schema.dataset_file import dataset_to_toml
+from trainer.schema.dataset_file import dataset_to_toml, read_dataset_config
 from trainer.schema.dataset_keys import KEYS
+from trainer.schema.file_checks import missing_folder
 from trainer.schema.import_project import MAX_BYTES, ImportedProject, import_project
 from trainer.schema.option_files import options_to_toml
+from trainer.schema.options import Options
+from trainer.schema.settings import is_allowed
 
 # The run's folder has these; an exported command has them as they were given.
 KEPT_FOR_EXPORT: Final = ("dataset_config", "sample_prompts", "output_dir")
 _FOLDERS: Final = ("train_data_dir", "reg_data_dir", "in_json")
+_limits: list[bool] = []
+_PATHS: Final = ("image_dir", "conditioning_data_dir", "metadata_file")
 _REPEATS: Final = re.compile(r"(?P<repeats>\d+)_(?P<words>.+)")
 _OPTION_OF_KEY: Final[Mapping[str, str]] = {key: name for name, key in DATASET_NAMES.items()}
 
@@ -41,7 +47,14 @@ def read_pasted(text: str | None, files: str | None) -> ImportedProject:
     return import_project(text or "", files or "", read_file=_read)
 
 
+def read_only_allowed() -> None:
+    """From now on only files in the allowed folders are read: the page answers other machines."""
+    _limits[:] = [True]
+
+
 def _read(path: Path) -> str:
+    if _limits and not is_allowed(path):
+        raise ValueError(say("presets.not_allowed"))
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(say("presets.file_too_long"))
     return path.read_text(encoding="utf-8-sig")
@@ -185,6 +198,8 @@ def as_job(project: ImportedProject) -> Job:
     own |= {"sample_prompts"} if project.prompts is not None else set()
     own |= {"dataset_config"} if project.dataset is not None else set()
     problems += [problem for problem in check_files(options) if problem.field not in own]
+    dataset = _absolute(project.dataset) if project.dataset is not None else None
+    problems += _dataset_problems(dataset, options) if dataset is not None else []
     if problems:
         raise UserError.many(problems, exit_code=2)
     written = dict[str, object](output_dir=None)
@@ -200,6 +215,35 @@ def as_job(project: ImportedProject) -> Job:
     return Job(
         name=options.output_name or "lora",
         config_toml=options_to_toml(options.model_copy(update={**absolute, **written})),
-        dataset_toml=dataset_text(project),
+        dataset_toml=dataset_to_toml(dataset) if dataset is not None else "",
         sample_prompts=(project.prompts or "") + "\n" if project.prompts else "",
     )
+
+
+def _absolute(dataset: Mapping[str, object]) -> dict[str, object]:
+    """The dataset with whole paths where a relative one leads somewhere from here: a run starts from another folder."""
+
+    def whole(table: Mapping[str, object]) -> dict[str, object]:
+        paths = {name: Path(str(table[name])) for name in _PATHS if isinstance(table.get(name), str)}
+        return {**table, **{name: str(path.absolute()) for name, path in paths.items() if path.exists()}}
+
+    datasets = [
+        {**table, "subsets": [whole(subset) for subset in _tables(table, "subsets")]}
+        for table in _tables(dataset, "datasets")
+    ]
+    return {**dataset, "datasets": datasets}
+
+
+def _dataset_problems(dataset: Mapping[str, object], options: Options) -> list[Problem]:
+    """What the trainer would find wrong with the dataset file, and folders that are not there."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "dataset.toml"
+        path.write_text(dataset_to_toml(dataset), encoding="utf-8")
+        try:
+            config = read_dataset_config(path, options)
+        except UserError as error:
+            where = say("presets.dataset_file")
+            return [replace(each, where=(each.where or "").replace(str(path), where)) for each in error.problems]
+    subsets = [subset for entry in config.datasets for subset in entry.subsets]
+    folders = [folder for subset in subsets for folder in (subset.image_dir, subset.conditioning_data_dir)]
+    return [missing_folder(folder, "image_dir") for folder in folders if folder is not None and not folder.is_dir()]

@@ -15,10 +15,16 @@ from typing import TextIO
 import uvicorn
 
 from fluxgui.demo import start_demo
+from fluxgui.importing import read_only_allowed
+from fluxgui.language import NAMES, choose_language
+from fluxgui.machine import examine
 from fluxgui.page import build_page
+from fluxgui.run_start import QueueKeeper
 from fluxgui.runs import RunWatcher
 from fluxgui.server import Login, make_server
+from fluxgui.system_line import LoadSampler
 from trainer.schema.base import UserError
+from trainer.schema.settings import read_settings
 
 FIRST_PORT = 7860
 NUM_PORTS = 20
@@ -35,7 +41,17 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="answer other machines too; needs FLUXGUI_AUTH=user:password in the environment",
     )
+    parser.add_argument("--doctor", action="store_true", help="say what keeps this machine from training, and end")
+    parser.add_argument(
+        "--language", choices=sorted(NAMES), help="language of the page (default: that of the settings)"
+    )
     arguments = parser.parse_args(argv)
+    language = arguments.language or read_settings().language
+    if language in NAMES:
+        choose_language(language)
+
+    if arguments.doctor:
+        return _doctor()
 
     login: Login | None = None
     if arguments.listen:
@@ -43,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
             login = Login.parse(os.environ.get("FLUXGUI_AUTH", ""))
         except ValueError as error:
             return _fail(f"--listen: {error}.", EXIT_OPTIONS)
+        read_only_allowed()
     try:
         listener = take_port(arguments.port, "0.0.0.0" if arguments.listen else "127.0.0.1")
     except (OSError, OverflowError) as error:
@@ -57,7 +74,10 @@ def main(argv: Sequence[str]) -> int:
             return _fail(str(error), EXIT_FIXABLE)
 
     watcher = RunWatcher()
-    application = make_server(build_page(watcher), watcher, login, port=port)
+    queue, sampler = QueueKeeper(), LoadSampler()
+    queue.start()
+    sampler.start()
+    application = make_server(build_page(watcher, sampler), watcher, login, port=port)
     server = uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1))
     address = f"http://127.0.0.1:{port}{path}"
     _say(f"FluxGUI is at {address}")
@@ -67,7 +87,18 @@ def main(argv: Sequence[str]) -> int:
         threading.Timer(0.5, webbrowser.open, [address]).start()
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn hands Ctrl-C on after it has shut down
         server.run(sockets=[listener])
+    queue.stop()
+    sampler.stop()
     return 0
+
+
+def _doctor() -> int:
+    """Print what was found; the exit code says whether something has to be done before training."""
+    found = examine()
+    for each in found:
+        mark = {"good": "ok", "warn": "note", "bad": "WRONG"}[each.verdict]
+        _say(f"{mark:5}  {each.text}" + (f"\n       {each.remedy}" if each.remedy else ""))
+    return EXIT_FIXABLE if any(each.verdict == "bad" for each in found) else 0
 
 
 def take_port(port: int | None, host: str) -> socket.socket:

@@ -1,79 +1,188 @@
-"""The loss chart as SVG: raw values faint, smoothed ones bold. Text in, text out."""
+"""The chart of a run, or of several over each other, as SVG. Curves in, text out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Final, Literal
 
-from fluxgui.run_state import StepPoint, extremes, smoothed, thinned
+from fluxgui.language import say
+from fluxgui.run_state import NUM_LEVELS, RunState, StepPoint, extremes, smoothed, thinned
 
-MAX_POINTS: Final = 600
-"""More than a screen has columns for; the chart of a long run stays small enough to send every second."""
-MAX_TOOLTIPS: Final = 120
+MAX_POINTS: Final = 500
+"""Of a line. More than a screen has columns for; the chart of a long run stays small enough to send every second."""
+MAX_POINTS_OF_MANY: Final = 300
+MAX_TOOLTIPS: Final = 80
 WIDTH, HEIGHT = 1000.0, 300.0
+
+Chart = Literal["loss", "levels", "rate"]
+Window = tuple[int, int] | None
+"""First and last step to draw; None for the whole run."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart: its class in the style sheet, its name in the key (none when empty), its points."""
+
+    kind: str
+    name: str
+    points: Sequence[StepPoint]
+    has_dots: bool = False
+
+
+def draw_chart(state: RunState, chart: Chart, *, smoothing: float, window: Window = None) -> str:
+    """One chart of a run as HTML. `smoothing` is 0 (none) to 0.99."""
+    last = max(state.num_steps, state.step)
+    if chart == "rate":
+        if len(state.rates) < 2:
+            return _nothing(say("runs.no_rate"))
+        line = Line("smooth", say("runs.rate"), thinned(_within(state.rates, window), MAX_POINTS))
+        spoken = f"{say('runs.rate')}: {_number(state.rates[0].value)} - {_number(state.rates[-1].value)}"
+        return _figure([line], spoken, window or (0, last), window is not None)
+    if chart == "levels":
+        if not any(state.levels):
+            return _nothing(say("runs.no_levels"))
+        lines = [
+            Line(
+                f"hue-{number}",
+                say("runs.level", low=25 * number, high=25 * (number + 1)),
+                thinned(_within(smooth_line(points, smoothing), window), MAX_POINTS_OF_MANY),
+            )
+            for number, points in enumerate(state.levels)
+            if points
+        ]
+        assert len(lines) <= NUM_LEVELS
+        return _figure(lines, say("runs.levels_spoken"), window or (0, last), window is not None)
+    return loss_plot(
+        state.points, smoothing=smoothing, num_steps=state.num_steps, validation=state.validation, window=window
+    )
 
 
 def loss_plot(
-    points: tuple[StepPoint, ...], *, smoothing: float, num_steps: int, validation: tuple[StepPoint, ...] = ()
+    points: tuple[StepPoint, ...],
+    *,
+    smoothing: float,
+    num_steps: int,
+    validation: tuple[StepPoint, ...] = (),
+    window: Window = None,
 ) -> str:
-    """The chart as HTML. `smoothing` is 0 (none) to 0.99; `num_steps` is the length of the whole run.
+    """The loss as HTML: raw values faint, smoothed ones bold. `num_steps` is the length of the whole run.
 
     `validation` is drawn as it is: each value is a mean over the same pictures, noise and noise levels.
     """
     if len(points) < 2:
-        return '<p class="empty">The loss appears here once the first steps are done.</p>'
-    # Smooth first and thin afterwards: the average must not depend on how many points are drawn.
-    averages = smoothed((point.loss for point in points), smoothing)
-    average_points = tuple(StepPoint(p.step, a) for p, a in zip(points, averages, strict=True))
-    raw, bold = extremes(points, MAX_POINTS), thinned(average_points, MAX_POINTS)
+        return _nothing(say("runs.no_loss"))
+    # Smooth first and cut and thin afterwards: the average must not depend on what is drawn.
+    averages = smooth_line(points, smoothing)
+    spoken = (
+        f"Loss by step, {len(points)} steps: smoothed from {averages[0].value:.4g} to {averages[-1].value:.4g}, "
+        f"now {points[-1].value:.4g}"
+    )
+    drawn, drawn_averages = _within(points, window), _within(averages, window)
+    if len(drawn) < 2:
+        return _figure([], spoken, window or (0, num_steps), is_zoomed=True)
+    lines = [
+        Line("raw", say("runs.each_step"), extremes(drawn, MAX_POINTS)),
+        Line("smooth", say("runs.smoothed"), thinned(drawn_averages, MAX_POINTS)),
+    ]
+    if validation:
+        spoken += f"; on held back pictures from {validation[0].value:.4g} to {validation[-1].value:.4g}"
+        shown = thinned(_within(validation, window), MAX_POINTS)
+        lines.append(Line("validation", say("runs.held_back"), shown, has_dots=True))
+    span = window or (0, max(num_steps, points[-1].step))
+    return _figure(lines, spoken, span, window is not None, tooltips=(drawn, drawn_averages))
 
-    first, last = 0, max(num_steps, points[-1].step)
-    steady = [p.loss for p in (*bold, *validation)]
-    low, high, ticks = _axis(_visible_range([p.loss for p in raw], steady))
+
+def overlay(curves: Sequence[tuple[str, tuple[StepPoint, ...]]], *, smoothing: float) -> str:
+    """The smoothed losses of several runs in one chart, by the names given."""
+    lines = [
+        Line(f"hue-{number % 8}", name, thinned(smooth_line(points, smoothing), MAX_POINTS_OF_MANY))
+        for number, (name, points) in enumerate(curves)
+        if len(points) > 1
+    ]
+    if not lines:
+        return _nothing(say("runs.no_loss"))
+    last = max(line.points[-1].step for line in lines)
+    return _figure(lines, say("runs.overlay_spoken", names=", ".join(line.name for line in lines)), (0, last), None)
+
+
+def smooth_line(points: tuple[StepPoint, ...], smoothing: float) -> tuple[StepPoint, ...]:
+    averages = smoothed((point.value for point in points), smoothing)
+    return tuple(StepPoint(p.step, average) for p, average in zip(points, averages, strict=True))
+
+
+def _within(points: tuple[StepPoint, ...], window: Window) -> tuple[StepPoint, ...]:
+    if window is None:
+        return points
+    return tuple(point for point in points if window[0] <= point.step <= window[1])
+
+
+def _nothing(text: str) -> str:
+    return f'<p class="empty">{escape(text)}</p>'
+
+
+def _figure(
+    lines: Sequence[Line],
+    spoken: str,
+    span: tuple[int, int],
+    is_zoomed: bool | None,
+    tooltips: tuple[tuple[StepPoint, ...], tuple[StepPoint, ...]] | None = None,
+) -> str:
+    # Nothing to zoom with where `is_zoomed` is None.
+    first, last = span
+    raw = [p.value for line in lines if line.kind == "raw" for p in line.points]
+    steady = [p.value for line in lines if line.kind != "raw" for p in line.points]
+    low, high, ticks = _axis(_visible_range(raw, steady))
 
     def x(step: int) -> float:
         return WIDTH * (step - first) / max(last - first, 1)
 
-    def y(loss: float) -> float:
-        return HEIGHT * (1 - (min(max(loss, low), high) - low) / (high - low))
+    def y(value: float) -> float:
+        return HEIGHT * (1 - (min(max(value, low), high) - low) / (high - low))
 
-    def line(kind: str, shown: list[StepPoint]) -> str:
-        path = " ".join(f"{x(p.step):.1f},{y(p.loss):.1f}" for p in shown)
-        return f'<polyline class="{kind}" points="{path}"/>'
-
+    drawn = "".join(_polyline(line, x, y) for line in lines)
     grid = "".join(f'<line x1="0" x2="{WIDTH:.0f}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>' for tick in ticks)
     y_labels = "".join(f'<span style="top:{100 * y(tick) / HEIGHT:.1f}%">{_number(tick)}</span>' for tick in ticks)
     x_labels = "".join(
         f"<span>{'step ' if part == 0 else ''}{round(first + (last - first) * part / 4)}</span>" for part in range(5)
     )
-    spoken = (
-        f"Loss by step, {len(points)} steps: smoothed from {averages[0]:.4g} to {averages[-1]:.4g}, "
-        f"now {points[-1].loss:.4g}"
-    )
-    checked, key = "", ""
-    if validation:
-        spoken += f"; on held back pictures from {validation[0].loss:.4g} to {validation[-1].loss:.4g}"
-        dots = "".join(
-            # A line of no length: its round ends stay round where the chart is stretched.
-            f'<line class="validation" x1="{x(p.step):.1f}" x2="{x(p.step):.1f}" y1="{y(p.loss):.1f}" '
-            f'y2="{y(p.loss):.1f}">'
-            f"<title>step {p.step}: {p.loss:.4g} on held back pictures</title></line>"
-            for p in thinned(validation, MAX_TOOLTIPS)
+    zoom = "whole" if is_zoomed else "latest"
+    button = (
+        ""
+        if is_zoomed is None
+        else (
+            f'<button type="button" data-action="{zoom}" title="{escape(say("runs.zoom_help"))}">'
+            f"{escape(say('runs.whole') if is_zoomed else say('runs.latest'))}</button>"
         )
-        checked = f'{line("validation", thinned(validation, MAX_POINTS))}<g class="dots">{dots}</g>'
-        key = '<span class="key validation">held back pictures</span>'
+    )
+    key = "".join(f'<span class="key {line.kind}">{escape(line.name)}</span>' for line in lines if line.name)
     return (
-        f'<figure class="plot"><div class="plot-y">{y_labels}</div>'
-        f'<svg role="img" aria-label="{spoken}" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" preserveAspectRatio="none">'
-        f'<g class="grid">{grid}</g>{line("raw", raw)}{line("smooth", bold)}{_tooltips(points, averages, x)}{checked}</svg>'
-        f'<div class="plot-x">{x_labels}</div>'
-        '<figcaption><span class="key raw">each step</span><span class="key smooth">smoothed</span>'
-        f"{key}</figcaption></figure>"
+        f'<figure class="plot" data-first="{first}" data-last="{last}"><div class="plot-y">{y_labels}</div>'
+        f'<svg role="img" aria-label="{escape(spoken)}" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" '
+        f'preserveAspectRatio="none"><g class="grid">{grid}</g>{drawn}'
+        f"{_tooltips(*tooltips, x) if tooltips else ''}{''.join(_dots(line, x, y) for line in lines if line.has_dots)}"
+        f'</svg><div class="plot-x">{x_labels}</div><figcaption>{key}{button}</figcaption></figure>'
     )
 
 
-def _tooltips(points: tuple[StepPoint, ...], averages: list[float], x: Callable[[int], float]) -> str:
+def _polyline(line: Line, x: Callable[[int], float], y: Callable[[float], float]) -> str:
+    path = " ".join(f"{x(p.step):.1f},{y(p.value):.1f}" for p in line.points)
+    return f'<polyline class="{line.kind}" points="{path}"/>'
+
+
+def _dots(line: Line, x: Callable[[int], float], y: Callable[[float], float]) -> str:
+    # Lines of no length: their round ends stay round where the chart is stretched.
+    dots = "".join(
+        f'<line class="{line.kind}" x1="{x(p.step):.1f}" x2="{x(p.step):.1f}" y1="{y(p.value):.1f}" '
+        f'y2="{y(p.value):.1f}"><title>step {p.step}: {p.value:.4g} {escape(line.name)}</title></line>'
+        for p in thinned(tuple(line.points), MAX_TOOLTIPS)
+    )
+    return f'<g class="dots">{dots}</g>'
+
+
+def _tooltips(points: Sequence[StepPoint], averages: Sequence[StepPoint], x: Callable[[int], float]) -> str:
     """Invisible columns whose title a browser shows under the pointer."""
     shown = range(0, len(points), math.ceil(len(points) / MAX_TOOLTIPS))
     columns: list[str] = []
@@ -81,7 +190,7 @@ def _tooltips(points: tuple[StepPoint, ...], averages: list[float], x: Callable[
         left = x(points[index].step)
         following = shown[position + 1] if position + 1 < len(shown) else None
         right = x(points[following].step) if following is not None else left + 8
-        text = f"step {points[index].step}: {points[index].loss:.4g}, smoothed {averages[index]:.4g}"
+        text = f"step {points[index].step}: {points[index].value:.4g}, {averages[index].value:.4g}"
         columns.append(
             f'<rect x="{left:.1f}" y="0" width="{max(right - left, 1):.1f}" height="{HEIGHT:.0f}">'
             f"<title>{text}</title></rect>"
@@ -90,11 +199,13 @@ def _tooltips(points: tuple[StepPoint, ...], averages: list[float], x: Callable[
 
 
 def _visible_range(raw: list[float], bold: list[float]) -> tuple[float, float]:
-    """All of the smoothed line, and of the raw one what is not an outlier."""
+    """All of the smoothed lines, and of the raw one what is not an outlier."""
     ordered = sorted(raw)
-    low = ordered[math.floor(0.01 * (len(ordered) - 1))]
-    high = ordered[math.ceil(0.99 * (len(ordered) - 1))]
-    return min(low, *bold), max(high, *bold)
+    ends = (
+        [ordered[math.floor(0.01 * (len(ordered) - 1))], ordered[math.ceil(0.99 * (len(ordered) - 1))]] if raw else []
+    )
+    values = [*ends, *bold] or [0.0]
+    return min(values), max(values)
 
 
 def _axis(bounds: tuple[float, float]) -> tuple[float, float, list[float]]:

@@ -24,6 +24,8 @@ MAX_FILES: Final = 2000
 MAX_PIXELS: Final = 100_000_000
 MAX_CAPTION_BYTES: Final = 64 * 1024
 THUMBNAIL_PIXELS: Final = 128
+DECODE_ERRORS: Final = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+"""What Pillow raises for files that are damaged or no pictures."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _why_unreadable(path: Path, _modified: int) -> str | None:
                 image.load()
     except UnidentifiedImageError:  # its text names the whole path
         return "is damaged, or no picture at all"
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except DECODE_ERRORS as error:
         return f"cannot be decoded ({error})"
     return None
 
@@ -110,7 +112,7 @@ def _thumbnail(path: Path, _modified: int) -> bytes | None:
         with Image.open(path) as image:
             image.draft("RGB", (2 * THUMBNAIL_PIXELS, 2 * THUMBNAIL_PIXELS))
             upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+    except DECODE_ERRORS:
         return None
     upright.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     stream = io.BytesIO()
@@ -150,7 +152,7 @@ def take_in(files: Sequence[Path], folder_name: str) -> Upload:
             reason = why_unreadable(file)
             num_images += reason is None
         elif file.suffix.lower() == CAPTION_SUFFIX:
-            reason = _why_no_caption(file)
+            reason = why_no_caption(file)
             num_captions += reason is None
         else:
             reason = "is neither a picture nor a caption"
@@ -164,7 +166,8 @@ def take_in(files: Sequence[Path], folder_name: str) -> Upload:
     return Upload(folder, num_images, num_captions, tuple(refused))
 
 
-def _why_no_caption(path: Path) -> str | None:
+def why_no_caption(path: Path) -> str | None:
+    """What keeps a file from being a caption, in a few words; None when nothing does."""
     if path.stat().st_size > MAX_CAPTION_BYTES:
         return "is too long for a caption"
     try:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
+from fluxgui.models import remembered_models
+from trainer.schema.base import UserError
 from trainer.schema.presets import Preset, delete_preset, list_presets, load_preset, save_preset
+from trainer.schema.settings import read_settings
+
+USUAL_START: Final = "character"
 
 
 def presets_of_kind(kind: str) -> list[Preset]:
@@ -12,8 +18,12 @@ def presets_of_kind(kind: str) -> list[Preset]:
 
 
 def start_values() -> dict[str, object]:
-    """What the form holds on the first visit."""
-    return preset_form_values("character")
+    """What the form holds on the first visit: the preset of the settings, and the model files that were used last."""
+    try:
+        values = preset_form_values(read_settings().start_preset or USUAL_START)
+    except UserError:  # the user's preset is gone by now
+        values = preset_form_values(USUAL_START)
+    return {**values, **remembered_models()}
 
 
 def preset_form_values(name: str) -> dict[str, object]:

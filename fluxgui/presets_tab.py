@@ -124,8 +124,8 @@ def imported(project: ImportedProject) -> str:
     return "".join([*parts, table(project.values)])
 
 
-def build_presets_tab(train: TrainTab, tabs: gr.Tabs) -> gr.Dropdown:
-    """Lay the page out and connect it to the form. Call inside a `gr.Tab`. Gives the list, to be filled at a visit."""
+def build_presets_tab(train: TrainTab, tabs: gr.Tabs, page: gr.Tab) -> None:
+    """Lay the page out and connect it to the form. Call inside its `gr.Tab`, `page`, at whose visits the list is read anew."""
     with gr.Column(elem_classes="card"):
         html_part(_title("presets.title", "presets.title_help"))
         with gr.Row(equal_height=False):
@@ -334,7 +334,7 @@ def build_presets_tab(train: TrainTab, tabs: gr.Tabs) -> gr.Dropdown:
     delete.click(drop, [chosen], lists, **QUIETLY)
     undo.click(take_back, [gone], lists, **QUIETLY)
     upload.upload(take_in, [upload], lists, **QUIETLY)
-    return chosen
+    page.select(lambda: gr.update(choices=preset_choices()), None, [chosen], **QUIETLY)
 
 
 def _exported(train: TrainTab, data: Data, source: str, form: str, text: str | None, more: str | None) -> str:

@@ -7,20 +7,22 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 Outcome = Literal["completed", "stopped", "failed"]
 
+NUM_LEVELS: Final = 4
+"""Noise levels are told apart by quarters: 0-25 %, 25-50 %, 50-75 %, 75-100 % noise."""
 PACE_STEPS: Final = 50
 """The time left is judged by this many of the latest steps."""
 
 
 @dataclass(frozen=True)
 class StepPoint:
-    """One step's loss; always a finite number, so that it can be drawn."""
+    """A step's loss, rate or other figure; always a finite number, so that it can be drawn."""
 
     step: int
-    loss: float
+    value: float
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,10 @@ class RunError:
 
 @dataclass(frozen=True)
 class RunState:
-    """A run as its events tell it. `num_seen` grows with every event, so an equal number means nothing new."""
+    """A run as its events tell it. `num_seen` grows with every event, so an equal number means nothing new.
+
+    `levels` are the losses of each quarter of the noise levels; a step has them for those that it drew.
+    """
 
     num_seen: int = 0
     attempt: int = 0
@@ -80,6 +85,9 @@ class RunState:
     is_paused: bool = False
     points: tuple[StepPoint, ...] = ()
     validation: tuple[StepPoint, ...] = ()
+    rates: tuple[StepPoint, ...] = ()
+    levels: tuple[tuple[StepPoint, ...], ...] = ((),) * NUM_LEVELS
+    norms: tuple[StepPoint, ...] = ()
     step_times: tuple[float, ...] = ()
     samples: tuple[Sample, ...] = ()
     checkpoints: tuple[Checkpoint, ...] = ()
@@ -98,23 +106,56 @@ class RunState:
 
 def fold(state: RunState, events: Iterable[Mapping[str, object]]) -> RunState:
     """`state` after `events`. Kinds that are not known change nothing but the count."""
-    points: list[StepPoint] = []
+    new = _NewPoints()
     times = list(state.step_times)
     for event in events:
         kind = event.get("kind")
         if kind == "step":
             # The only kind that comes by the thousand, so it is collected and joined once below.
-            loss = _float(event, "loss")
-            if loss is not None and math.isfinite(loss):
-                points.append(StepPoint(_int(event, "step"), loss))
+            new.add(event)
             times = [*times[-PACE_STEPS:], _float(event, "time") or 0.0]
         elif kind in ("run_started", "plan"):
-            state, points = replace(state, points=(*state.points, *points)), []
+            state, new = new.join(state), _NewPoints()
             times = []
         elif kind == "resumed":
             times = []
         state = _fold_one(state, event)
-    return replace(state, points=(*state.points, *points), step_times=tuple(times))
+    return replace(new.join(state), step_times=tuple(times))
+
+
+class _NewPoints:
+    """What the steps of a look add to the curves, in lists that grow without copying what is there."""
+
+    def __init__(self) -> None:
+        self._curves: dict[str, list[StepPoint]] = {"points": [], "rates": [], "norms": []}
+        self._levels: list[list[StepPoint]] = [[] for _ in range(NUM_LEVELS)]
+
+    def add(self, event: Mapping[str, object]) -> None:
+        step = _int(event, "step")
+        for curve, key in (("points", "loss"), ("rates", "lr"), ("norms", "grad_norm")):
+            value = _float(event, key)
+            if value is not None and math.isfinite(value):
+                self._curves[curve].append(StepPoint(step, value))
+        levels = event.get("level_losses")
+        if isinstance(levels, list) and len(cast("list[object]", levels)) == NUM_LEVELS:
+            for points, loss in zip(self._levels, cast("list[object]", levels), strict=True):
+                if isinstance(loss, (int, float)) and math.isfinite(loss):
+                    points.append(StepPoint(step, float(loss)))
+
+    def join(self, state: RunState) -> RunState:
+        curves = self._curves
+        return replace(
+            state,
+            points=(*state.points, *curves["points"]),
+            rates=(*state.rates, *curves["rates"]),
+            norms=(*state.norms, *curves["norms"]),
+            levels=tuple((*old, *new) for old, new in zip(state.levels, self._levels, strict=True)),
+        )
+
+
+def up_to(points: tuple[StepPoint, ...], last: int) -> tuple[StepPoint, ...]:
+    """The points of steps up to `last`, which is included."""
+    return tuple(point for point in points if point.step <= last)
 
 
 def _fold_one(state: RunState, event: Mapping[str, object]) -> RunState:
@@ -146,8 +187,11 @@ def _fold_one(state: RunState, event: Mapping[str, object]) -> RunState:
                 num_steps=_int(event, "num_steps"),
                 device=_text(event, "device") or state.device,
                 step=first,
-                points=tuple(point for point in state.points if point.step <= first),
-                validation=tuple(point for point in state.validation if point.step <= first),
+                points=up_to(state.points, first),
+                validation=up_to(state.validation, first),
+                rates=up_to(state.rates, first),
+                norms=up_to(state.norms, first),
+                levels=tuple(up_to(points, first) for points in state.levels),
             )
         case "phase":
             return replace(state, phase=_text(event, "name"), phase_done=0, phase_total=0)
@@ -232,7 +276,7 @@ def thinned(points: tuple[StepPoint, ...], limit: int) -> list[StepPoint]:
     """At most `limit` points: the mean of equal stretches, at the last step of each."""
     if len(points) <= limit:
         return list(points)
-    return [StepPoint(part[-1].step, statistics.fmean(p.loss for p in part)) for part in _stretches(points, limit)]
+    return [StepPoint(part[-1].step, statistics.fmean(p.value for p in part)) for part in _stretches(points, limit)]
 
 
 def extremes(points: tuple[StepPoint, ...], limit: int) -> list[StepPoint]:
@@ -241,7 +285,7 @@ def extremes(points: tuple[StepPoint, ...], limit: int) -> list[StepPoint]:
         return list(points)
     kept: list[StepPoint] = []
     for part in _stretches(points, limit // 2):
-        ends = (min(part, key=lambda point: point.loss), max(part, key=lambda point: point.loss))
+        ends = (min(part, key=lambda point: point.value), max(part, key=lambda point: point.value))
         kept += sorted(ends, key=lambda point: point.step)
     return kept
 

@@ -5,46 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from html import escape
-from itertools import groupby
-from pathlib import PurePath
 from typing import Final
-from urllib.parse import quote
 
-from fluxgui.run_state import Checkpoint, RunState, Sample
+from fluxgui.language import say
+from fluxgui.run_files_view import megabytes
+from fluxgui.run_state import RunState
 from fluxgui.runs import Contents
-from trainer.schema.run_folder import RunStatus
-
-STEPS_SHOWN: Final = 12
-"""Sample rows on the page; older ones are one click away."""
+from trainer.schema.run_probe import RunStatus
 
 MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
-PHASES: Final = {
-    "check": "checking files and pictures",
-    "waiting": "waiting for another run to finish",
-    "text": "encoding captions",
-    "latents": "encoding pictures",
-    "model": "loading the model",
-    "training": "training",
-    "sampling": "making samples",
-    "saving": "saving",
-}
+PHASES: Final = frozenset({"check", "waiting", "text", "latents", "model", "training", "sampling", "saving"})
 
 
-def file_url(run_id: str, kind: str, path: str) -> str:
-    """Address of a run's file, relative to the page; `server.py` answers it."""
-    return f"files/{quote(run_id, safe='')}/{kind}/{quote(PurePath(path).name, safe='')}"
-
-
-def one_line(name: str, status: RunStatus, state: RunState, run_id: str) -> str:
-    """A run in the list: name, status in words, and when it was made, which its id says. Plain text."""
-    words = status_words(status, state)
-    if status.state in ("running", "paused") and state.num_steps:
-        words += f" {100 * state.step // state.num_steps} %"
-    return " · ".join(part for part in (name, words, _made_at(run_id)) if part)
-
-
-def _made_at(run_id: str) -> str:
+def made_at(run_id: str) -> str:
     """Day and time from the beginning of a run's id; empty for a folder that was named otherwise."""
     try:
         moment = datetime.strptime(run_id[:15], "%Y%m%d-%H%M%S")  # the clock's own time, as in the folder's name
@@ -54,15 +28,16 @@ def _made_at(run_id: str) -> str:
 
 
 def status_words(status: RunStatus, state: RunState) -> str:
-    match status.state:
-        case "queued":
-            return "starting"
-        case "stuck":
-            return "no progress"
-        case "running" if state.phase == "waiting":
-            return "waiting"
-        case _:
-            return status.state
+    if status.state == "running" and state.phase == "waiting":
+        return say("runs.state_waiting")
+    return say(f"runs.state_{status.state}")
+
+
+def phase_words(phase: str) -> str:
+    """What a phase does; one that is not known by its own name."""
+    if phase in PHASES:
+        return say(f"runs.phase_{phase}")
+    return phase or say("runs.phase_start")
 
 
 def header(name: str, status: RunStatus, state: RunState) -> str:
@@ -76,29 +51,34 @@ def header(name: str, status: RunStatus, state: RunState) -> str:
 
 
 def _doing(status: RunStatus, state: RunState) -> str:
-    phase = PHASES.get(state.phase, state.phase) or "starting"
+    phase = phase_words(state.phase)
+    begun = phase[:1].upper() + phase[1:]
     match status.state:
         case "running" if state.phase in ("training", "sampling", "saving") and state.num_steps:
-            text = f"{phase.capitalize()}, step {state.step} of {state.num_steps}"
+            text = say("runs.doing_steps", phase=begun, step=state.step, total=state.num_steps)
             if state.num_epochs:
-                text += f", epoch {max(state.epoch, 1)} of {state.num_epochs}"
+                text += say("runs.doing_epoch", epoch=max(state.epoch, 1), total=state.num_epochs)
             return text
         case "running" if state.phase_total:
-            return f"{phase.capitalize()}, {state.phase_done} of {state.phase_total}"
+            return say("runs.doing_part", phase=begun, done=state.phase_done, total=state.phase_total)
         case "running":
-            return phase.capitalize()
+            return begun
         case "queued":
-            return status.detail or "The trainer is being started."
+            return say("runs.waits")
+        case "starting":
+            return say("runs.doing_start")
         case "paused":
-            return f"Paused at step {state.step} of {state.num_steps}. Memory stays in use until the run is stopped."
+            return say("runs.doing_paused", step=state.step, total=state.num_steps)
         case "completed":
-            return f"Completed: {state.step} steps."
+            return say("runs.doing_completed", step=state.step)
+        case "stopped" if state.num_seen == 0:
+            return say("runs.never_started")
         case "stopped":
-            return f"Stopped on request after {state.step} of {state.num_steps} steps; it can be resumed."
+            return say("runs.doing_stopped", step=state.step, total=state.num_steps)
         case "failed":
-            return f"Failed while {phase}; the reason is below."
+            return say("runs.doing_failed", phase=phase)
         case "crashed":
-            return f"Crashed while {phase}: the trainer ended without a word. The end of its log is below."
+            return say("runs.doing_crashed", phase=phase)
         case _:
             return status.detail
 
@@ -111,7 +91,7 @@ def _progress(status: RunStatus, state: RunState) -> str:
     else:
         done, total = state.phase_done, state.phase_total
     percent = 100 * done / total if total else 0.0
-    moving = " moving" if status.state in ("running", "queued") and not total else ""
+    moving = " moving" if status.state in ("running", "starting") and not total else ""
     return (
         f'<div class="bar {status.state}{moving}" role="progressbar" aria-label="Progress" aria-valuemin="0" '
         f'aria-valuemax="100" aria-valuenow="{percent:.0f}"><div style="width:{percent:.1f}%"></div></div>'
@@ -121,27 +101,30 @@ def _progress(status: RunStatus, state: RunState) -> str:
 def _facts(status: RunStatus, state: RunState) -> str:
     facts: list[tuple[str, str]] = []
     if status.state == "running" and state.seconds_left is not None:
-        facts.append(("time left", duration(state.seconds_left)))
+        facts.append((say("runs.time_left"), duration(state.seconds_left)))
     if state.loss is not None:
-        facts.append(("loss", f"{state.loss:.4f}"))
+        facts.append((say("runs.loss_now"), f"{state.loss:.4f}"))
     if state.step_seconds:
-        facts.append(("a step", f"{state.step_seconds:.2f} s"))
+        facts.append((say("runs.a_step"), f"{state.step_seconds:.2f} s"))
     if state.learning_rate:
-        facts.append(("rate", f"{state.learning_rate:.3g}"))
+        facts.append((say("runs.rate_now"), f"{state.learning_rate:.3g}"))
     if state.peak_bytes:
-        facts.append(("GPU memory peak", gib(state.peak_bytes)))
+        facts.append((say("runs.vram_peak"), gib(state.peak_bytes)))
     if state.host_bytes:
-        facts.append(("host memory", gib(state.host_bytes)))
+        facts.append((say("runs.host_now"), gib(state.host_bytes)))
     if state.num_images:
-        facts.append(("pictures", str(state.num_images)))
+        facts.append((say("runs.pictures"), str(state.num_images)))
     if state.device:
-        facts.append(("device", state.device))
+        facts.append((say("runs.device"), state.device))
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
     return f'<dl class="facts">{items}</dl>' if items else ""
 
 
-def messages(status: RunStatus, state: RunState, log_tail: str) -> str:
-    """Errors with what to do, a crash with the log's end, and warnings; empty when all is well."""
+def messages(status: RunStatus, state: RunState, log_tail: str, noticed: Sequence[str] = ()) -> str:
+    """Errors with what to do, a crash with the log's end, and warnings; empty when all is well.
+
+    `noticed` are warnings that the page has by itself.
+    """
     parts: list[str] = []
     for error in state.errors if status.state in ("failed", "stuck", "crashed") else ():
         where = f'<p class="where">{escape(error.where)}</p>' if error.where else ""
@@ -149,39 +132,43 @@ def messages(status: RunStatus, state: RunState, log_tail: str) -> str:
         parts.append(f'<div class="box bad" role="alert"><strong>{escape(error.message)}</strong>{where}{hint}</div>')
     if status.state in ("crashed", "stuck") or (status.state == "failed" and not state.errors):
         title = {
-            "crashed": "The trainer ended without saying why. The last lines of its log:",
-            "stuck": f"{status.detail or 'No progress for a while.'} The last lines of the log:",
-            "failed": "The run failed. The last lines of its log:",
+            "crashed": say("runs.crashed_log"),
+            "stuck": say("runs.stuck_log", detail=status.detail),
+            "failed": say("runs.failed_log"),
         }[status.state]
-        tail = "\n".join(log_tail.splitlines()[-15:]) or "The log is empty."
+        tail = "\n".join(log_tail.splitlines()[-15:]) or say("runs.log_empty")
         parts.append(
             f'<div class="box bad" role="alert"><strong>{escape(title)}</strong>'
             f'<div class="log-tail" tabindex="0"><pre>{escape(tail)}</pre></div></div>'
         )
-    if state.warnings:
-        items = "".join(f"<li>{escape(text)}</li>" for text in state.warnings[-8:])
-        parts.append(f'<div class="box warn"><strong>Warnings</strong><ul>{items}</ul></div>')
+    warnings = [*noticed, *state.warnings[-8:]]
+    if warnings:
+        items = "".join(f"<li>{escape(text)}</li>" for text in warnings)
+        parts.append(f'<div class="box warn"><strong>{escape(say("runs.warnings"))}</strong><ul>{items}</ul></div>')
     return "".join(parts)
 
 
-def waiting(pending: Sequence[str], *, is_live: bool, can_resume: bool = False, state_step: int | None = None) -> str:
+def waiting(
+    pending: Sequence[str],
+    *,
+    is_live: bool,
+    is_queued: bool = False,
+    can_resume: bool = False,
+    state_step: int | None = None,
+) -> str:
     """What was asked for and not yet taken up, else what the buttons do. `state_step` is where the run would go on."""
     if pending:
-        return f'<p class="empty" role="status">Asked for: {escape(", ".join(pending))}. The trainer answers soon.</p>'
+        asked = say("runs.asked_for", names=", ".join(pending))
+        return f'<p class="empty" role="status">{escape(asked)}</p>'
+    if is_queued:
+        return f'<p class="empty">{escape(say("runs.queue_explained"))}</p>'
     if not is_live:
-        words = "Start again makes a new run with the same settings, from the beginning."
+        words = say("runs.what_again_does")
         if can_resume:
-            place = (
-                "begins anew in this run: it ended before a state of it was kept"
-                if state_step is None
-                else f"goes on in this run after step {state_step}"
-            )
-            words = f"Resume {place}. {words}"
-        return f'<p class="empty">{words}</p>'
-    return (
-        '<p class="empty">Stop ends the run after the current step and frees the memory; it can be resumed later. Pause '
-        "keeps the memory. Closing this page stops nothing.</p>"
-    )
+            place = say("runs.resume_anew") if state_step is None else say("runs.resume_after", step=state_step)
+            words = f"{place} {words}"
+        return f'<p class="empty">{escape(words)}</p>'
+    return f'<p class="empty">{escape(say("runs.what_buttons_do"))}</p>'
 
 
 def deletion(name: str, found: Contents, bin_folder: str) -> str:
@@ -196,54 +183,8 @@ def deletion(name: str, found: Contents, bin_folder: str) -> str:
         parts.append("the state to resume from")
     return (
         f"Delete {name}? {', '.join(parts[:-1])}{' and ' if len(parts) > 1 else ''}{parts[-1]} "
-        f"({_megabytes(found.num_bytes)}) leave this list. They go to the bin, {bin_folder}, and stay there until you "
+        f"({megabytes(found.num_bytes)}) leave this list. They go to the bin, {bin_folder}, and stay there until you "
         "empty it."
-    )
-
-
-def samples(run_id: str, shown: Sequence[Sample]) -> str:
-    """A grid, newest step first, one column per prompt."""
-    if not shown:
-        return '<p class="empty">Samples appear here as the run makes them.</p>'
-    ordered = sorted(shown, key=lambda sample: (-sample.step, sample.index))
-    rows = [_sample_row(run_id, step, list(row)) for step, row in groupby(ordered, key=lambda sample: sample.step)]
-    older = "".join(rows[STEPS_SHOWN:])
-    more = f"<details><summary>{len(rows) - STEPS_SHOWN} earlier steps</summary>{older}</details>" if older else ""
-    return f'<div class="samples">{"".join(rows[:STEPS_SHOWN])}{more}</div>'
-
-
-def _sample_row(run_id: str, step: int, row: Sequence[Sample]) -> str:
-    pictures = "".join(
-        f'<a href="{file_url(run_id, "samples", sample.path)}" target="_blank" rel="noopener" '
-        f'title="{escape(sample.prompt)}">'
-        f'<img loading="lazy" src="{file_url(run_id, "samples", sample.path)}" '
-        f'alt="Sample of step {sample.step}: {escape(sample.prompt)}"><span>{escape(sample.prompt)}</span></a>'
-        for sample in row
-    )
-    title = f"step {step}" if step else "before training"
-    return f'<section><h4>{title}</h4><div class="row">{pictures}</div></section>'
-
-
-def checkpoints(run_id: str, shown: Sequence[Checkpoint]) -> str:
-    """Download links, newest first."""
-    if not shown:
-        return '<p class="empty">Nothing saved yet.</p>'
-    items = "".join(
-        f'<li><a class="download" download href="{file_url(run_id, "checkpoints", c.path)}">'
-        f"{escape(PurePath(c.path).name)}</a><span>step {c.step}, epoch {c.epoch}, {_megabytes(c.num_bytes)}"
-        f"{' <b>final</b>' if c.is_final else ''}</span></li>"
-        for c in sorted(shown, key=lambda c: (c.is_final, c.step), reverse=True)
-    )
-    return f'<ul class="checkpoints">{items}</ul>'
-
-
-def log(run_id: str, tail: str) -> str:
-    """The end of the worker's log, with a link to all of it."""
-    if not tail:
-        return '<p class="empty">The log is empty.</p>'
-    return (
-        f'<div class="log-tail" tabindex="0" role="region" aria-label="End of the log"><pre>{escape(tail)}</pre></div>'
-        f'<p><a href="{file_url(run_id, "log", "worker.log")}" target="_blank" rel="noopener">the whole log</a></p>'
     )
 
 
@@ -258,7 +199,3 @@ def duration(seconds: float) -> str:
 
 def gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 100_000 else f"{num_bytes / 1e3:.1f} kB"

@@ -6,41 +6,36 @@ No gradio.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-import psutil
-
+from fluxgui.run_start import is_starting, start_due, was_started_since
 from fluxgui.run_state import RunState, fold
 from trainer.schema.base import UserError
 from trainer.schema.events import EventReader
 from trainer.schema.folders import bin_dir, runs_dir
 from trainer.schema.run_folder import (
     RunFolder,
-    RunStatus,
-    is_locked,
     list_runs,
     newest_state_step,
-    probe,
     write_atomic,
 )
+from trainer.schema.run_liveness import is_locked
+from trainer.schema.run_probe import RunStatus, probe
+from trainer.schema.run_queue import ask_for_start, is_wanted, withdraw
 
-PROGRAM_FOLDER: Final = Path(__file__).resolve().parents[1]
-START_SECONDS: Final = 10.0
-"""Starting the worker's process takes no longer than this."""
 LOG_TAIL_BYTES: Final = 16_000
+LONG_TAIL_BYTES: Final = 256_000
+"""Enough of a log to find warnings in."""
+NOTES_FILE: Final = "notes.txt"
+STARTING: Final = RunStatus("starting", "The trainer is being started.")
 
 CommandName = Literal["stop", "save", "sample", "pause", "resume"]
-FileKind = Literal["samples", "checkpoints", "log"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +46,7 @@ class RunView:
     name: str
     status: RunStatus
     state: RunState
+    notes: str = ""
 
     @property
     def run_id(self) -> str:
@@ -64,7 +60,7 @@ class RunView:
     @property
     def is_live(self) -> bool:
         """Whether something may still change without anyone asking for it."""
-        return self.status.state in ("queued", "running", "paused", "stuck")
+        return self.status.state in ("queued", "starting", "running", "paused", "stuck")
 
 
 class RunWatcher:
@@ -80,7 +76,7 @@ class RunWatcher:
             state = fold(state, reader.read_new())
             name = name or run_name(run)
             self._known[run.path] = (reader, state, name)
-        return RunView(run, name, _status(run, state), state)
+        return RunView(run, name, _status(run, state), state, read_notes(run))
 
     def forget(self, run: RunFolder) -> None:
         """Drop what is known of a run whose folder is gone."""
@@ -90,6 +86,19 @@ class RunWatcher:
     def look_at_all(self) -> list[RunView]:
         """Newest first."""
         return [self.look(run) for run in sorted(list_runs(runs_dir()), key=lambda run: run.path.name, reverse=True)]
+
+
+def read_notes(run: RunFolder) -> str:
+    """What the user wrote about the run."""
+    try:
+        return (run.path / NOTES_FILE).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def write_notes(run: RunFolder, text: str) -> None:
+    """Keep the user's notes in the run's folder. Raises `OSError`."""
+    write_atomic(run.path / NOTES_FILE, text)
 
 
 def find_run(run_id: str | None) -> RunFolder | None:
@@ -102,34 +111,10 @@ def run_name(run: RunFolder) -> str:
     return name if isinstance(name, str) and name else run.path.name
 
 
-def start_worker(run: RunFolder) -> None:
-    """Start training in `run` as a process of its own that outlives this one. Never through a shell."""
-    flags = 0
-    if sys.platform == "win32":
-        flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.DETACHED_PROCESS
-    # By the same clock as the events'; what the system says about the start can be a second off.
-    asked = time.time()
-    with run.worker_log.open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "trainer", "run", str(run.path)],
-            cwd=PROGRAM_FOLDER,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            creationflags=flags,
-        )
-    with contextlib.suppress(psutil.Error):  # gone already
-        note = {"pid": process.pid, "started": _started(process.pid), "asked": asked}
-        write_atomic(_process_json(run), json.dumps(note))
-    # Only takes note of the end, so that no dead process is left in the system's table while the page lives.
-    threading.Thread(target=process.wait, daemon=True, name=f"reap-{process.pid}").start()
-
-
 def create_and_start(
     name: str, *, config_toml: str, dataset_toml: str, sample_prompts: str, info: Mapping[str, object]
 ) -> RunFolder:
+    """A new run at the end of the queue. It starts at once when its device is free."""
     run = RunFolder.create(
         runs_dir(),
         name,
@@ -138,7 +123,7 @@ def create_and_start(
         sample_prompts=sample_prompts,
         info={"name": name, **info},
     )
-    start_worker(run)
+    start_due()
     return run
 
 
@@ -154,13 +139,14 @@ def start_again(run: RunFolder) -> RunFolder:
 
 
 def resume(run: RunFolder) -> None:
-    """Start a worker in a run that ended: it goes on from the newest state in the folder, or from the beginning.
+    """Ask for a worker in a run that ended: it goes on from the newest state in the folder, or from the beginning.
 
-    Raises `UserError` when one is at work there already.
+    It starts at once when its device is free. Raises `UserError` when one is at work there already.
     """
     if is_locked(run):
         raise UserError("a trainer is already at work in this run", run.path.name)
-    start_worker(run)
+    ask_for_start(run)
+    start_due()
 
 
 @dataclass(frozen=True)
@@ -209,7 +195,11 @@ def delete_run(run: RunFolder) -> Path:
 
 
 def send(run: RunFolder, command: CommandName) -> None:
-    run.send_command(command)
+    """Ask the worker for something. A run that still waits for one has none: to stop it is to take it out of the queue."""
+    if command == "stop" and is_wanted(run) and not is_locked(run):
+        withdraw(run)
+    else:
+        run.send_command(command)
 
 
 def pending_commands(run: RunFolder) -> list[str]:
@@ -221,17 +211,17 @@ def pending_commands(run: RunFolder) -> list[str]:
     return [name.rpartition("-")[2] for name in names]
 
 
-def read_log_tail(run: RunFolder) -> str:
+def read_log_tail(run: RunFolder, num_bytes: int = LOG_TAIL_BYTES) -> str:
     """The last lines of the worker's log; progress bars that overwrite themselves count as one line."""
     try:
         with run.worker_log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
-            log.seek(max(0, size - LOG_TAIL_BYTES))
+            log.seek(max(0, size - num_bytes))
             text = log.read().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return ""
     lines = [line.rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n")]
-    if size > LOG_TAIL_BYTES:
+    if size > num_bytes:
         lines = lines[1:]  # the first one is cut somewhere in its middle
     return "\n".join(lines).strip("\n")
 
@@ -241,7 +231,7 @@ def served_file(view: RunView, kind: str, name: str) -> Path | None:
     if kind == "log":
         path = view.run.worker_log
         return path if name == path.name and path.is_file() else None
-    if kind == "samples":
+    if kind in ("samples", "thumbs"):
         named = [sample.path for sample in view.state.samples]
     elif kind == "checkpoints":
         named = [checkpoint.path for checkpoint in view.state.checkpoints]
@@ -255,46 +245,17 @@ def served_file(view: RunView, kind: str, name: str) -> Path | None:
 
 
 def _has_expected_type(kind: str, path: Path) -> bool:
-    suffixes = {".png", ".jpg", ".jpeg", ".webp"} if kind == "samples" else {".safetensors"}
+    suffixes = {".png", ".jpg", ".jpeg", ".webp"} if kind != "checkpoints" else {".safetensors"}
     return path.suffix.lower() in suffixes and path.resolve().suffix.lower() in suffixes
 
 
 def _status(run: RunFolder, state: RunState) -> RunStatus:
     status = probe(run, state)
-    if status.state in ("stopped", "crashed", "failed", "completed") and _was_started_since(run, state.last_event_at):
-        return RunStatus("queued", "The trainer is being started.")
-    if status.state != "queued" or not run.worker_log.exists():
+    if status.state not in ("stopped", "crashed", "failed", "completed"):
         return status
-    # Asked to start, yet nothing was heard: either it is still loading, or it died before it could say so.
-    if _is_starting(run):
-        return RunStatus("queued", "The trainer is being started.")
-    return RunStatus("crashed", "The trainer did not start.")
-
-
-def _was_started_since(run: RunFolder, moment: float | None) -> bool:
-    """Whether a process was started for the run that has not been heard of yet: it is still loading."""
-    try:
-        process = json.loads(_process_json(run).read_bytes())
-        return moment is not None and process["asked"] > moment and _is_starting(run)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _process_json(run: RunFolder) -> Path:
-    """Which process was started for the run; read only until that process speaks for itself."""
-    return run.path / "process.json"
-
-
-def _started(pid: int) -> float:
-    return psutil.Process(pid).create_time()
-
-
-def _is_starting(run: RunFolder) -> bool:
-    try:
-        process = json.loads(_process_json(run).read_bytes())
-        same = abs(_started(process["pid"]) - process["started"]) < 1
-        return same and psutil.Process(process["pid"]).status() != psutil.STATUS_ZOMBIE
-    except FileNotFoundError:  # between the log's first byte and the note about the process
-        return time.time() - run.worker_log.stat().st_mtime < START_SECONDS
-    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
-        return False
+    if was_started_since(run, state.last_event_at):
+        return STARTING
+    if state.num_seen or run.heartbeat_json.exists() or not run.worker_log.exists():
+        return status
+    # Started, yet nothing was heard: either it is still loading, or it died before it could say so.
+    return STARTING if is_starting(run) else RunStatus("crashed", "The trainer did not start.")

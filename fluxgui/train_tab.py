@@ -18,6 +18,7 @@ from gradio.components import Component
 from gradio.events import Dependency
 
 from fluxgui import train_view
+from fluxgui.all_options import all_options_html, script
 from fluxgui.demo import demo_form_values, make_demo
 from fluxgui.fields import (
     BUCKETS,
@@ -37,8 +38,9 @@ from fluxgui.fields import (
 )
 from fluxgui.form import Reading, preset_values, read_form, typed_value
 from fluxgui.form_parts import build_fields, component_value, html_part, mark
+from fluxgui.language import say
 from fluxgui.memory_plan import plan_memory
-from fluxgui.models import found_models, recognised
+from fluxgui.models import found_models, recognised, remember_models
 from fluxgui.pictures import (
     CAPTION_SUFFIX,
     IMAGE_SUFFIXES,
@@ -204,6 +206,7 @@ class TrainTab:
             )
         except (OSError, UserError) as error:
             raise gr.Error(f"The run cannot be started: {error}", print_exception=False) from None
+        remember_models({name: typed_value(self.fields[name], values[name]) for name in MODELS})
         return {self.parts["started"]: run.path.name, self.parts["strict"]: False}
 
     def fill_from_models_folder(self, data: Data) -> Updates:
@@ -260,7 +263,7 @@ class TrainTab:
     def ask_to_delete(self, name: str | None) -> Updates:
         if not name:
             raise gr.Error("Choose a saved preset first.", print_exception=False)
-        return self.presets.deleting.ask(f"Delete the preset {name}? Its settings are lost.", name)
+        return self.presets.deleting.ask(say("presets.ask_to_delete", name=name), name)
 
     def delete_preset(self, name: str | None) -> Updates:
         bar = self.presets
@@ -317,7 +320,7 @@ def _first_reason(reading: Reading) -> str:
     return f"{train_view.missing_text(reading.missing[0])} is missing."
 
 
-MORE_NAMES: Final = frozenset({*OPTIMIZER, *FLOW, *BUCKETS, *OTHER})
+MORE_NAMES: Final = frozenset({*OPTIMIZER, *FLOW, *BUCKETS, *OTHER[:1]})
 
 
 def build_train_tab(gpu: Gpu | None) -> TrainTab:
@@ -334,6 +337,7 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
                 form |= build_fields(MODELS[:2], fields) | build_fields(MODELS[2:], fields)
                 with gr.Row():
                     find = gr.Button("Look in the models folder", size="sm", elem_id="find-models")
+                    parts["to_models"] = gr.Button(say("models.choose"), size="sm", elem_id="to-models")
                     demo_files = gr.Button("Use the demo's files", size="sm", elem_id="use-demo")
                 with gr.Accordion("Tokenizers", open=False) as tokenizers:
                     form |= build_fields(TOKENIZERS, fields)
@@ -349,6 +353,7 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
                 )
                 parts["upload"] = html_part(elem_id="upload-result")
                 parts["pictures"] = html_part(elem_id="pictures")
+                parts["look_after"] = gr.Button(say("dataset.look_after"), size="sm", elem_id="look-after-pictures")
                 form |= build_fields(("trigger_word", "num_repeats"), fields)
             with gr.Column(elem_classes="card"):
                 html_part(train_view.title("3 · Training"))
@@ -365,10 +370,13 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
                         ("Optimizer", OPTIMIZER),
                         ("Timesteps and loss", FLOW),
                         ("Sizes and captions", BUCKETS),
-                        ("Device and anything else", OTHER),
+                        (say("train.device"), OTHER[:1]),
                     ):
                         html_part(f"<h4>{heading}</h4>")
                         form |= build_fields(names, fields)
+                with gr.Accordion(say("options.title"), open=False, elem_id="all-options") as everything:
+                    gr.HTML(all_options_html(), js_on_load=script(), elem_classes="part")
+                    form |= build_fields(OTHER[1:], fields)
         with gr.Column(scale=3, min_width=300, elem_classes="side"):
             with gr.Column(elem_classes="card"):
                 html_part(train_view.title("Start"))
@@ -398,7 +406,12 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
         "estimated_for": gr.State(None),
         "remembered": gr.BrowserState({}, storage_key="fluxgui-form", secret="fluxgui"),
     }
-    folds = ((frozenset(TOKENIZERS), tokenizers), (frozenset(MEMORY), memory), (MORE_NAMES, more))
+    folds = (
+        (frozenset(TOKENIZERS), tokenizers),
+        (frozenset(MEMORY), memory),
+        (MORE_NAMES, more),
+        (frozenset(OTHER[1:]), everything),
+    )
     tab = TrainTab(fields, form, parts, presets, folds)
     _connect(tab, start=start, estimate=estimate, find=find, demo_files=demo_files)
     return tab

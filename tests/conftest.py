@@ -10,6 +10,8 @@ import pytest
 
 from tests.tiny import TinyModels, make_tiny_models
 
+ROOT = Path(__file__).parents[1]
+
 # Before any library reads them: nothing is fetched, nothing is reported, and thread counts do not fight.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -47,3 +49,22 @@ def chromium() -> str:
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+LONGEST_FIRST = (
+    "tests/web/test_first_visit.py",
+    "tests/learning/test_learning.py",
+    "tests/web/",
+    "tests/learning/",
+    "tests/runs/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that no core is left alone with one of them at the end."""
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(ROOT).as_posix()
+        return next((place for place, start in enumerate(LONGEST_FIRST) if path.startswith(start)), len(LONGEST_FIRST))
+
+    items.sort(key=place)  # stable: within a place, the files' own order

@@ -9,45 +9,42 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
 from trainer.schema.base import UserError
-from trainer.schema.checkpoint_header import (
-    autoencoder_params,
-    clip_params,
-    format_bytes,
-    t5_params,
-)
-from trainer.schema.chroma_header import read_transformer
 from trainer.schema.cli import ParsedCommand, parse_command_line, read_command_line, read_values, write_config
 from trainer.schema.file_checks import needed_models
 from trainer.schema.folders import demo_dir
-from trainer.schema.memory import estimate, pick_blocks_to_swap
+from trainer.schema.job_folder import JobReporter, run_job
 from trainer.schema.option_files import read_config_file
 from trainer.schema.options import Options
-from trainer.schema.options_data import parse_resolution
-from trainer.schema.parameter_counts import OtherModels
 from trainer.schema.run_folder import RunFolder
-from trainer.schema.weight_files import read_weights
 
-EXIT_DONE, EXIT_OPTIONS, EXIT_INTERRUPTED = 0, 2, 130
-DEFAULT_SIDE: Final = 1024
+EXIT_DONE, EXIT_OPTIONS, EXIT_FIXABLE, EXIT_INTERRUPTED = 0, 2, 3, 130
 
 HELP: Final = """\
 python -m trainer --option=value ...     train a LoRA; --help lists the options
 python -m trainer demo --output_dir D    train the bundled demo; the LoRA and the samples are written to D
 python -m trainer check --option=...     check options, files and pictures as before training, and stop there
 python -m trainer options [--json]       list all options; --json for programs, --markdown for docs/options.md
-python -m trainer estimate --option=...  print what memory the training needs; --vram_gb picks blocks_to_swap
+python -m trainer estimate --option=...  print what memory the training needs; --vram_gb and --ram_gb plan for a machine
 python -m trainer replay --input=F --output=O --steps=N --option=...
                                          train on one recorded batch; a run records it when its loss is no number
 python -m trainer convert-lora --input X --output Y --form F
                                          write a LoRA in another form: sd-scripts, diffusers, bfl or xlabs
+python -m trainer generate --prompt P --output_dir D --option=...
+                                         make pictures, with LoRAs at one or several strengths
+python -m trainer merge | merge-loras | extract | resize | inspect
+                                         work on LoRA files; each has --help, and docs/tools.md explains them
+python -m trainer caption --image_dir D --model M
+                                         write captions with a vision-language model: missing ones, all, or added
 python -m trainer cache FOLDER ...        list what is cached beside pictures; --prune removes what is not used any more
 python -m trainer make-demo [--dir D]    write the demo's models and pictures
+python -m trainer get-models [--flux dev] [--t5 fp16] [--dir D]
+                                         download the four model files from the Hugging Face hub; goes on where it was
+python -m trainer notify                 try what the settings do at the end of a run
 python -m trainer run FOLDER             train what a run folder holds (the page starts this)
 """
 
@@ -159,10 +156,35 @@ def make_demo(arguments: Sequence[str]) -> int:
 
 
 def convert_lora_file(arguments: Sequence[str]) -> int:
-    from trainer.tools.convert_lora import convert_lora  # noqa: PLC0415 - torch takes seconds to load
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--job_dir", type=Path)
+    known, rest = parser.parse_known_args(arguments)
 
-    print(convert_lora(arguments))
-    return EXIT_DONE
+    def work(reporter: JobReporter) -> None:
+        from trainer.tools.convert_lora import convert_lora  # noqa: PLC0415 - torch takes seconds to load
+
+        text = convert_lora(rest)
+        print(text)
+        reporter.result(text=text)
+
+    return run_job(known.job_dir, work)
+
+
+def make_pictures(arguments: Sequence[str]) -> int:
+    from trainer.tools.generate import make_pictures as make  # noqa: PLC0415
+
+    return make(arguments)
+
+
+def lora_tool(name: str) -> Callable[[Sequence[str]], int]:
+    """The command `name` of `trainer.tools.lora_commands`."""
+
+    def work(arguments: Sequence[str]) -> int:
+        from trainer.tools.lora_commands import run_lora_command  # noqa: PLC0415 - torch takes seconds to load
+
+        return run_lora_command(name, arguments)
+
+    return work
 
 
 def cache(arguments: Sequence[str]) -> int:
@@ -177,6 +199,7 @@ def check(arguments: Sequence[str]) -> int:
     if parsed.problems and not names_files(parsed.options):
         parsed.without_problems()
     from trainer.train.check import check_run  # noqa: PLC0415 - torch takes seconds to load
+    from trainer.train.layer_notes import layer_notes  # noqa: PLC0415
     from trainer.train.plan import plan_text, tell_settings  # noqa: PLC0415
     from trainer.train.reporting import Reporter  # noqa: PLC0415
     from trainer.train.session import configure_console  # noqa: PLC0415
@@ -186,6 +209,8 @@ def check(arguments: Sequence[str]) -> int:
     reporter = Reporter()
     checked = check_run(parsed, reporter)
     tell_settings(parsed, checked, reporter)
+    for line in layer_notes(checked):
+        reporter.warning(line)
     texts = plan_texts(checked, parsed.options.seed or 0)
     print("\n".join([plan_text(checked, texts), "No problems found."]))
     return EXIT_DONE
@@ -244,48 +269,31 @@ def list_options(arguments: Sequence[str]) -> int:
 
 
 def estimate_memory(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainer estimate", allow_abbrev=False)
-    parser.add_argument("--vram_gb", type=float, help="memory of the card in GiB: picks the smallest blocks_to_swap")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    known, rest = parser.parse_known_args(arguments)
-    options: Options = parse_command_line(rest).options
-    if options.pretrained_model_name_or_path is None:
-        raise UserError("no model is given", "--pretrained_model_name_or_path", "Give the FLUX.1 model.", exit_code=2)
-    params = read_transformer(options.pretrained_model_name_or_path, options.model_type)
-    width, height = parse_resolution(options.resolution) if options.resolution else (DEFAULT_SIDE, DEFAULT_SIDE)
-    batch_size = options.train_batch_size
-    models = _other_models(options)
-    if known.vram_gb is not None:
-        vram_bytes = round(known.vram_gb * 2**30)
-        result = pick_blocks_to_swap(
-            params, options, width=width, height=height, batch_size=batch_size, vram_bytes=vram_bytes, models=models
-        )
-    else:
-        result = estimate(params, options, width=width, height=height, batch_size=batch_size, models=models)
-    if known.json:
-        print(json.dumps(asdict(result), indent=1))
-        return EXIT_DONE
-    print(f"{width} x {height}, batch {options.train_batch_size}: {format_bytes(result.peak_bytes)} on the device,")
-    print(f"{format_bytes(result.host_peak_bytes)} of main memory, blocks_to_swap {result.blocks_to_swap}")
-    if result.fits is False:
-        print("This does not fit, even with every block swapped.")
-    for phase in result.phases:
-        print(f"\n{phase.name}: {format_bytes(phase.peak_bytes)}")
-        for part in phase.parts:
-            print(f"  {part.name:<42}{format_bytes(part.bytes):>12}")
+    from trainer.tools.estimate_command import estimate_text  # noqa: PLC0415 - only this command needs it
+
+    print(estimate_text(arguments))
     return EXIT_DONE
 
 
-def _other_models(options: Options) -> OtherModels | None:
-    """The encoders' own sizes when all their files are given; None stands for the published ones."""
-    has_clip = options.model_type == "flux"
-    if options.t5xxl is None or options.ae is None or (has_clip and options.clip_l is None):
-        return None
-    return OtherModels(
-        t5_params(read_weights(options.t5xxl, "t5xxl")),
-        None if options.clip_l is None else clip_params(read_weights(options.clip_l, "clip_l")),
-        autoencoder_params(read_weights(options.ae, "autoencoder")),
-    )
+def get_models(arguments: Sequence[str]) -> int:
+    from trainer.tools.get_models import main as download  # noqa: PLC0415 - the hub's library
+
+    return download(arguments)
+
+
+def caption(arguments: Sequence[str]) -> int:
+    from trainer.tools.caption import main as write_captions  # noqa: PLC0415 - Pillow and numpy
+
+    return write_captions(arguments)
+
+
+def notify(_arguments: Sequence[str]) -> int:
+    from trainer.train.notify import try_out  # noqa: PLC0415
+
+    problems = try_out()
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return EXIT_FIXABLE if problems else EXIT_DONE
 
 
 COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType(
@@ -294,11 +302,16 @@ COMMANDS: Final[Mapping[str, Callable[[Sequence[str]], int]]] = MappingProxyType
         "demo": train_demo,
         "make-demo": make_demo,
         "convert-lora": convert_lora_file,
+        "generate": make_pictures,
+        **{name: lora_tool(name) for name in ("merge", "merge-loras", "extract", "resize", "inspect")},
         "check": check,
         "cache": cache,
         "replay": replay_recording,
         "estimate": estimate_memory,
         "options": list_options,
+        "get-models": get_models,
+        "notify": notify,
+        "caption": caption,
     }
 )
 

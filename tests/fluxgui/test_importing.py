@@ -13,9 +13,10 @@ import tomlkit
 
 from fluxgui.exporting import FORMATS, Project, export_project
 from fluxgui.form import read_form
-from fluxgui.importing import KEPT_FOR_EXPORT, as_job, dataset_text, fill_form, read_pasted
-from tests.runs.test_existing_projects import FLUXGYM_DATASET, FLUXGYM_SCRIPT, SECTIONED_CONFIG
-from tests.schema.test_import_project import NAMES
+from fluxgui.importing import KEPT_FOR_EXPORT, as_job, dataset_text, fill_form, read_only_allowed, read_pasted
+from tests.runs.test_existing_projects import FLUXGYM_DATASET, FLUXGYM_SCRIPT, KOHYA_SS_CONFIG, SECTIONED_CONFIG
+from tests.schema.test_import_project import COMMAND, MASKED, NAMES
+from tests.tiny import TinyModels
 from trainer.schema.base import UserError
 from trainer.schema.cli import parse_command_line
 from trainer.schema.import_project import import_project
@@ -90,6 +91,22 @@ def test_the_form_shows_an_imported_command_and_means_the_same(tmp_path: Path) -
     assert "a cat" in told, "there are captions, so the class tokens are no trigger word"
 
 
+@pytest.mark.parametrize("text", [FLUXGYM_SCRIPT, KOHYA_SS_CONFIG, SECTIONED_CONFIG, COMMAND, MASKED])
+def test_the_form_means_what_each_project_means(text: str, tmp_path: Path) -> None:
+    make_images(tmp_path / "images", 1)
+    dataset = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{tmp_path / 'images'}'\n"
+    project = import_project(text.format(**NAMES), dataset)
+    reading = read_form(fill_form(project).values)
+    assert reading.options is not None, reading.problems
+    # The pictures are the dataset's business, and the steps are left out where epochs win.
+    aside = {*KEPT_FOR_EXPORT, "train_data_dir", "resolution", "max_train_steps"}
+    for name in type(project.options).model_fields:
+        if name not in aside:
+            # An empty list says the same as none.
+            shown, expected = (getattr(options, name) for options in (reading.options, project.options))
+            assert (None if shown == () else shown) == (None if expected == () else expected), name
+
+
 def test_folders_named_by_repeats_fill_the_form(tmp_path: Path) -> None:
     make_images(tmp_path / "img" / "10_ohwx cat", 2)
     for caption in (tmp_path / "img").glob("*/*.txt"):
@@ -106,6 +123,44 @@ def test_a_job_of_an_import_names_everything_that_keeps_it_from_starting() -> No
         as_job(read_pasted(EXAMPLE, ""))
     fields = [problem.field for problem in raised.value.problems]
     assert fields == ["pretrained_model_name_or_path", "clip_l", "t5xxl", "ae", "dataset_config"]
+
+
+def test_a_pasted_dataset_is_checked_as_the_trainer_does() -> None:
+    wrong = "[[datasets]]\nresolution = 64\nbatch = 2\n[[datasets.subsets]]\nimage_dir = '/gone'\n"
+    with pytest.raises(UserError) as raised:
+        as_job(read_pasted("--output_name=a", wrong))
+    told = [problem for problem in raised.value.problems if "the dataset file" in (problem.where or "")]
+    assert [problem.what for problem in told] == ["batch is not a known key"]
+    with pytest.raises(UserError) as raised:
+        as_job(read_pasted("--output_name=a", wrong.replace("batch = 2", "")))
+    assert [problem.where for problem in raised.value.problems if problem.field == "image_dir"] == ["/gone"]
+
+
+def test_relative_folders_of_a_pasted_dataset_become_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_models: TinyModels
+) -> None:
+    make_images(tmp_path / "images", 1)
+    monkeypatch.chdir(tmp_path)
+    command = " ".join([*tiny_models.arguments(), "--output_name=cat --output_dir=elsewhere --max_train_steps=3"])
+    job = as_job(read_pasted(command, "[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = 'images'\n"))
+    assert f'image_dir = "{tmp_path / "images"}"' in job.dataset_toml
+    assert "output_dir" not in job.config_toml
+    assert job.name == "cat"
+
+
+def test_a_page_for_other_machines_reads_allowed_folders_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluxgui.importing._limits", [])
+    monkeypatch.setenv("FLUXGUI_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for folder in (tmp_path, tmp_path / "home"):
+        (folder / "prompts.txt").write_text("a cat", encoding="utf-8")
+    outside, inside = (f"--sample_prompts={folder / 'prompts.txt'}" for folder in (tmp_path, tmp_path / "home"))
+    assert read_pasted(outside, "").prompts == "a cat"
+    read_only_allowed()
+    found = read_pasted(outside, "")
+    assert found.prompts is None
+    assert "outside of the allowed folders" in found.not_understood[0]
+    assert read_pasted(inside, "").prompts == "a cat"
 
 
 @pytest.mark.parametrize("form", FORMATS)

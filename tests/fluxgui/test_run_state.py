@@ -66,7 +66,7 @@ def test_a_loss_that_is_not_a_number_is_not_drawn() -> None:
 def test_a_second_attempt_draws_each_step_once() -> None:
     first = [plan(10), *(step(n, float(n)) for n in range(1, 6))]
     state = fold(RunState(), [*first, {"kind": "run_started", "attempt": 2}, plan(10, first_step=3), step(4, 40.0)])
-    assert [(p.step, p.loss) for p in state.points] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert [(p.step, p.value) for p in state.points] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
 def test_a_sample_that_a_resumed_run_draws_once_more_is_shown_once() -> None:
@@ -100,7 +100,7 @@ def test_thinning_keeps_the_mean_and_the_last_step() -> None:
     points = tuple(StepPoint(n, float(n)) for n in range(1, 101))
     thin = thinned(points, 10)
     assert [p.step for p in thin] == list(range(10, 101, 10))
-    assert thin[0].loss == pytest.approx(5.5)
+    assert thin[0].value == pytest.approx(5.5)
     assert thinned(points, 100) == list(points)
 
 

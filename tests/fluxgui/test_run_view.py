@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
-from fluxgui import run_view
+from fluxgui import run_files_view, run_list_view, run_view
 from fluxgui.loss_plot import MAX_POINTS, loss_plot
 from fluxgui.run_state import Checkpoint, RunError, RunState, Sample, StepPoint
-from fluxgui.runs import Contents
-from trainer.schema.run_folder import RunStatus
+from fluxgui.runs import Contents, RunView
+from trainer.schema.run_folder import RunFolder
+from trainer.schema.run_probe import RunStatus
 
 
 def polylines(html: str) -> dict[str, list[tuple[float, float]]]:
@@ -33,9 +35,9 @@ def test_text_from_outside_is_escaped_everywhere() -> None:
                 run_view.header(evil, status, state),
                 run_view.messages(status, state, evil),
                 run_view.waiting([evil], is_live=True),
-                run_view.samples(evil, state.samples),
-                run_view.checkpoints(evil, state.checkpoints),
-                run_view.log(evil, evil),
+                run_files_view.samples(evil, state.samples),
+                run_files_view.checkpoints(evil, state.checkpoints),
+                run_files_view.log(evil, evil),
             )
         )
         assert "<img src=x" not in page
@@ -78,20 +80,61 @@ def test_what_resume_does_and_what_a_deletion_takes_is_said_beforehand() -> None
 
 def test_samples_stand_newest_first_in_the_order_of_prompts() -> None:
     shown = [Sample(step, f"samples/{step}-{i}.png", f"p{i}", i, 1) for step in (0, 10) for i in (1, 0)]
-    html = run_view.samples("run", shown)
-    assert re.findall(r'src="files/run/samples/([^"]+)"', html) == ["10-0.png", "10-1.png", "0-0.png", "0-1.png"]
+    html = run_files_view.samples("run", shown)
+    assert re.findall(r'src="files/run/thumbs/([^"]+)"', html) == ["10-0.png", "10-1.png", "0-0.png", "0-1.png"]
     assert "before training" in html
+
+
+def view(name: str, run_id: str, state: RunState, notes: str = "", status: str = "running") -> RunView:
+    return RunView(RunFolder(Path(run_id)), name, RunStatus(status), state, notes)  # pyright: ignore[reportArgumentType]
 
 
 def test_runs_of_the_same_name_differ_in_the_list_by_the_time_of_their_start() -> None:
     state = RunState(num_steps=100, step=40)
-    for run_id, line in (
-        ("20260114-203112-demo", "demo · running 40 % · 14 Jan 20:31"),
-        ("20261231-000059-demo-2", "demo · running 40 % · 31 Dec 00:00"),
-        ("my-own-folder", "demo · running 40 %"),
-        ("20269999-999999-demo", "demo · running 40 %"),
+    for run_id, moment in (
+        ("20260114-203112-demo", "14 Jan 20:31"),
+        ("20261231-000059-demo-2", "31 Dec 00:00"),
+        ("my-own-folder", ""),
+        ("20269999-999999-demo", ""),
     ):
-        assert run_view.one_line("demo", RunStatus("running"), state, run_id) == line
+        card = run_list_view.cards([view("demo", run_id, state)], None)
+        assert f'<span class="card-facts">{moment}</span>' in card
+        assert "running 40 %" in card
+
+
+def test_runs_are_found_by_the_words_of_their_name_status_and_notes() -> None:
+    views = [view("My cat", "a", RunState(), "too <b>dark</b>"), view("My dog", "b", RunState(), status="crashed")]
+    for search, found in (("cat", ["a"]), ("my", ["a", "b"]), ("CRASHED my", ["b"]), ("dark cat", ["a"]), ("fox", [])):
+        assert re.findall(r'data-run="(.)"', run_list_view.cards(views, "a", search=search)) == found
+    assert "<b>dark" not in run_list_view.cards(views, None)
+    assert "No run has these words" in run_list_view.cards(views, None, search="fox")
+    assert run_list_view.cards([], None) == ""
+
+
+def test_the_queue_names_what_is_at_work_and_its_ends_move_no_further() -> None:
+    waiting = [view(f"<i>{name}", name, RunState(), status="queued") for name in "abc"]
+    html = run_list_view.queue(waiting, [view("now", "n", RunState())])
+    assert "At work: now." in html
+    assert "<i>" not in html
+    unusable = re.findall(r'data-action="(\w+)" data-run="(.)"[^>]* disabled', html)
+    assert unusable == [("up", "a"), ("down", "c")]
+    assert run_list_view.queue([], []) == ""
+
+
+def test_the_log_is_shown_from_its_end_and_can_be_only_its_problems() -> None:
+    lines = [f"2026-01-01 10:00:00 INFO    step {n}" for n in range(3000)]
+    lines[5] = "2026-01-01 10:00:00 WARNING caption <b>empty</b>"
+    lines[6:6] = ["Traceback (most recent call last):", "  File x", "ValueError: no"]
+    log = "\n".join(lines)
+    assert len(run_files_view.log("run", log)) < run_files_view.LOG_SHOWN + 500
+    assert "step 2999" in run_files_view.log("run", log)
+    problems = run_files_view.log("run", log, only_problems=True)
+    for text in ("caption &lt;b&gt;empty", "Traceback", "ValueError: no"):
+        assert text in problems
+    assert "step" not in problems
+    assert "No warnings and no errors" in run_files_view.log(
+        "run", "2026-01-01 10:00:00 INFO    step 1", only_problems=True
+    )
 
 
 def test_durations_read_like_words() -> None:
@@ -117,7 +160,7 @@ def test_the_plot_of_a_long_run_stays_small_and_ignores_outliers() -> None:
     html = loss_plot(points, smoothing=0.9, num_steps=20_000)
     lines = polylines(html)
     assert len(lines["raw"]) == MAX_POINTS
-    assert len(html) < 60_000
+    assert len(html) < 30_000
 
 
 def test_the_raw_line_of_a_long_run_shows_how_far_the_losses_scatter() -> None:

@@ -14,11 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fluxgui import runs
+from fluxgui import run_start, runs
 from fluxgui.runs import RunView, RunWatcher
 from trainer.schema.base import UserError
 from trainer.schema.events import EventWriter
 from trainer.schema.run_folder import RunFolder
+from trainer.schema.run_queue import withdraw
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,7 +129,7 @@ def test_a_run_nobody_started_waits_and_one_whose_process_is_gone_has_crashed(ho
 def test_the_worker_is_started_in_its_own_session_with_its_output_in_the_log(home: Path) -> None:
     run = make_run(home)
     run.config_toml.write_text("no_such_option = 1\n", encoding="utf-8")
-    runs.start_worker(run)
+    run_start.start_worker(run)
     pid = int((run.path / "process.json").read_text().split('"pid":')[1].split(",")[0])
     if sys.platform != "win32":
         assert os.getsid(pid) == pid
@@ -139,7 +140,8 @@ def test_the_worker_is_started_in_its_own_session_with_its_output_in_the_log(hom
 
 def test_starting_again_makes_a_new_run_with_the_same_files(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(home)
-    monkeypatch.setattr(runs, "PROGRAM_FOLDER", home)  # no trainer there: the process ends at once
+    withdraw(run)
+    monkeypatch.setattr(run_start, "PROGRAM_FOLDER", home)  # no trainer there: the process ends at once
     again = runs.start_again(run)
     assert again.path != run.path
     assert again.config_toml.read_text() == run.config_toml.read_text()
@@ -163,7 +165,7 @@ def test_a_run_that_ended_is_starting_again_until_its_new_trainer_speaks(
     assert view.status.state == "crashed"
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        for asked, state in ((time.time(), "queued"), (1.0, "crashed")):
+        for asked, state in ((time.time(), "starting"), (1.0, "crashed")):
             started = psutil.Process(sleeper.pid).create_time()
             note = {"pid": sleeper.pid, "started": started, "asked": asked}
             (run.path / "process.json").write_text(json.dumps(note), encoding="utf-8")

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from trainer.schema.events import EventWriter
-from trainer.schema.run_folder import Heartbeat, RunFolder, WorkerLock
+from trainer.schema.run_folder import RunFolder
+from trainer.schema.run_liveness import Heartbeat, WorkerLock
 
 NUM_STEPS = 1000
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.learning.demo_run import is_learned
+from tests.learning.demo_run import assert_emblem_learned, assert_others_kept
 from trainer.tools.demo_page import read, samples_by_moment
 from trainer.tools.demo_report import (
     DemoReport,
@@ -43,20 +43,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def test_the_trigger_brings_the_emblem_after_training_and_not_before(demo: Trained) -> None:
     assert demo.report.before.emblem.shown < 0.1
-    assert demo.report.after.emblem.shown > 0.7
-    assert demo.report.after.emblem.as_captioned > 0.7
+    with pytest.raises(AssertionError):
+        assert_emblem_learned(demo.report.before.emblem)
+    assert_emblem_learned(demo.report.after.emblem)
 
 
 def test_prompts_without_the_trigger_are_drawn_as_before(demo: Trained) -> None:
-    before, after = demo.report.before.others, demo.report.after.others
-    assert after.colour >= before.colour - 0.1
-    assert after.shape >= before.shape - 0.1
-    assert after.background >= before.background - 0.1
-
-
-def test_the_measures_together_say_that_it_was_learned(demo: Trained) -> None:
-    """The same judgement that the trainings which are broken on purpose have to fail."""
-    assert is_learned(demo.report.after.emblem, demo.report.after.others, demo.report.before.others)
+    assert_others_kept(demo.report.after.others, demo.report.before.others)
 
 
 def test_the_loss_falls_on_pictures_of_the_emblem_that_were_not_trained_on(demo: Trained) -> None:

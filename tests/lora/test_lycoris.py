@@ -15,6 +15,12 @@ from trainer.schema.base import UserError
 from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
 
 
+@pytest.fixture
+def tiny_dev(golden: Path) -> nn.Module:
+    pytest.importorskip("lycoris", exc_type=ImportError)
+    return load_flux(golden / "replay" / "model_dev.safetensors", torch.float32, "cpu")
+
+
 def lycoris_spec(*network_args: str) -> LoraSpec:
     return spec_from_network_args(network_args, network_dim=4, network_alpha=4, network_module="lycoris.kohya")
 
@@ -43,6 +49,34 @@ def test_every_value_that_cannot_be_read_is_told_at_once() -> None:
         "use_scalar is yes; it must be True or False",
     ]
     assert error.value.exit_code == 2
+
+
+def test_settings_that_the_package_refuses_are_told_with_what_to_do(tiny_dev: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"lora_dim must be a multiple of block_size.*Network-Args") as error:
+        LycorisNetwork.attach(tiny_dev, None, lycoris_spec("algo=dylora", "block_size=3"), 1)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["enable_conv == 1", "name_algo_map = 5"])
+def test_a_preset_that_the_package_cannot_use_is_named(text: str, tiny_dev: nn.Module, tmp_path: Path) -> None:
+    preset = tmp_path / "preset.toml"
+    preset.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"cannot use this preset \(.+\).*preset.toml") as error:
+        LycorisNetwork.attach(tiny_dev, None, lycoris_spec("algo=lokr", f"preset={preset}"), 1)
+    assert error.value.exit_code == 2
+
+
+def test_a_fault_inside_the_package_is_not_called_a_wrong_setting(
+    tiny_dev: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kohya = pytest.importorskip("lycoris.kohya", exc_type=ImportError)
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("some layer")
+
+    monkeypatch.setattr(kohya, "create_network", broken)
+    with pytest.raises(KeyError):
+        LycorisNetwork.attach(tiny_dev, None, lycoris_spec("algo=lokr"), 1)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,17 @@ def test_loading_takes_the_models_size_and_no_more(tmp_path: Path, layout: Layou
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count mapped pages differently")
+def test_weights_that_are_stored_in_fewer_bits_are_never_there_as_a_whole(tmp_path: Path) -> None:
+    (plain,) = run(MEDIUM, tmp_path, ("published",))
+    (loaded,) = run(MEDIUM, tmp_path, ("published",), "fp8")
+    assert loaded.model_bytes < 0.7 * plain.model_bytes
+    # The largest weight takes 28 MB in 32 bit, and again while it is stored.
+    assert loaded.peak_bytes - loaded.baseline_bytes < 1.45 * loaded.model_bytes + 60 * 10**6, loaded
+    assert loaded.is_within_bound
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the measure is Linux's")
 def test_two_processes_that_load_share_the_files_pages_and_keep_none(tmp_path: Path) -> None:
     size = 32 * 2**20

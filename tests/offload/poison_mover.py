@@ -1,11 +1,14 @@
-"""A mover for tests: what is not resident is NaN, and every call is written down."""
+"""A mover for tests: what is not resident is NaN, and every call is written down.
+
+Numbers of types that have no NaN are made wrong; where weights are of such a type, the scales beside them are NaN.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainer.offload.mover import HostMover
 
@@ -22,6 +25,7 @@ class PoisonMover(HostMover):
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
         self.calls: list[Call] = []
+        self.bytes_to_device = 0
         self.most_resident = 0
         self._gives_back = False
 
@@ -39,6 +43,7 @@ class PoisonMover(HostMover):
         if any(block.slot == slot for block in self._blocks.values()):
             raise AssertionError(f"block {key} is fetched into slot {slot}, which is taken")
         super().fetch(key, slot)
+        self.bytes_to_device += self._blocks[key].num_bytes
         self.most_resident = max(self.most_resident, len(self.resident()))
         self._poison(key)
 
@@ -63,7 +68,7 @@ class PoisonMover(HostMover):
         block = self._blocks[key]
         if block.slot is not None:
             for view in self._views(block, block.slot):
-                view.fill_(torch.nan)
+                view.copy_(_poison_like(view))
 
     def _point_to_host(self, key: int) -> None:
         if self._gives_back:
@@ -71,4 +76,10 @@ class PoisonMover(HostMover):
             return
         block = self._blocks[key]
         for parameter, host in zip(block.parameters, block.host, strict=True):
-            parameter.data = torch.full_like(host, torch.nan)
+            parameter.data = _poison_like(host)
+
+
+def _poison_like(tensor: Tensor) -> Tensor:
+    if tensor.dtype.is_floating_point:
+        return torch.full(tensor.shape, torch.nan).to(tensor.dtype)
+    return torch.full_like(tensor, 85)

@@ -318,3 +318,28 @@ def test_too_many_blocks_get_an_error_that_names_the_largest_count() -> None:
         swapped_blocks(2, 4, 18)
     assert caught.value.problems[0].hint == "The largest allowed is 4."
     assert caught.value.exit_code == 2
+
+
+def test_the_number_of_swapped_blocks_may_change_between_two_passes(flux_file: Path) -> None:
+    expected = Training(flux_file)
+    expected.micro_step()
+    training = Training(flux_file)
+    with training.swap(1, HostMover(torch.device("cpu"))) as swap:
+        for count, num_swapped in ((8, 12), (2, 3), (0, 0), (3, 5)):
+            swap.change(count)
+            assert (swap.blocks_to_swap, swap.num_swapped) == (count, num_swapped)
+            for parameter in training.network.parameters():
+                parameter.grad = None
+            training.micro_step()
+            assert all(map(torch.equal, training.gradients(), expected.gradients())), count
+        assert swap.largest == 8
+    weights = zip(training.model.parameters(), expected.model.parameters(), strict=True)
+    assert all(torch.equal(left, right) for left, right in weights)
+
+
+def test_a_swap_of_no_blocks_does_nothing(flux_file: Path) -> None:
+    training = Training(flux_file)
+    mover = PoisonMover()
+    with training.swap(0, mover):
+        training.micro_step()
+    assert mover.calls == []

@@ -44,6 +44,7 @@ accelerate launch \\
   --learning_rate 8e-4 \\
   --cache_text_encoder_outputs \\
   --cache_text_encoder_outputs_to_disk \\
+  --fp8_base \\
   --highvram \\
   --max_train_epochs 2 \\
   --save_every_n_epochs 1 \\
@@ -236,7 +237,7 @@ def metadata_and_keys(path: Path) -> tuple[dict[str, str], list[str], set[str]]:
 
 
 def test_a_fluxgym_script_with_its_dataset(tiny_models: TinyModels, tmp_path: Path) -> None:
-    """Its script for 12 GB, but for --fp8_base, which is refused."""
+    """Its script for 12 GB."""
     project = Project(tiny_models, tmp_path, make_full_depth_flux(tmp_path / "flux1-dev.sft.safetensors"))
     project.write("dataset.toml", FLUXGYM_DATASET)
     script = project.write("train.sh", FLUXGYM_SCRIPT).read_text(encoding="utf-8")
@@ -251,6 +252,8 @@ def test_a_fluxgym_script_with_its_dataset(tiny_models: TinyModels, tmp_path: Pa
     metadata, keys, dtypes = metadata_and_keys(output / "my-cat.safetensors")
     assert metadata["ss_steps"] == "8", "2 pictures, 2 repeats, 2 epochs"
     assert metadata["ss_optimizer"].startswith("transformers.optimization.Adafactor")
+    assert (metadata["ss_fp8_base"], metadata["ss_fp8_base_unet"]) == ("True", "False")
+    assert metadata["ss_fluxgui_base_storage"] == "fp8"
     assert all(key.startswith("lora_unet_single_blocks_") for key in keys if key.startswith("lora_unet"))
     assert dtypes == {"torch.bfloat16"}
     assert "split_mode is an old name: blocks_to_swap is 18" in found.output

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from fluxgui.run_state import RunState, fold
+from fluxgui.run_state import NUM_LEVELS, RunState, fold
 from tests.runs.commands import start_run_folder, wait_until
 from tests.tiny import TinyModels, make_tiny_dataset
 from trainer.schema.events import EventReader
@@ -178,6 +178,9 @@ def test_events_follow_the_contract(tiny_models: TinyModels, tmp_path: Path) -> 
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     for step in steps:
         assert step["loss"] > 0
+        # One picture a step: its loss stands at the noise level that it drew.
+        assert [loss for loss in step["level_losses"] if loss is not None] == [pytest.approx(step["loss"])]
+        assert len(step["level_losses"]) == NUM_LEVELS
         assert step["step_seconds"] > 0
         assert step["lr"] == pytest.approx(1e-3)
     assert len(worker.events("sample")) == 3, "before the first step and after two epochs"

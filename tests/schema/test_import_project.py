@@ -111,7 +111,7 @@ def test_a_project_with_masks_gives_the_parsers_options() -> None:
 def test_what_is_not_understood_is_listed_and_nothing_is_lost() -> None:
     found = import_project(
         "#!/bin/bash\nRANK=8\nsource venv/bin/activate\nCUDA_VISIBLE_DEVICES=1 accelerate launch --num_processes 2 "
-        "flux_train_network.py --network_dim=$RANK --output_name $NAME --fp8_base --wxyzq blue green --huggingface_token=abc "
+        "flux_train_network.py --network_dim=$RANK --output_name $NAME --deepspeed --wxyzq blue green --huggingface_token=abc "
         "--network_alhpa 3\n--seed=1 && shutdown now"
     )
     assert found.options.network_dim == 8
@@ -123,7 +123,7 @@ def test_what_is_not_understood_is_listed_and_nothing_is_lost() -> None:
         assert text in told, text
     assert "--wxyzq blue green: there is no such option." in found.not_understood
     assert "--network_alhpa 3: there is no such option. Did you mean --network_alpha?" in found.not_understood
-    assert [problem.field for problem in found.problems] == ["fp8_base"]
+    assert [problem.field for problem in found.problems] == ["deepspeed"]
 
 
 KOHYA_SETTINGS = {
@@ -144,6 +144,9 @@ KOHYA_SETTINGS = {
     "lr_scheduler": "cosine",
     "lr_scheduler_args": "",
     "lr_warmup": 10,
+    "max_data_loader_n_workers": 0,
+    "max_grad_norm": 0,
+    "max_token_length": 75,
     "max_resolution": "768,768",
     "max_timestep": 1000,
     "max_train_epochs": 0,
@@ -183,6 +186,7 @@ def test_settings_of_kohya_ss_give_what_its_page_would_have_started() -> None:
             "learning_rate": 0.0001,
             "lr_scheduler": "cosine",
             "lr_warmup_steps": 0.1,
+            "max_data_loader_n_workers": 0,
             "max_timestep": 1000,
             "max_train_epochs": 8,
             "mixed_precision": "bf16",

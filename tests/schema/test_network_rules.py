@@ -91,6 +91,10 @@ def test_what_does_not_go_together_is_told_at_the_option_to_change(
             {"network_args": ("train_blocks=single", "train_double_block_indices=0-1")},
             "train_double_block_indices has no effect: train_blocks is single",
         ),
+        (
+            {"network_args": ("split_qkv=True", "rank_dropout=0.1", "rank_dropout = 0.2")},
+            "rank_dropout of network_args is given twice: 0.1 has no effect beside 0.2, which comes later",
+        ),
     ],
 )
 def test_what_has_no_effect_or_trains_badly_gets_a_line(values: dict[str, object], line: str) -> None:

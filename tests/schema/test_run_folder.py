@@ -20,17 +20,9 @@ import pytest
 
 from trainer.schema.base import UserError
 from trainer.schema.events import EventWriter
-from trainer.schema.run_folder import (
-    Command,
-    Heartbeat,
-    RunFolder,
-    RunStatus,
-    WorkerLock,
-    is_locked,
-    list_runs,
-    probe,
-    write_atomic,
-)
+from trainer.schema.run_folder import Command, RunFolder, list_runs, write_atomic
+from trainer.schema.run_liveness import Heartbeat, WorkerLock, is_locked
+from trainer.schema.run_probe import RunStatus, probe
 
 NEW_YEAR = time.mktime((2026, 1, 14, 20, 31, 12, 0, 0, -1))
 
@@ -60,7 +52,7 @@ class Facts:
 def worker_process(run: RunFolder) -> Generator[subprocess.Popen[str], None, None]:
     """Another process that holds the run's lock."""
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom trainer.schema.run_folder import RunFolder, WorkerLock\n"
+        "import sys, time\nfrom pathlib import Path\nfrom trainer.schema.run_folder import RunFolder\nfrom trainer.schema.run_liveness import WorkerLock\n"
         "with WorkerLock(RunFolder(Path(sys.argv[1]))):\n    print('held', flush=True)\n    time.sleep(60)\n"
     )
     command = [sys.executable, "-c", code, str(run.path)]
@@ -283,7 +275,7 @@ def test_the_heartbeat_tells_process_phase_and_when_work_last_went_on(tmp_path: 
 def test_the_heart_beats_by_itself_and_survives_a_folder_that_vanished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.schema.run_folder.HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr("trainer.schema.run_liveness.HEARTBEAT_SECONDS", 0.01)
     run = make_run(tmp_path)
     beats = iter(range(10**6))
     with Heartbeat(run, clock=lambda: float(next(beats))):
@@ -317,11 +309,15 @@ def test_a_worker_that_died_before_its_first_event_has_crashed(tmp_path: Path) -
 def test_a_finished_run_is_what_its_last_event_says(
     tmp_path: Path, outcome: Literal["completed", "stopped", "failed"]
 ) -> None:
-    assert probe(make_run(tmp_path), Facts(outcome=outcome)) == RunStatus(outcome)
+    run = make_run(tmp_path)
+    run.events_jsonl.touch()
+    assert probe(run, Facts(outcome=outcome)) == RunStatus(outcome)
 
 
 def test_a_run_without_worker_and_without_an_end_has_crashed(tmp_path: Path) -> None:
-    status = probe(make_run(tmp_path), Facts(phase="latents"))
+    run = make_run(tmp_path)
+    run.events_jsonl.touch()
+    status = probe(run, Facts(phase="latents"))
     assert status == RunStatus("crashed", "The trainer ended without a word while caching pictures.")
 
 

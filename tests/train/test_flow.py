@@ -15,10 +15,10 @@ from trainer.train.conditioning import TextInputs
 from trainer.train.flow import (
     add_noise,
     apply_prediction_type,
-    flow_loss,
     huber_threshold,
     limit_sigmas,
     mu_for_tokens,
+    sample_losses,
     sample_sigmas,
     shift_sigmas,
 )
@@ -134,17 +134,21 @@ def test_only_sigma_scaled_brings_loss_weights() -> None:
 def loss_of(
     loss_type: str, difference: float, loss_weights: tuple[float, float] = (1, 1), schedule: str = "constant"
 ) -> float:
-    return flow_loss(
-        torch.full((2, 16, 4, 4), difference),
-        torch.zeros(2, 16, 4, 4),
-        torch.tensor([0.0, 1.0]),
-        loss_type=loss_type,
-        huber_schedule=schedule,
-        huber_c=0.1,
-        huber_scale=1.0,
-        weighting=None,
-        loss_weights=torch.tensor(loss_weights),
-    ).item()
+    return (
+        sample_losses(
+            torch.full((2, 16, 4, 4), difference),
+            torch.zeros(2, 16, 4, 4),
+            torch.tensor([0.0, 1.0]),
+            loss_type=loss_type,
+            huber_schedule=schedule,
+            huber_c=0.1,
+            huber_scale=1.0,
+            weighting=None,
+            loss_weights=torch.tensor(loss_weights),
+        )
+        .mean()
+        .item()
+    )
 
 
 def test_losses_have_their_closed_forms() -> None:

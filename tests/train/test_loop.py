@@ -14,6 +14,7 @@ from trainer.schema.base import UserError
 from trainer.schema.events import EventReader, EventWriter
 from trainer.schema.run_folder import RunFolder
 from trainer.train.learning_rate import LearningRateSchedule
+from trainer.train.level_losses import LevelLosses
 from trainer.train.loop import (
     DUTIES,
     MAX_SKIPPED_STEPS,
@@ -98,6 +99,17 @@ class Course:
     @property
     def weight(self) -> float:
         return float(self.model.weight.item())
+
+
+def test_a_step_reports_its_loss_by_noise_level() -> None:
+    levels = LevelLosses()
+    levels.note(torch.tensor([0.0, 0.24, 0.5]), torch.tensor([1.0, 3.0, 8.0]))
+    levels.note(torch.tensor([1.0]), torch.tensor([math.nan]))
+    assert levels.read(torch.tensor(5.0)) == (5.0, [2.0, None, 8.0, None])
+    assert levels.read(torch.tensor(6.0)) == (6.0, None)
+    levels.note(torch.tensor([0.3]), torch.tensor([1.0]))
+    levels.clear()
+    assert levels.read(torch.tensor(7.0)) == (7.0, None)
 
 
 def test_every_micro_batch_of_every_epoch_is_trained_on_in_order() -> None:

@@ -57,6 +57,7 @@ NEW: dict[str, str] = {
                 for prefix, end in (("", "name"), ("", "hash"))
             ),
             *(f"new_{model}_hash" for model in ("ae", "clip_l", "t5xxl")),
+            "base_storage",
             "blocks_to_swap",
             "weight_dtype",
             "save_precision",

@@ -146,3 +146,20 @@ def test_a_run_says_it_in_its_plan_and_so_does_check(
     assert main(["check", *arguments]) == 0
     printed = capsys.readouterr()
     assert f"{plan['num_texts']} texts of 3 captions" in printed.out + printed.err
+
+
+def test_check_says_which_network_settings_are_about_no_layer(
+    tiny_models: TinyModels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expressions = "network_reg_dims=single_blocks_99=2,te1_=3"
+    arguments = words(tiny_models, tmp_path, "--network_args", expressions)
+    assert main(["check", *arguments]) == 0
+    printed = capsys.readouterr()
+    line = "network_reg_dims has no effect with {}: no layer that is trained here has such a name"
+    assert line.format("single_blocks_99, te1_") in printed.out + printed.err
+    # With CLIP-L trained, its layers do have such a name.
+    arguments.remove("--network_train_unet_only")
+    arguments.remove("--cache_text_encoder_outputs")
+    assert main(["check", *arguments]) == 0
+    printed = capsys.readouterr()
+    assert line.format("single_blocks_99") in printed.out + printed.err

@@ -7,12 +7,19 @@ import re
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from tests.fluxgui.test_importing import EXAMPLE
-from tests.web.page_process import App
+from tests.tiny import TinyModels
+from tests.tools.fake_hub import FakeHub
+from tests.tools.test_get_models import DEV, published
+from tests.web.page_process import App, wait_until
 from trainer.schema.cli import parse_command_line
+from trainer.schema.events import EventWriter
 from trainer.schema.import_project import import_project
+from trainer.schema.run_folder import RunFolder
+from trainer.schema.run_liveness import WorkerLock
 from trainer.schema.shell_words import read_training_command
 from trainer.tools.tiny_models import make_images
 
@@ -33,6 +40,21 @@ def shoot(page: Page, name: str) -> None:
             page.screenshot(path=str(Path(SHOTS) / f"{name}-{width}-{scheme}.png"), full_page=True)
     page.evaluate("document.body.classList.remove('dark')")
     page.set_viewport_size({"width": 1280, "height": 1000})
+
+
+def check_accessibility(page: Page) -> None:
+    """axe finds no serious fault, in light and in dark. Messages that pass by are gradio's own."""
+    for is_dark in (False, True):
+        page.evaluate("(dark) => document.body.classList.toggle('dark', dark)", is_dark)
+        page.wait_for_timeout(300)  # colours change over a moment
+        violations = Axe().run(page, context={"exclude": [".toast-wrap"]}).response["violations"]
+        faults = [
+            f"{each['id']}: {each['nodes'][0]['html']}"
+            for each in violations
+            if each["impact"] in ("serious", "critical")
+        ]
+        assert faults == []
+    page.evaluate("document.body.classList.remove('dark')")
 
 
 def choose(page: Page, field: str, option: str) -> None:
@@ -56,6 +78,7 @@ def test_story_7_a_pasted_command_is_shown_and_goes_out_as_an_equal_one(page: Pa
     expect(result).to_contain_text("--unheard_of=3: there is no such option.")
     expect(result).to_contain_text("network_dim")
     shoot(page, "presets-import")
+    check_accessibility(page)
 
     choose(page, "export-format", "Command line (bash)")
     page.locator("#export-write").click()
@@ -102,3 +125,94 @@ def test_a_preset_is_copied_renamed_deleted_and_taken_back(page: Page, app: App)
     assert (app.home / "presets" / "oils.toml").exists()
     page.locator("#presets-load").click()
     expect(page.get_by_role("tab", name="Train")).to_have_attribute("aria-selected", "true")
+
+
+def test_settings_are_kept_the_token_never_shown_and_the_language_changes_with_a_restart(page: Page, app: App) -> None:
+    page.goto(app.url + "?tab=settings")
+    expect(page.locator("#settings-about")).to_contain_text("gradio")
+    expect(page.locator("#settings-token-status")).to_contain_text("There is no token.")
+    page.locator("#settings-token input").fill("hf_very_secret")
+    page.locator("#settings-token-keep").click()
+    expect(page.locator("#settings-token-status")).to_contain_text("A token is kept.")
+    expect(page.locator("#settings-token input")).to_have_value("")
+    assert (app.home / "hub_token").stat().st_mode & 0o777 == 0o600
+
+    page.locator("#settings-theme").get_by_text("Dark").click()
+    expect(page.locator("body")).to_have_class(re.compile(r"\bdark\b"))
+    models = page.locator("#settings-models_dir").locator("input, textarea").first
+    models.fill("relative")
+    page.locator("#settings-save-folders").click()
+    expect(page.get_by_text("relative is no whole path").first).to_be_visible()
+    models.fill(str(app.home / "elsewhere"))
+    page.locator("#settings-save-folders").click()
+    expect(page.get_by_text("Saved.").first).to_be_visible()
+    page.locator("#settings-doctor").click()
+    expect(page.locator("#settings-findings")).to_contain_text("All packages are there")
+    shoot(page, "settings")
+    check_accessibility(page)
+    choose(page, "settings-language", "中文")
+    wait_until(lambda: 'language = "zh"' in (app.home / "settings.toml").read_text("utf-8"))
+
+    app.kill()
+    app.start()
+    page.goto(app.url + "?tab=settings")
+    expect(page.get_by_role("tab", name="设置")).to_be_visible()
+    expect(page.locator("#settings-models_dir").locator("input, textarea").first).to_have_value(
+        str(app.home / "elsewhere")
+    )
+    expect(page.locator("body")).to_have_class(re.compile(r"\bdark\b"))
+    shoot(page, "settings-zh")
+    assert "hf_very_secret" not in page.content()
+    assert "hf_very_secret" not in (app.home / "settings.toml").read_text("utf-8")
+
+
+def test_the_browser_tells_when_a_run_ends(page: Page, app: App) -> None:
+    page.add_init_script(
+        "window.told = []; window.Notification = class { constructor(title, more) { window.told.push(more.body); }"
+        " static permission = 'granted'; static requestPermission() { return Promise.resolve('granted'); } };"
+    )
+    run = RunFolder.create(
+        app.home / "runs", "cat", config_toml="", dataset_toml="", sample_prompts="", info={"request": None}
+    )
+    lock = WorkerLock(run)
+    lock.acquire()  # a trainer is at work, as far as the page can see
+    page.goto(app.url + "?tab=settings")
+    expect(page.locator("#settings-about")).to_contain_text("gradio")  # what is set has arrived
+    with page.expect_response(lambda answer: answer.url.endswith("/run-states")):
+        page.locator("#settings-notify input").check()
+    events = EventWriter(run.events_jsonl, 1)
+    events.write("run_finished", outcome="completed", steps=3)
+    lock.release()
+    page.wait_for_function("window.told.length > 0")
+    assert page.evaluate("window.told") == ["cat: completed"]
+
+
+def test_the_models_are_downloaded_found_and_put_into_the_form(
+    page: Page, app: App, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeHub(published(tiny_models), frozenset({DEV}), pace=0.05) as hub:
+        app.kill()
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        app.start()
+        page.goto(app.url)
+        page.locator("#to-models").click()
+        progress = page.locator("#models-progress")
+        page.locator("#models-get").click()
+        expect(progress).to_contain_text("Accept the licence at")
+        page.locator("#settings-token input").fill("hf_right")
+        page.locator("#settings-token-keep").click()
+        expect(page.locator("#settings-token-status")).to_contain_text("A token is kept.")
+        page.locator("#models-get").click()
+        page.locator("#models-cancel").click()
+        expect(progress).to_contain_text("What has arrived is kept")
+        hub.pace = 0.0
+        page.locator("#models-get").click()
+        expect(progress).to_contain_text("All four files are there.")
+        expect(page.locator("#models-ae input")).to_have_value(re.compile("ae.safetensors"))
+        shoot(page, "settings-models")
+        page.locator("#models-use").click()
+    shown = page.locator("#field-ae").locator("input, textarea").first
+    expect(shown).to_have_value(str(app.home / "models" / "ae.safetensors"))
+    assert "ae.safetensors" in (app.home / "settings.toml").read_text("utf-8")

@@ -10,7 +10,6 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from fluxgui.run_state import RunState, fold
-from fluxgui.runs import start_worker
 from tests.runs.test_run_folder_worker import make_run
 from tests.tiny import TinyModels
 from tests.web.page_process import RUN_SECONDS, App, chip, steps_done, wait_until
@@ -25,7 +24,6 @@ WAIT_MS = RUN_SECONDS * 1000
 def train(app: App, models: TinyModels, page: Page) -> Path:
     """A run of far too many steps, shown on the page while it trains."""
     run = make_run(models, app.home)
-    start_worker(run)
     page.goto(f"{app.url}?tab=runs&run={run.path.name}")
     expect(page.locator("#run-header .doing")).to_contain_text("Training, step", timeout=WAIT_MS)
     return run.path

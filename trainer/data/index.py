@@ -365,11 +365,15 @@ def _fitter(dataset: DatasetSpec) -> Callable[[Size, SubsetSpec], Fit]:
     """What gives a picture of the dataset its bucket."""
     if not dataset.enable_bucket:
         return functools.partial(_fit_without_buckets, dataset.resolution)
-    if dataset.bucket_no_upscale:
-        return lambda size, _: buckets.fit_without_upscale(size, dataset.resolution, dataset.bucket_reso_steps)
-    shortest, longest = _limits(dataset)
-    sizes = buckets.bucket_sizes(dataset.resolution, shortest, longest, dataset.bucket_reso_steps)
-    return lambda size, _: buckets.fit_to_nearest(size, sizes)
+    fit = buckets.fitter(
+        dataset.resolution,
+        enable_bucket=True,
+        no_upscale=dataset.bucket_no_upscale,
+        min_side=dataset.min_bucket_reso,
+        max_side=dataset.max_bucket_reso,
+        step=dataset.bucket_reso_steps,
+    )
+    return lambda size, _: fit(size)
 
 
 def _fit_without_buckets(resolution: Size, size: Size, subset: SubsetSpec) -> Fit:

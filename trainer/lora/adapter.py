@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ class Adapter(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight: T5 looks at the type of its Linears' weights."""
+        """The base's weight as it is stored: T5 looks at the type of its Linears' weights."""
         return self.base.weight
 
     @property
@@ -69,9 +69,26 @@ def wrong_part(what: str, where: str, hint: str | None = None) -> UserError:
 # ------------------------------------------------------------------------------------------------------ base weight
 
 
+@runtime_checkable
+class MadeDense(Protocol):
+    """A Linear whose `weight` may be stored in another form than the product needs."""
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight (O, I) in `dtype`."""
+        ...
+
+
 def frozen_weight(base: nn.Linear, dtype: torch.dtype) -> Tensor:
     """The base's weight for a product in `dtype`. Read it when it is needed and don't keep it: it may be swapped out."""
-    return base.weight.to(dtype)
+    return base.dense_weight(dtype) if isinstance(base, MadeDense) else base.weight.to(dtype)
+
+
+def weight_dtype(base: nn.Linear) -> torch.dtype:
+    """The type of the base's weight, or where that is stored in fewer bits, the one that the base computes in."""
+    if base.weight.dtype.itemsize > 1:
+        return base.weight.dtype
+    bias = cast("Tensor | None", base.bias)
+    return torch.float32 if bias is None else bias.dtype
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.lora.adapter import Trained, wrong_part
+from trainer.lora.adapter import Trained, frozen_weight, weight_dtype, wrong_part
 from trainer.lora.half import held, inner_scale, scaled_down, to_type
 from trainer.lora.lora import LoraLinear
 from trainer.schema.network_args import DoraAxis
@@ -34,7 +34,7 @@ class DoraLinear(LoraLinear):
     def __init__(self, base: nn.Linear, *arguments: Any, axis: DoraAxis = "in", **options: Any) -> None:
         super().__init__(base, *arguments, **options)
         self.axis: DoraAxis = axis
-        squares = base.weight.detach().float().square().sum(dim=0 if axis == "in" else 1)
+        squares = frozen_weight(base, torch.float32).square().sum(dim=0 if axis == "in" else 1)
         self.base_squares = nn.Parameter(squares, requires_grad=False)
         # At the beginning V is W, whatever the LoRA begins with.
         self.magnitude = nn.Parameter(squares.clamp_min(_TINY).sqrt())
@@ -48,11 +48,11 @@ class DoraLinear(LoraLinear):
         with torch.no_grad(), torch.autocast(self.base.weight.device.type, enabled=False):
             down, up = self.factors()
             squares = self.base_squares.clone()
-            weight, rank = self.base.weight, up.shape[1]
-            dtype = weight.dtype if weight.dtype.itemsize > 1 else up.dtype
+            rank, dtype = up.shape[1], weight_dtype(self.base)
+            weight = frozen_weight(self.base, dtype)
             for index, part in enumerate(self.parts):
                 rows, block = up[part], down[index * rank : (index + 1) * rank]
-                own = weight[part].to(up.device, dtype)
+                own = weight[part].to(up.device)
                 if self.axis == "in":
                     crossed = (scaled_down(rows.t(), dtype) @ own).float() / inner_scale(dtype)
                     squares += 2 * scale * (block * crossed).sum(dim=0)

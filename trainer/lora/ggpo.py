@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.lora.adapter import compute_dtype
+from trainer.lora.adapter import compute_dtype, frozen_weight
 
 _MAX_ROWS: Final = 1000
 
@@ -26,10 +26,12 @@ class Perturbation:
 
     def __init__(self, base: nn.Linear, sigma: float, beta: float) -> None:
         self._sigma, self._beta = sigma, beta
-        self._num_out, self._num_in = base.weight.shape
+        self._num_out, self._num_in = base.out_features, base.in_features
         # Evenly spread instead of drawn rows: the same estimate in every run.
         step = -(-self._num_out // _MAX_ROWS)
-        self._base_norm = 0.0 if base.weight.is_meta else float(base.weight[::step].detach().float().norm(dim=1).mean())
+        self._base_norm = (
+            0.0 if base.weight.is_meta else float(frozen_weight(base, torch.float32)[::step].norm(dim=1).mean())
+        )
         self.deviation: Tensor | None = None
 
     def update(

@@ -122,7 +122,12 @@ class LoraLinear(Adapter):
         self.begins_at_principal = pissa_niter is not None
         if pissa_niter is not None and not base.weight.is_meta:
             down, up = principal_factors(
-                base.weight, self.parts, rank, self._alpha / rank, generator, num_iterations=pissa_niter
+                frozen_weight(base, torch.float32),
+                self.parts,
+                rank,
+                self._alpha / rank,
+                generator,
+                num_iterations=pissa_niter,
             )
         device = base.weight.device
         self.lora_down = nn.Parameter(down.to(device))

@@ -6,8 +6,10 @@ keep references to them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, cast
@@ -22,8 +24,12 @@ from trainer.lora.network import LoadReport, LoraNetwork, take_tensors
 from trainer.lora.rate_groups import rate_groups, require_any
 from trainer.schema.base import UserError
 from trainer.schema.lora_spec import LoraSpec
+from trainer.schema.lycoris_args import PRESETS
 
 PACKAGE: Final = "lycoris-lora"
+
+_REFUSALS: Final = (AssertionError, ValueError, NotImplementedError)
+"""What the package raises for settings that it cannot carry out. Anything else is a fault of the program."""
 
 _UP: Final = "lora_up"
 _BARE_CLIP, _PUBLISHED_CLIP = "lora_te1_", "lora_te1_text_model_"
@@ -43,6 +49,29 @@ def not_installed() -> UserError:
     )
 
 
+def _check_preset(preset: object) -> None:
+    """Raises `UserError` for a preset file that the package cannot use, with the reason that it prints."""
+    if preset is None or preset in PRESETS:
+        return
+    read = cast(Any, importlib.import_module("lycoris.utils.preset")).read_preset
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            is_usable = read(str(preset)) is not None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        is_usable = False
+        printed.write(str(error))
+    if not is_usable:
+        reason = " ".join(printed.getvalue().split()).removeprefix("Error: ")
+        raise UserError(
+            f"{PACKAGE} cannot use this preset ({reason or 'no reason given'})",
+            str(preset),
+            f"Correct the file, or give one of {', '.join(PRESETS)}.",
+            field="network_args",
+            exit_code=2,
+        )
+
+
 class LycorisNetwork(nn.Module):
     """A network of the package, with the methods that training needs of a `LoraNetwork`."""
 
@@ -60,6 +89,7 @@ class LycorisNetwork(nn.Module):
         if not is_installed():
             raise not_installed()
         kohya = cast(Any, importlib.import_module("lycoris.kohya"))
+        _check_preset(spec.lycoris.get("preset"))
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
@@ -73,9 +103,13 @@ class LycorisNetwork(nn.Module):
                     warn_on_unmatched=False,
                     **{"dropout": spec.dropout, **spec.lycoris},
                 )
-        except (AssertionError, KeyError, TypeError, ValueError, NotImplementedError, OSError) as error:
+        except _REFUSALS as error:
             raise UserError(
-                f"{PACKAGE} refuses these settings: {error!r}", "--network_args", field="network_args", exit_code=2
+                f"{PACKAGE} refuses these settings: {str(error) or type(error).__name__}",
+                "--network_args",
+                "Change what it names; its page docs/Network-Args.md says what each algo takes.",
+                field="network_args",
+                exit_code=2,
             ) from error
         if not network.unet_loras and not network.text_encoder_loras:
             raise UserError("no layer is left to train", "--network_args", "Choose another preset.", exit_code=2)

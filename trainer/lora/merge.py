@@ -5,7 +5,8 @@ O out features, I in features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from trainer.lora.split import part_slices, read_as_trained
 from trainer.schema.base import UserError
 from trainer.schema.network_args import fused_parts
 
+WeightChange = Callable[[Tensor], Tensor]
+"""A weight (O, I) in float32 -> the merged one."""
+
 
 def merge_file(
     models: Mapping[Component, nn.Module],
@@ -24,26 +28,55 @@ def merge_file(
     metadata: Mapping[str, str],
     multiplier: float,
     where: str,
+    *,
+    stored_are_merged: bool = False,
 ) -> tuple[int, tuple[str, ...]]:
     """Merges what the file has for `models`, and gives the number of changed layers and the names that none has.
 
-    The sum is formed in float32 and rounded to the weight's type once. Names of components that are not among `models`
-    are not counted as unknown. Raises `UserError` for a file of another kind, or for another model.
+    The sum is formed in float32 and rounded to the weight's type once. Weights that are stored in 8 bit or less cannot be
+    changed without losing most of a small change; with `stored_are_merged` those were merged before they were stored, by
+    `weight_change`, and are only counted. Names of components that are not among `models` are not counted as unknown.
+    Raises `UserError` for a file of another kind, or for another model.
     """
-    layers, _ = read_as_trained(layers_of(state), metadata)
-    if not layers:
-        raise _wrong("this is no LoRA of a kind that can be merged", where)
+    layers = _layers(state, metadata, where)
     linears = {name: linear for component, model in models.items() for name, linear in _named(model, component)}
     own = [name for name in layers if name.split("_")[1] in models]
     for name in own:
         if name in linears:
-            linear = linears[name]
-            weight = linear.weight.data
+            weight = linears[name].weight.data
             if weight.dtype.itemsize == 1:
-                raise _wrong("a LoRA cannot be merged into weights that are kept in 8 bit", where)
-            changed = _changed(weight.float(), layers[name], name, where)
-            linear.weight.data.copy_(weight.float().lerp_(changed, multiplier))
+                if not stored_are_merged:
+                    raise _wrong("a LoRA cannot be merged into weights that are kept in 8 bit", where)
+                continue
+            weight.copy_(_merged(weight.float(), layers[name], name, multiplier, where))
     return sum(name in linears for name in own), tuple(name for name in own if name not in linears)
+
+
+def weight_change(
+    component: Component, state: Mapping[str, Tensor], metadata: Mapping[str, str], multiplier: float, where: str
+) -> Callable[[str], WeightChange | None]:
+    """For the path of a Linear in a model, what `merge_file` would make of its weight; None where the file has nothing."""
+    layers = _layers(state, metadata, where)
+
+    def change_of(path: str) -> WeightChange | None:
+        for kind in ("lora", "oft"):
+            name = published_name(component, path, kind)
+            if name in layers:
+                return partial(_merged, tensors=layers[name], name=name, multiplier=multiplier, where=where)
+        return None
+
+    return change_of
+
+
+def _layers(state: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> Mapping[str, Mapping[str, Tensor]]:
+    layers, _ = read_as_trained(layers_of(state), metadata)
+    if not layers:
+        raise _wrong("this is no LoRA of a kind that can be merged", where)
+    return layers
+
+
+def _merged(weight: Tensor, tensors: Mapping[str, Tensor], name: str, multiplier: float, where: str) -> Tensor:
+    return weight.lerp(changed_weight(weight, tensors, name, where), multiplier)
 
 
 def components_of(state: Mapping[str, Tensor]) -> frozenset[str]:
@@ -51,7 +84,7 @@ def components_of(state: Mapping[str, Tensor]) -> frozenset[str]:
     return frozenset(name.split("_")[1] for name in layers_of(state))
 
 
-def _changed(weight: Tensor, tensors: Mapping[str, Tensor], name: str, where: str) -> Tensor:
+def changed_weight(weight: Tensor, tensors: Mapping[str, Tensor], name: str, where: str) -> Tensor:
     """W' in float32 on the weight's device."""
     parts = {part: tensor.to(weight.device, torch.float32) for part, tensor in tensors.items()}
     alpha = float(tensors["alpha"]) if "alpha" in tensors else None

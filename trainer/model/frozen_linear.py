@@ -22,8 +22,16 @@ class FrozenLinear(nn.Linear):
         """(..., in_features) -> (..., out_features)."""
         trains = any(parameter.requires_grad for parameter in self.parameters(recurse=False))
         if trains or not (input.requires_grad and torch.is_grad_enabled()):
-            return F.linear(input, self.weight, self.bias)
+            return self.product(input)
         return cast("Tensor", _FrozenLinearFunction.apply(input, self))
+
+    def product(self, input: Tensor) -> Tensor:
+        """What `forward` gives, as torch's autograd sees it."""
+        return F.linear(input, self.weight, self.bias)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out_features, in_features) in `dtype`, for use at once."""
+        return self.weight.to(dtype)
 
 
 class _FrozenLinearContext(FunctionCtx):
@@ -36,7 +44,7 @@ class _FrozenLinearFunction(torch.autograd.Function):
     def forward(ctx: _FrozenLinearContext, input: Tensor, module: FrozenLinear) -> Tensor:
         ctx.module = module
         ctx.input_dtype = input.dtype
-        return F.linear(input, module.weight, module.bias)
+        return module.product(input)
 
     @staticmethod
     @once_differentiable
@@ -45,7 +53,7 @@ class _FrozenLinearFunction(torch.autograd.Function):
     ) -> tuple[Tensor, None]:
         # Backward may be called inside an autocast region; the products below are already in the right type.
         with torch.autocast(grad_output.device.type, enabled=False):
-            weight = ctx.module.weight.to(grad_output.dtype)
+            weight = ctx.module.dense_weight(grad_output.dtype)
             grad_input = torch.mm(grad_output.reshape(-1, weight.shape[0]), weight)
             grad_input = grad_input.view(*grad_output.shape[:-1], weight.shape[1])
             return grad_input.to(ctx.input_dtype), None

@@ -9,7 +9,9 @@ import torch
 
 from trainer.model.chroma import Chroma
 from trainer.model.flux import Flux
-from trainer.model.weights import PlaceTensor, load_chroma, load_flux
+from trainer.model.storage_cache import StorageCache
+from trainer.model.stored_linear import PackedStorage
+from trainer.model.weights import ChangeOf, PlaceTensor, load_chroma, load_flux
 
 Transformer = Flux | Chroma
 
@@ -21,7 +23,10 @@ def load_transformer(
     device: torch.device | str,
     *,
     device_of: PlaceTensor | None = None,
+    storage: PackedStorage | None = None,
+    change_of: ChangeOf | None = None,
+    cache: StorageCache | None = None,
 ) -> Transformer:
     """The transformer that `path` names; see `load_flux`."""
     load = load_chroma if model_type == "chroma" else load_flux
-    return load(path, dtype, device, device_of=device_of)
+    return load(path, dtype, device, device_of=device_of, storage=storage, change_of=change_of, cache=cache)

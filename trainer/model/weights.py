@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Final
@@ -15,8 +17,18 @@ from trainer.model.autoencoder import AutoEncoder
 from trainer.model.chroma import Chroma
 from trainer.model.flux import Flux
 from trainer.model.mapped_file import DTYPES, MappedFile
+from trainer.model.storage_cache import CachedWeights, StorageCache
+from trainer.model.stored_linear import PackedStorage, StoredLinear, use_storage
 from trainer.schema.base import UserError
-from trainer.schema.checkpoint_header import Header, autoencoder_params, clip_params, flux_params, t5_params
+from trainer.schema.checkpoint_header import (
+    ClipParams,
+    Header,
+    T5Params,
+    autoencoder_params,
+    clip_params,
+    flux_params,
+    t5_params,
+)
 from trainer.schema.chroma_header import chroma_params
 from trainer.schema.key_plans import (
     Piece,
@@ -31,35 +43,90 @@ from trainer.schema.key_plans import (
 from trainer.schema.weight_files import read_weights
 
 PlaceTensor = Callable[[str], torch.device | str]
+ChangeOf = Callable[[str], Callable[[Tensor], Tensor] | None]
+"""For a module's path what is to be made of its weight in float32, or None."""
 
 _NUMBERS_AT_ONCE: Final = 1 << 20
 """Of a tensor, so many numbers are read and converted at once; 4 MB in float32."""
 
 
 def load_flux(
-    path: Path, dtype: torch.dtype, device: torch.device | str, *, device_of: PlaceTensor | None = None
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    device_of: PlaceTensor | None = None,
+    storage: PackedStorage | None = None,
+    change_of: ChangeOf | None = None,
+    cache: StorageCache | None = None,
 ) -> Flux:
     """The transformer that `path` names (a file, a folder, a hub id in the cache), frozen, in `dtype` on `device`.
 
     `device_of` may give another device for single parameters, by state-dict name, so that blocks which are to be swapped
-    never pass through the accelerator. Raises `UserError` when the file is not a whole FLUX.1 model.
+    do not stay on the accelerator. With `storage` the blocks' Linears are stored in that form, one after the other while
+    they are read, which is computed on `device`; `change_of` gives what is made of each of these before, and
+    `cache` keeps them for the next time. Raises `UserError` when the file is not a whole FLUX.1 model.
     """
     header = read_weights(path, "flux")
     with torch.device("meta"):
         model = Flux(flux_params(header))
-    _fill(model, header, flux_plan(header), dtype, device_of or (lambda _: device))
+    _fill_transformer(
+        model, header, flux_plan(header), dtype, torch.device(device), device_of, storage, change_of, cache
+    )
     return model.eval()
 
 
 def load_chroma(
-    path: Path, dtype: torch.dtype, device: torch.device | str, *, device_of: PlaceTensor | None = None
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    device_of: PlaceTensor | None = None,
+    storage: PackedStorage | None = None,
+    change_of: ChangeOf | None = None,
+    cache: StorageCache | None = None,
 ) -> Chroma:
     """The Chroma transformer that `path` names; as `load_flux`."""
     header = read_weights(path, "chroma")
     with torch.device("meta"):
         model = Chroma(chroma_params(header))
-    _fill(model, header, chroma_plan(header), dtype, device_of or (lambda _: device))
+    _fill_transformer(
+        model, header, chroma_plan(header), dtype, torch.device(device), device_of, storage, change_of, cache
+    )
     return model.eval()
+
+
+def _fill_transformer(
+    model: Flux | Chroma,
+    header: Header,
+    plan: Plan,
+    dtype: torch.dtype,
+    device: torch.device,
+    device_of: PlaceTensor | None,
+    storage: PackedStorage | None,
+    change_of: ChangeOf | None,
+    cache: StorageCache | None,
+) -> None:
+    stored: dict[str, StoredLinear] = {}
+    if storage is not None:
+        for kind in ("double_blocks", "single_blocks"):
+            found = use_storage(model.get_submodule(kind), storage)
+            stored |= {f"{kind}.{path}.weight": linear for path, linear in found.items()}
+    with contextlib.ExitStack() as stack:
+        cached = stack.enter_context(cache.open(header, storage)) if cache is not None and storage is not None else None
+        _fill(
+            model,
+            header,
+            plan,
+            dtype,
+            device_of or (lambda _: device),
+            stored=stored,
+            packs_on=device,
+            change_of=change_of,
+            cached=cached,
+        )
+    if cached is not None and not cached.is_whole:
+        cached.keep({name.removesuffix(".weight"): linear for name, linear in stored.items()})
 
 
 def load_autoencoder(path: Path, dtype: torch.dtype, device: torch.device | str) -> AutoEncoder:
@@ -80,6 +147,21 @@ def load_clip_l(
     """
     header = read_weights(path, "clip_l")
     params = clip_params(header)
+    model = empty_clip_l(params, activation)
+    # transformers 4 keeps the published prefix `text_model.` in its parameter names, transformers 5 has dropped it.
+    keeps_prefix = any(name.startswith("text_model.") for name, _ in model.named_parameters())
+
+    prefix = "text_model." if keeps_prefix else ""
+    _fill(model, header, clip_plan(header), dtype, lambda _: device, prefix=prefix)
+    for module in model.modules():
+        position_ids = getattr(module, "position_ids", None)
+        if isinstance(position_ids, Tensor):
+            module.position_ids = torch.arange(params.max_position_embeddings, device=device)[None]
+    return model.eval()
+
+
+def empty_clip_l(params: ClipParams, activation: str = "quick_gelu") -> CLIPTextModel:
+    """A CLIP-L text encoder of these sizes without weights: its parameters are on the meta device."""
     config = CLIPTextConfig(
         hidden_size=params.hidden_size,
         intermediate_size=params.intermediate_size,
@@ -94,23 +176,21 @@ def load_clip_l(
         hidden_act=activation,
     )
     with torch.device("meta"):
-        model = CLIPTextModel(config)
-    # transformers 4 keeps the published prefix `text_model.` in its parameter names, transformers 5 has dropped it.
-    keeps_prefix = any(name.startswith("text_model.") for name, _ in model.named_parameters())
-
-    prefix = "text_model." if keeps_prefix else ""
-    _fill(model, header, clip_plan(header), dtype, lambda _: device, prefix=prefix)
-    for module in model.modules():
-        position_ids = getattr(module, "position_ids", None)
-        if isinstance(position_ids, Tensor):
-            module.position_ids = torch.arange(params.max_position_embeddings, device=device)[None]
-    return model.eval()
+        return CLIPTextModel(config)
 
 
 def load_t5xxl(path: Path, dtype: torch.dtype, device: torch.device | str) -> T5EncoderModel:
     """The T5 encoder that `path` names, frozen, in `dtype` on `device`."""
     header = read_weights(path, "t5xxl")
-    params = t5_params(header)
+    model = empty_t5xxl(t5_params(header))
+    # One embedding under two names: both must go on being the same parameter.
+    model.encoder.embed_tokens = model.shared
+    _fill(model, header, t5_plan(header), dtype, lambda _: device)
+    return model.eval()
+
+
+def empty_t5xxl(params: T5Params) -> T5EncoderModel:
+    """A T5 encoder of these sizes without weights: its parameters are on the meta device."""
     config = T5Config(
         d_model=params.d_model,
         d_ff=params.d_ff,
@@ -127,11 +207,7 @@ def load_t5xxl(path: Path, dtype: torch.dtype, device: torch.device | str) -> T5
         dropout_rate=0.0,
     )
     with torch.device("meta"):
-        model = T5EncoderModel(config)
-    # One embedding under two names: both must go on being the same parameter.
-    model.encoder.embed_tokens = model.shared
-    _fill(model, header, t5_plan(header), dtype, lambda _: device)
-    return model.eval()
+        return T5EncoderModel(config)
 
 
 def _fill(
@@ -142,13 +218,22 @@ def _fill(
     device_of: PlaceTensor,
     *,
     prefix: str = "",
+    stored: Mapping[str, StoredLinear] | None = None,
+    packs_on: torch.device | None = None,
+    change_of: ChangeOf | None = None,
+    cached: CachedWeights | None = None,
 ) -> None:
     """Give every parameter of `model`, which is on the meta device, its tensor from the files, frozen.
 
     `prefix` stands before the plan's names in the module. Beside the model, no more than a piece of one tensor is in
-    memory.
+    memory, or of those weights that `stored` names one in float32 on the device `packs_on`.
     """
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    stored = stored or {}
+    expected = {
+        name: (stored[name].out_features, stored[name].in_features) if name in stored else tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if name.removesuffix("_scale") not in stored or name in stored
+    }
     if expected != {prefix + planned.target: planned.shape for planned in plan}:
         raise AssertionError("the plan does not describe this module")
     with ExitStack() as stack:
@@ -161,6 +246,16 @@ def _fill(
         # In the order of the file, which is how disks are fast.
         for planned in sorted(plan, key=lambda entry: _place_in_files(header, entry)):
             device = torch.device(device_of(planned.target))
+            if planned.target in stored:
+                path = planned.target.removesuffix(".weight")
+                taken = None if cached is None else cached.take(path, stored[planned.target])
+                if taken is not None:
+                    weight, scale = taken
+                    stored[planned.target].set_stored(weight.to(device), scale.to(device))
+                    continue
+                change = None if change_of is None else change_of(path)
+                _fill_stored(files, header, planned, stored[planned.target], device, packs_on or device, change)
+                continue
             _set_parameter(model, prefix + planned.target, _read_parameter(files, header, planned, dtype, device))
 
 
@@ -194,6 +289,49 @@ def _read_parameter(
     return value
 
 
+def _fill_stored(
+    files: dict[Path, MappedFile],
+    header: Header,
+    planned: PlannedTensor,
+    linear: StoredLinear,
+    device: torch.device,
+    packs_on: torch.device,
+    change: Callable[[Tensor], Tensor] | None,
+) -> None:
+    """The weight in its stored form. Numbers that the file has in that form already are taken over, with their scales."""
+    if change is None and linear.storage == "fp8" and all(_read_as(piece) == "F8_E4M3" for piece in planned.pieces):
+        raw = dataclasses.replace(planned, pieces=tuple(_without_scale(piece) for piece in planned.pieces))
+        scale = torch.ones(linear.out_features)
+        start = 0
+        for piece in planned.pieces:
+            first, end = piece.rows or (0, piece.info.shape[0])
+            given = _read_scale(files, header, piece)
+            if given is not None:
+                scale[start : start + end - first] = given if len(given) == 1 else given[first:end]
+            start += end - first
+        weight = _read_parameter(files, header, raw, torch.float8_e4m3fn, device)
+    else:
+        dense = _read_parameter(files, header, planned, torch.float32, packs_on)
+        weight, scale = linear.pack(dense if change is None else change(dense))
+    linear.set_stored(weight.to(device), scale.to(device))
+
+
+def _read_as(piece: Piece) -> str:
+    return piece.info.dtype if piece.scale is None else piece.scale.read_as
+
+
+def _without_scale(piece: Piece) -> Piece:
+    return dataclasses.replace(piece, info=dataclasses.replace(piece.info, dtype=_read_as(piece)), scale=None)
+
+
+def _read_scale(files: dict[Path, MappedFile], header: Header, piece: Piece) -> Tensor | None:
+    """One number, or one for each row, in float32; None where the piece has none."""
+    if piece.scale is None:
+        return None
+    file = files[header.file_of(piece.scale.name)]
+    return file.read(header.tensors[piece.scale.name]).float().reshape(-1)
+
+
 def _read_piece(
     files: dict[Path, MappedFile], header: Header, piece: Piece, rows: tuple[int, int], target: Tensor
 ) -> None:
@@ -202,11 +340,9 @@ def _read_piece(
     What travels to another device is the smaller of the two types.
     """
     file, device = files[header.file_of(piece.source)], target.device
-    scale, read_as = None, piece.info.dtype
-    if piece.scale is not None:
-        scale_info, read_as = header.tensors[piece.scale.name], piece.scale.read_as
-        # One number, or one for each row.
-        scale = files[header.file_of(piece.scale.name)].read(scale_info).to(device, torch.float32).reshape(-1, 1)
+    scale, read_as = _read_scale(files, header, piece), _read_as(piece)
+    if scale is not None:
+        scale = scale.to(device).reshape(-1, 1)
     stored_type = DTYPES[read_as]
     is_plain_copy = scale is None and stored_type is target.dtype and device.type == "cpu"
     num_rows = max(1, _NUMBERS_AT_ONCE // target.shape[1])

@@ -59,10 +59,16 @@ def swapped_prefixes(params: TransformerParams, blocks_to_swap: int) -> tuple[st
 
 
 def swappable_weights(block: nn.Module) -> Iterator[nn.Parameter]:
-    """The frozen matrices of a block: nearly all its bytes. Biases, norms and adapters are small and stay."""
+    """The frozen matrices of a block, with the scales of those that are stored in fewer bits: nearly all its bytes.
+
+    Biases, norms and adapters are small and stay.
+    """
     for module in block.modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             yield cast(nn.Parameter, module.weight)
+            scale = getattr(module, "weight_scale", None)
+            if isinstance(scale, nn.Parameter):
+                yield scale
 
 
 class BlockSwap:
@@ -79,15 +85,48 @@ class BlockSwap:
         blocks_to_swap: int,
         mover: Mover,
     ) -> None:
-        double, single = swapped_blocks(len(double_blocks), len(single_blocks), blocks_to_swap)
-        self._blocks = [*(double_blocks[index] for index in double), *(single_blocks[index] for index in single)]
+        self._double_blocks, self._single_blocks = list(double_blocks), list(single_blocks)
+        self._choose(blocks_to_swap)
         self._mover = mover
         self._occupant: list[int | None] = [None] * NUM_SLOTS
         self._handles: list[RemovableHandle] = []
 
+    def _choose(self, blocks_to_swap: int) -> None:
+        double, single = swapped_blocks(len(self._double_blocks), len(self._single_blocks), blocks_to_swap)
+        self._blocks = [
+            *(self._double_blocks[index] for index in double),
+            *(self._single_blocks[index] for index in single),
+        ]
+        self._count = blocks_to_swap
+
     @property
     def num_swapped(self) -> int:
         return len(self._blocks)
+
+    @property
+    def blocks_to_swap(self) -> int:
+        """The count by the reference's rule."""
+        return self._count
+
+    @property
+    def largest(self) -> int:
+        """The largest count that the model has the blocks for."""
+        return max_blocks_to_swap(len(self._double_blocks), len(self._single_blocks))
+
+    def change(self, blocks_to_swap: int) -> None:
+        """Swaps another number of blocks from here on, attached or not before. Only while nothing waits for backward.
+
+        When memory runs out on the way it may be called again with a larger number.
+        """
+        self.detach()
+        self._choose(blocks_to_swap)
+        # First what goes to main memory, then what comes from there.
+        self.attach()
+        chosen = {id(block) for block in self._blocks}
+        for block in (*self._double_blocks, *self._single_blocks):
+            if id(block) not in chosen:
+                for weight in swappable_weights(block):
+                    weight.data = weight.data.to(self._mover.device)
 
     def attach(self) -> None:
         """Evicts the blocks and begins to move them as they are needed."""

@@ -1,14 +1,17 @@
 """Moves the weights of blocks between main memory and the device. The only place that uses CUDA streams and events.
 
-A mover has a few slots on the device, each as large as the largest block it was given. A block's weights lie in main
+A mover has a few slots on the device; block k always uses slot k mod their number, so that each slot is as large as the
+largest block that takes turns in it. A block's weights lie in main
 memory for good and are copied into a slot when needed; frozen weights never have to be copied back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import mmap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,8 @@ class Mover(Protocol):
 
     Weights of a block that is not in a slot must not be used: they are in main memory, or not there at all.
     """
+
+    device: torch.device
 
     def take(self, blocks: Mapping[int, Sequence[nn.Parameter]], num_slots: int) -> None:
         """Takes over the weights of all blocks and makes the slots; every block is evicted afterwards."""
@@ -54,9 +59,10 @@ class Mover(Protocol):
 
 @dataclass
 class _Stored:
-    """One block: its parameters, their tensors in main memory, and where each begins in a slot."""
+    """One block: its parameters, the slab in main memory that holds them, their tensors there, and where each begins."""
 
     parameters: tuple[nn.Parameter, ...]
+    slab: Tensor
     host: tuple[Tensor, ...]
     offsets: tuple[int, ...]
     slot: int | None = None
@@ -76,24 +82,17 @@ class HostMover:
         self._slots: list[Tensor] = []
 
     def take(self, blocks: Mapping[int, Sequence[nn.Parameter]], num_slots: int) -> None:
-        size = 0
+        sizes = [0] * num_slots
         for key, parameters in blocks.items():
-            offsets: list[int] = []
-            end = 0
-            for parameter in parameters:
-                offsets.append(end)
-                end = -(-(end + parameter.data.nbytes) // _ALIGNMENT) * _ALIGNMENT
-            size = max(size, end)
-            host = tuple(self._to_host(parameter.data) for parameter in parameters)
-            self._blocks[key] = _Stored(tuple(parameters), host, tuple(offsets))
-        self._slots = [self._new_slot(size) for _ in range(num_slots)]
-        for key in blocks:
+            block = self._blocks[key] = self._in_slab(parameters)
+            sizes[key % num_slots] = max(sizes[key % num_slots], block.slab.nbytes)
+            # At once, so that no more than one block is in memory twice.
             self._point_to_host(key)
+        self._slots = [self._new_slot(size) for size in sizes]
 
     def fetch(self, key: int, slot: int) -> None:
         block = self._blocks[key]
-        for view, source in zip(self._views(block, slot), block.host, strict=True):
-            view.copy_(source)
+        self._slots[slot][: block.slab.nbytes].copy_(block.slab)
         self._occupy(block, slot)
 
     def wait(self, key: int) -> None:
@@ -115,8 +114,22 @@ class HostMover:
         self._blocks.clear()
         self._slots.clear()
 
-    def _to_host(self, weight: Tensor) -> Tensor:
-        return weight.to("cpu").contiguous()
+    def _in_slab(self, parameters: Sequence[nn.Parameter]) -> _Stored:
+        """The block in one piece of main memory, laid out as in a slot: one copy brings it there."""
+        offsets: list[int] = []
+        end = 0
+        for parameter in parameters:
+            offsets.append(end)
+            end = -(-(end + parameter.data.nbytes) // _ALIGNMENT) * _ALIGNMENT
+        slab = self._new_slab(end)
+        host = tuple(_cut(slab, offset, parameter.data) for offset, parameter in zip(offsets, parameters, strict=True))
+        for view, parameter in zip(host, parameters, strict=True):
+            view.copy_(parameter.data)
+        return _Stored(tuple(parameters), slab, host, tuple(offsets))
+
+    def _new_slab(self, num_bytes: int) -> Tensor:
+        # Zeros, as gaps between the weights are copied too.
+        return torch.zeros(num_bytes, dtype=torch.uint8)
 
     def _new_slot(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
@@ -125,8 +138,7 @@ class HostMover:
         """The slot's memory, cut and shaped for the block's weights."""
         if slot not in block.views:
             block.views[slot] = tuple(
-                self._slots[slot][offset : offset + host.nbytes].view(host.dtype).view(host.shape)
-                for offset, host in zip(block.offsets, block.host, strict=True)
+                _cut(self._slots[slot], offset, host) for offset, host in zip(block.offsets, block.host, strict=True)
             )
         return block.views[slot]
 
@@ -149,8 +161,11 @@ class CudaMover(HostMover):
     waits for the copy.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, warn: Callable[[str], None] = lambda _: None) -> None:
         super().__init__(device)
+        self._warn = warn
+        self._registered: list[int] = []
+        self._could_pin = True
         self._stream = torch.cuda.Stream(device)
         self._free: dict[int, torch.cuda.Event] = {}
         self._arrived: dict[int, torch.cuda.Event] = {}
@@ -161,8 +176,7 @@ class CudaMover(HostMover):
         if free is not None:
             self._stream.wait_event(free)
         with torch.cuda.stream(self._stream):
-            for view, source in zip(self._views(block, slot), block.host, strict=True):
-                view.copy_(source, non_blocking=True)
+            self._slots[slot][: block.slab.nbytes].copy_(block.slab, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(self._stream)
         self._arrived[key] = arrived
@@ -188,11 +202,51 @@ class CudaMover(HostMover):
         super().close()
         self._free.clear()
         self._arrived.clear()
+        for address in self._registered:
+            unregister_pages(address)
+        self._registered.clear()
 
-    def _to_host(self, weight: Tensor) -> Tensor:
-        return super()._to_host(weight).pin_memory()
+    def _new_slab(self, num_bytes: int) -> Tensor:
+        """A slab in page-locked memory; where the system refuses that, in ordinary memory, with a warning."""
+        # Whole pages of its own: what is registered may not overlap. (torch's own page-locked allocator would round each
+        # slab up to a power of two, up to twice its size.)
+        size = -(-max(num_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        room = torch.zeros(size + mmap.PAGESIZE, dtype=torch.uint8)
+        start = -room.data_ptr() % mmap.PAGESIZE
+        if self._could_pin:
+            self._could_pin = register_pages(room.data_ptr() + start, size, self.device)
+            if self._could_pin:
+                self._registered.append(room.data_ptr() + start)
+            else:
+                self._warn(
+                    "the system gives no more page-locked memory (see ulimit -l, or a container's memlock): the rest of the "
+                    "swapped blocks lie in ordinary memory, from which copies are slower"
+                )
+        return room[start : start + num_bytes]
 
 
-def make_mover(device: torch.device) -> Mover:
-    """The mover for a device."""
-    return CudaMover(device) if device.type == "cuda" else HostMover(device)
+def _cut(memory: Tensor, offset: int, like: Tensor) -> Tensor:
+    """The place of a tensor in a slab or slot, in its type and shape."""
+    return memory[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def register_pages(address: int, num_bytes: int, device: torch.device) -> bool:
+    """Locks pages of main memory for copies to the device; False where the system refuses."""
+    cudart = cast(Any, torch.cuda).cudart()
+    with torch.cuda.device(device):
+        if int(cudart.cudaHostRegister(address, num_bytes, 0)) == 0:
+            return True
+        # The refusal stands as CUDA's last error, which the next kernel's launch would report as its own.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=device).add_(1)
+    return False
+
+
+def unregister_pages(address: int) -> None:
+    """Undoes `register_pages`."""
+    cast(Any, torch.cuda).cudart().cudaHostUnregister(address)
+
+
+def make_mover(device: torch.device, warn: Callable[[str], None] = lambda _: None) -> Mover:
+    """The mover for a device. `warn` is told when memory could not be page-locked."""
+    return CudaMover(device, warn) if device.type == "cuda" else HostMover(device)

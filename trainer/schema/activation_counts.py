@@ -23,6 +23,25 @@ def saved_values_per_token(flux: TransformerParams) -> tuple[float, float]:
     return 12 + 2 * m, 9 + 2 * m
 
 
+def small_saved_bytes(flux: TransformerParams, num_tokens: int, batch: int, value_bytes: int) -> tuple[int, int]:
+    """What autograd keeps beside these tensors of C values per token, of a double and of a single block, in bytes.
+
+    Per token: mean and deviation of each layer norm (a double block has two, a single one), the roots of query and key
+    and attention's log-sum-exp for each head, all in fp32. Per sample: the modulation's output (6 C a stream, 3 C), each
+    1 + scale (2 C a stream, C) and the modulation LoRA's input (C a stream, C).
+    """
+    c, heads = flux.hidden_size, 3 * 4 * flux.num_heads
+    double = num_tokens * (2 * 2 * 4 + heads) + 18 * batch * c * value_bytes
+    single = num_tokens * (2 * 4 + heads) + 5 * batch * c * value_bytes
+    return double, single
+
+
+def last_saved_bytes(flux: TransformerParams, num_image: int, batch: int, value_bytes: int) -> int:
+    """What the last layer keeps beside the last block's output: its norm's statistics, shift, scale and 1 + scale, and the
+    conditioning vector that all blocks have in common. `num_image` counts the tokens of all samples."""
+    return num_image * 2 * 4 + 4 * batch * flux.hidden_size * value_bytes
+
+
 def work_per_token(flux: TransformerParams) -> float:
     """What one block has at most during backward, its saved tensors included, in tensors of C values per token.
 

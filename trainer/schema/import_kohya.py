@@ -20,17 +20,6 @@ RENAMED: Final[Mapping[str, str]] = {
 }
 """Its name of an option -> the trainer's."""
 
-ZERO_IS_NOTHING: Final = frozenset(
-    {
-        *("adaptive_noise_scale", "clip_skip", "ip_noise_gamma", "max_timestep", "max_train_epochs", "max_train_steps"),
-        *("min_snr_gamma", "min_timestep", "multires_noise_iterations", "noise_offset", "sample_every_n_epochs"),
-        *("sample_every_n_steps", "save_every_n_epochs", "save_every_n_steps", "save_last_n_epochs"),
-        *("save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state", "seed", "unet_lr"),
-        *("v_pred_like_loss", "vae_batch_size", "blocks_to_swap", "scale_weight_norms"),
-    }
-)
-"""Options whose 0 stands for "not given" on its page."""
-
 _WORD_LISTS: Final = ("optimizer_args", "lr_scheduler_args", "network_args")
 _FLUX_NETWORK: Final = (
     *("img_attn_dim", "img_mlp_dim", "img_mod_dim", "single_dim", "txt_attn_dim", "txt_mlp_dim", "txt_mod_dim"),
@@ -55,7 +44,7 @@ _WITHOUT_MEANING: Final = frozenset(
         *("save_clip", "save_t5xxl", "t5xxl_device", "t5xxl_dtype", "clip_g", "clip_g_dropout_rate"),
         *("logit_mean", "logit_std", "mode_scale", "weighting_scheme", "enable_scaled_pos_embed"),
         *("pos_emb_random_crop_rate", "text_encoder_batch_size", "lr_warmup_steps", "stop_text_encoder_training"),
-        *("rank_dropout", "module_dropout", "train_data_dir_button", "dataset_repeats_button"),
+        *("rank_dropout", "module_dropout", "max_token_length", "max_data_loader_n_workers"),
         *_FLUX_NETWORK,
         *_GGPO,
         *_LORAPLUS,
@@ -109,14 +98,15 @@ class KohyaSettings:
             "persistent_data_loader_workers",
         }
         for key, value in self._settings.items():
+            # Every 0 is left out too, as its page does.
             if key in _WITHOUT_MEANING or key in own or value in ("", None, [], False):
                 continue
             name = RENAMED.get(key, key)
-            if name in ZERO_IS_NOTHING and value in (0, "0"):
-                continue
             if name != key:
                 self.changed.append(f"{key} is called {name} here")
             self.values[name] = value
+        if self._text("max_data_loader_n_workers"):
+            self.values["max_data_loader_n_workers"] = int(self._number("max_data_loader_n_workers"))
         if self._is_on("persistent_data_loader_workers"):
             self.values["persistent_data_loader_workers"] = True
         attention = self._text("xformers")
@@ -173,7 +163,7 @@ class KohyaSettings:
             self.values["max_train_epochs"] = int(epoch)
             self.changed.append(f"epoch {int(epoch)} gives the length: max_train_epochs is {int(epoch)}")
         elif epoch:
-            self.left_out.append(
+            self.changed.append(
                 f"epoch {int(epoch)}: max_train_steps or max_train_epochs is given, which wins there too"
             )
         steps, share = self._number("lr_warmup_steps"), self._number("lr_warmup")

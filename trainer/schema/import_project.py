@@ -274,7 +274,9 @@ def _finished(kind: ProjectKind, parsed: ParsedCommand, draft: _Draft, read_file
         )
     if read_file is not None:
         _read_named_files(options, draft, read_file)
-    draft.changed += parsed.notes
+    # The prompts are there, if not as a file.
+    no_prompts = "no samples are made: sample_prompts is not given"
+    draft.changed += [note for note in parsed.notes if draft.prompts is None or note != no_prompts]
     return ImportedProject(
         kind,
         options,

@@ -3,12 +3,13 @@
 The peak is the highest of four phases, each a sum of parts. Parameter counts are exact. Activations follow from what the
 blocks of `trainer.model` keep for backward, counted in tensors of the hidden size C per token. The rest, the CUDA context,
 convolution workspace and the allocator's rounding, are constants of a model: **none of the CUDA figures has been measured
-on a GPU**. They are meant to be a little too high rather than too low.
+on a GPU**. They are meant to be a little too high rather than too low, and `calibration` corrects them on a user's card.
+Weights, LoRA, gradients, optimizer state and what autograd keeps agree with counted bytes to less than a per cent.
 
 Block swap: `blocks_to_swap` = n stands for n // 2 double and 2 * (n - n // 2) single blocks (the rule of sd-scripts'
 `blocks_to_swap`). The Linear weights of swapped blocks live in host memory and pass through a ring of two slots on the
 device; biases, norms and the LoRA stay on the device. The ring costs as much as the two blocks it holds, so a count of 1
-or 2 saves nothing.
+saves nothing.
 
 B batch, N image tokens, L text tokens, C hidden size, M hidden size of the MLP, m = M / C.
 """
@@ -21,9 +22,9 @@ from typing import TYPE_CHECKING, Final
 
 from trainer.schema.base import UserError
 from trainer.schema.chroma_header import TransformerParams
-from trainer.schema.memory_phases import GIB, Phase, Sums, caches_latents, caches_text, make_phase
+from trainer.schema.memory_phases import GIB, Part, Phase, Sums, caches_latents, caches_text, make_phase
 from trainer.schema.parameter_counts import OtherModels, usual_models
-from trainer.schema.swap_counts import max_blocks_to_swap
+from trainer.schema.swap_counts import chosen_swap, max_blocks_to_swap
 from trainer.schema.trained_counts import trained_by
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ RESERVE_SHARE: Final = 0.04
 """Share of a card's memory that is left to the desktop and other programs."""
 HOST_PROCESS_BYTES: Final = 2 * GIB
 """Python, torch and its libraries in host memory."""
+ASSUMED_PICTURES: Final = 50
+"""Pictures whose latents and texts wait in host memory, where nobody has counted them."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Estimate:
     fits: bool | None = None
     reason: str = ""
     text_on_host: bool = False
+    host_parts: tuple[Part, ...] = ()
+    """What `host_peak_bytes` is made of."""
 
 
 def estimate(
@@ -62,16 +67,18 @@ def estimate(
     models: OtherModels | None = None,
     blocks_to_swap: int | None = None,
     vram_bytes: int | None = None,
+    num_pictures: int = ASSUMED_PICTURES,
+    factor: float = 1.0,
 ) -> Estimate:
     """The memory that training with `options` needs on pictures of `width` x `height` pixels.
 
     `models` are the sizes of the encoders, by default the published ones. `blocks_to_swap` replaces that of the options.
     With `vram_bytes`, the card's memory, the estimate also says whether it fits, and cached captions are encoded by the CPU
-    where the text encoders are too large for the card.
+    where the text encoders are too large for the card. `factor` is that of `calibration`.
 
     Raises `UserError` (exit code 2) for more blocks than the model has and for wrong network options.
     """
-    swap = (options.blocks_to_swap or 0) if blocks_to_swap is None else blocks_to_swap
+    swap = chosen_swap(options.blocks_to_swap) if blocks_to_swap is None else blocks_to_swap
     limit = max_blocks_to_swap(flux.depth, flux.depth_single_blocks)
     if not 0 <= swap <= limit:
         raise UserError(
@@ -83,26 +90,38 @@ def estimate(
     models = models or usual_models(flux)
     return _estimate(
         options,
-        Sums(flux, options, models, width, height, batch_size, swap, trained_by(flux, options, models)),
+        Sums(flux, options, models, width, height, batch_size, swap, trained_by(flux, options, models), factor),
         swap,
         vram_bytes,
+        num_pictures,
     )
 
 
-def _estimate(options: Options, sums: Sums, swap: int, vram_bytes: int | None) -> Estimate:
+def _estimate(
+    options: Options, sums: Sums, swap: int, vram_bytes: int | None, num_pictures: int = ASSUMED_PICTURES
+) -> Estimate:
     phases = [sums.text_phase(), sums.latents_phase(), sums.training_phase()]
     if sums.makes_samples:
         phases.append(sums.sampling_phase())
     text_on_host = vram_bytes is not None and sums.caches_text and not _text_fits(phases[0], vram_bytes)
-    host_bytes = HOST_PROCESS_BYTES + sums.swapped_bytes
+    # While texts are encoded nothing is swapped yet, and when blocks are swapped the text encoders are gone.
+    host = [Part("swapped blocks", sums.slab_bytes, "weights")]
     if sums.is_cpu:
-        host_bytes += max(phase.peak_bytes for phase in phases)
-    elif text_on_host:
-        on_host = sum(part.bytes for part in phases[0].parts if part != sums.context)
-        host_bytes = max(host_bytes, HOST_PROCESS_BYTES + on_host)
+        host += max(phases, key=lambda phase: phase.peak_bytes).parts
+    elif sums.makes_samples and sums.caches_latents:
+        host.append(sums.autoencoder_weights())
+    if text_on_host:
+        on_host = [part for part in phases[0].parts if part != sums.context]
+        host = max(host, on_host, key=lambda parts: sum(part.bytes for part in parts))
         phases[0] = make_phase("text encoders", [sums.context])
+    host = [
+        Part("Python, torch and libraries", HOST_PROCESS_BYTES),
+        *(part for part in host if part.bytes),
+        Part("cached latents and texts", sums.cached_bytes(num_pictures), "activations"),
+    ]
     peak = max(phase.peak_bytes for phase in phases)
-    result = Estimate(peak, host_bytes, tuple(phases), swap, text_on_host=text_on_host)
+    host_bytes = sum(part.bytes for part in host)
+    result = Estimate(peak, host_bytes, tuple(phases), swap, text_on_host=text_on_host, host_parts=tuple(host))
     if vram_bytes is None:
         return result
     fits = result.peak_bytes <= usable_bytes(vram_bytes)
@@ -130,6 +149,8 @@ def pick_blocks_to_swap(
     batch_size: int,
     vram_bytes: int,
     models: OtherModels | None = None,
+    num_pictures: int = ASSUMED_PICTURES,
+    factor: float = 1.0,
 ) -> Estimate:
     """The estimate with the smallest `blocks_to_swap` that fits a card of `vram_bytes`, a small reserve left.
 
@@ -138,14 +159,17 @@ def pick_blocks_to_swap(
     largest = max_blocks_to_swap(flux.depth, flux.depth_single_blocks)
     models = models or usual_models(flux)
     trained = trained_by(flux, options, models)
-    result: Estimate | None = None
-    for count in range(largest + 1):
-        sums = Sums(flux, options, models, width, height, batch_size, count, trained)
-        result = _estimate(options, sums, count, vram_bytes)
-        if result.fits:
-            break
-    assert result is not None
-    return result
+
+    def at(count: int) -> Estimate:
+        sums = Sums(flux, options, models, width, height, batch_size, count, trained, factor)
+        return _estimate(options, sums, count, vram_bytes, num_pictures)
+
+    # Each further swapped block saves memory, so that halving finds the first count that fits.
+    first, last = 0, largest
+    while first < last:
+        middle = (first + last) // 2
+        first, last = (first, middle) if at(middle).fits else (middle + 1, last)
+    return at(first)
 
 
 def _text_fits(text_phase: Phase, vram_bytes: int) -> bool:

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 from trainer.schema.activation_counts import (
     dora_values_per_token,
     dora_work_per_token,
     forward_per_token,
+    last_saved_bytes,
     saved_values_per_token,
+    small_saved_bytes,
     t5_values_per_token,
     work_per_token,
 )
 from trainer.schema.chroma_header import ChromaParams, TransformerParams
 from trainer.schema.optimizers import moments_of, wanted_optimizer
-from trainer.schema.parameter_counts import OtherModels, autoencoder_count, clip_count, flux_counts, t5_count
-from trainer.schema.swap_counts import split_swap
+from trainer.schema.parameter_counts import (
+    OtherModels,
+    autoencoder_count,
+    clip_count,
+    flux_counts,
+    t5_count,
+)
+from trainer.schema.storage import Storage, block_bytes, saved_bytes, scratch_bytes, stored_as
+from trainer.schema.swap_counts import slab_bytes, split_swap
 from trainer.schema.trained_counts import Trained, optimizer_state_bytes
 
 if TYPE_CHECKING:
     from trainer.schema.options import Options
 
 PhaseName = Literal["text encoders", "latents", "training", "sampling"]
+Kind = Literal["weights", "lora", "optimizer", "gradients", "activations", "workspace"]
+"""What a part is for: frozen weights, the network's own, its optimizer's state and its gradients, what is computed, and
+what the computation needs beside it."""
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 
 GIB: Final = 2**30
 NUM_SLOTS: Final = 2
@@ -35,12 +48,18 @@ ALLOCATOR_SHARE: Final = 0.05
 _CLIP_TOKENS: Final = 77
 
 
+def gib_text(num_bytes: int) -> str:
+    """In GiB, in which cards are sold, or for a little in MiB: `11.1 GiB`, `250 MiB`."""
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 4 else f"{num_bytes / 2**20:.0f} MiB"
+
+
 @dataclass(frozen=True)
 class Part:
     """One entry of a sum."""
 
     name: str
     bytes: int
+    kind: Kind = "workspace"
 
 
 @dataclass(frozen=True)
@@ -50,6 +69,10 @@ class Phase:
     name: PhaseName
     parts: tuple[Part, ...]
     peak_bytes: int
+
+    def split(self) -> dict[Kind, int]:
+        """The peak by kind, in the order of `KINDS`; every kind is there."""
+        return {kind: sum(part.bytes for part in self.parts if part.kind == kind) for kind in KINDS}
 
 
 def make_phase(name: PhaseName, parts: list[Part]) -> Phase:
@@ -67,6 +90,11 @@ def caches_latents(options: Options) -> bool:
     return options.cache_latents or options.cache_latents_to_disk
 
 
+def text_length(flux: TransformerParams, options: Options) -> int:
+    """T5 tokens of each caption, padding included."""
+    return options.t5xxl_max_token_length or (256 if flux.is_schnell else 512)
+
+
 class Sums:
     """The parts of every phase, for one set of sizes and options."""
 
@@ -80,16 +108,20 @@ class Sums:
         batch_size: int,
         blocks_to_swap: int,
         trained: Trained,
+        factor: float = 1.0,
     ) -> None:
+        """`factor` is what this device was measured to need of what comes and goes in training, as part of the estimate."""
         self.flux, self.options, self.models, self.trained = flux, options, models, trained
+        self.factor = factor
         self.pixels, self.batch = width * height, batch_size
         self.num_double, self.num_single = split_swap(blocks_to_swap)
         self.counts = flux_counts(flux)
+        self.storage: Storage = stored_as(options)
         self.value_bytes = 4 if options.mixed_precision == "no" else 2
         # In fp16 the streams between the blocks are kept in fp32, and the autoencoder stays out of half precision.
         self.stream_bytes = 2 if options.mixed_precision == "bf16" else 4
         self.autoencoder_bytes = 4 if options.no_half_vae or options.mixed_precision != "bf16" else 2
-        self.num_text = options.t5xxl_max_token_length or (256 if flux.is_schnell else 512)
+        self.num_text = text_length(flux, options)
         self.num_image = (width // 16) * (height // 16)
         self.caches_text = caches_text(options)
         self.caches_latents = caches_latents(options)
@@ -104,7 +136,7 @@ class Sums:
 
     def text_phase(self) -> Phase:
         batch = (self.options.text_encoder_batch_size or self.batch) if self.caches_text else self.batch
-        work = self._part("text encoder activations", self._t5_work(batch))
+        work = _part("text encoder activations", self._t5_work(batch))
         if not self.caches_text:
             return self._phase("text encoders", self._resident(with_gradients=True), work)
         weights = [self._t5_weights(), *self._clip_weights()]
@@ -112,10 +144,10 @@ class Sums:
 
     def latents_phase(self) -> Phase:
         batch = self.options.vae_batch_size if self.caches_latents else self.batch
-        work = self._part("autoencoder activations", self._encode_work(batch))
+        work = _part("autoencoder activations", self._encode_work(batch))
         if not self.caches_latents:
             return self._phase("latents", self._resident(with_gradients=True), work)
-        return self._phase("latents", [self._autoencoder_weights()], work)
+        return self._phase("latents", [self.autoencoder_weights()], work)
 
     def training_phase(self) -> Phase:
         flux, tokens = self.flux, self.batch * (self.num_image + self.num_text)
@@ -136,11 +168,16 @@ class Sums:
         one_block += 4 * (stream - 1)
         num_blocks = flux.depth + flux.depth_single_blocks
         passing = self.trained.passing
+        # Beside every block's input the last layer keeps what the last block gives.
+        last = stream * per_token + last_saved_bytes(flux, self.batch * self.num_image, self.batch, self.value_bytes)
+        small_double, small_single = small_saved_bytes(flux, tokens, self.batch, self.value_bytes)
+        thin = self.trained.inner_bytes(self.batch, self.num_image, self.num_text, self.value_bytes)
         if self.options.gradient_checkpointing:
-            saved = self._part("saved block inputs", num_blocks * stream * per_token)
+            saved = _part("saved block inputs", num_blocks * stream * per_token + last)
         else:
             values = flux.depth * (stream + saved_double) + flux.depth_single_blocks * (stream + saved_single)
-            saved = self._part("saved activations", values * per_token)
+            small = flux.depth * small_double + flux.depth_single_blocks * small_single + thin
+            saved = _part("saved activations", values * per_token + small + last)
             one_block -= min(saved_double, saved_single)
             passing = self.trained.passing_all
         # Flash attention's backward sums the query's gradient in fp32, and keeps two numbers a head and token.
@@ -153,11 +190,12 @@ class Sums:
             "training",
             self._resident(with_gradients=True),
             saved,
-            self._part("one block's activations and gradients", one_block * per_token),
+            _part("one block's activations and gradients", one_block * per_token),
             Part("attention workspace", attention),
-            Part("latents, noise, text and loss", latents + text + rotation),
-            *([Part("CLIP-L activations", self._clip_work())] if self.trains_clip else []),
-            *([Part("T5-XXL activations", self._t5_training_work())] if self.trains_t5 else []),
+            *self._scratch(),
+            Part("latents, noise, text and loss", latents + text + rotation, "activations"),
+            *([Part("CLIP-L activations", self._clip_work(), "activations")] if self.trains_clip else []),
+            *([Part("T5-XXL activations", self._t5_training_work(), "activations")] if self.trains_t5 else []),
             *([Part("factors of the principal part", 4 * passing)] if passing else []),
         )
 
@@ -167,12 +205,14 @@ class Sums:
         work = max(forward, self._decode_work())
         resident = self._resident(with_gradients=False)
         if self.caches_latents:  # waits in host memory between samples
-            resident.append(self._autoencoder_weights())
-        return self._phase("sampling", resident, self._part("activations of sampling and decoding", work))
+            resident.append(self.autoencoder_weights())
+        return self._phase("sampling", resident, _part("activations of sampling and decoding", work), *self._scratch())
 
     def _phase(self, name: PhaseName, weights: list[Part], *work: Part) -> Phase:
+        if name == "training" and not self.is_cpu:
+            work = tuple(replace(part, bytes=round(self.factor * part.bytes)) for part in work)
         passing = sum(part.bytes for part in work)
-        parts = [*weights, *work, self._part("allocator rounding", ALLOCATOR_SHARE * passing)]
+        parts = [*weights, *work, _part("allocator rounding", ALLOCATOR_SHARE * passing, "workspace")]
         if not self.is_cpu:
             parts.append(self.context)
         return make_phase(name, parts)
@@ -181,12 +221,16 @@ class Sums:
 
     def _resident(self, *, with_gradients: bool) -> list[Part]:
         """What is on the device all through training."""
+        flux = self.flux
         parts = [
             Part(
-                "Chroma weights" if isinstance(self.flux, ChromaParams) else "FLUX.1 weights",
-                self.counts.total * self.value_bytes - self.swapped_bytes,
+                "Chroma weights" if isinstance(flux, ChromaParams) else "FLUX.1 weights",
+                self.counts.total * self.value_bytes
+                - saved_bytes(flux, self.storage, self.value_bytes)
+                - self.swapped_bytes,
+                "weights",
             ),
-            Part("slots for swapped blocks", self._slot_bytes()),
+            Part("slots for swapped blocks", self._slot_bytes(), "weights"),
             *self._lora_parts(with_gradients=with_gradients),
         ]
         if not self.caches_text:
@@ -194,7 +238,7 @@ class Sums:
         if not self.caches_text or self.trains_clip:
             parts += self._clip_weights()
         if not self.caches_latents:
-            parts.append(self._autoencoder_weights())
+            parts.append(self.autoencoder_weights())
         return [part for part in parts if part.bytes]
 
     @property
@@ -203,37 +247,64 @@ class Sums:
 
     @property
     def swapped_bytes(self) -> int:
-        """Linear weights that live in host memory."""
-        counts = self.counts
-        return self.value_bytes * (self.num_double * counts.double_linear + self.num_single * counts.single_linear)
+        """Linear weights, with their scales, that live in host memory."""
+        double, single = block_bytes(self.flux, self.storage, self.value_bytes)
+        return self.num_double * double + self.num_single * single
+
+    @property
+    def slab_bytes(self) -> int:
+        """What these weights take in host memory, each at its place in its block's slab."""
+        double, single = slab_bytes(self.flux, self.storage, self.value_bytes)
+        return self.num_double * double + self.num_single * single
+
+    def cached_bytes(self, num_pictures: int) -> int:
+        """Latents and texts of that many pictures that are kept in host memory; those on the disk are read as needed."""
+        options, total = self.options, 0
+        if self.caches_latents and not options.cache_latents_to_disk:
+            total += 4 * self.num_image * self.flux.in_channels
+        if self.caches_text and not options.cache_text_encoder_outputs_to_disk:
+            total += self.value_bytes * self.num_text * self.flux.context_in_dim
+        return num_pictures * total
 
     def _slot_bytes(self) -> int:
-        swapped = [self.counts.double_linear] * self.num_double + [self.counts.single_linear] * self.num_single
-        return min(NUM_SLOTS, len(swapped)) * max(swapped, default=0) * self.value_bytes
+        """Blocks take turns in the slots, and each slot is as large as the largest block that ever uses it."""
+        double, single = slab_bytes(self.flux, self.storage, self.value_bytes)
+        swapped = [double] * self.num_double + [single] * self.num_single
+        return sum(max(swapped[slot::NUM_SLOTS], default=0) for slot in range(NUM_SLOTS))
 
     def _lora_parts(self, *, with_gradients: bool) -> list[Part]:
         options, sizes, total = self.options, self.trained.sizes, self.trained.total
         num_moments, is_8bit = moments_of(wanted_optimizer(options))
-        # fp32 master weights, and under autocast their copies in the type of the products.
-        weight_bytes = 4 if self.value_bytes == 4 else 4 + self.value_bytes
+        # fp32 master weights; a plain LoRA casts those of one layer for the moment, others have copies under autocast.
+        spec = self.trained.spec
+        is_plain = spec.kind == "lora" and not spec.dora and not spec.pissa
+        weight_bytes = 4 if self.value_bytes == 4 or is_plain else 4 + self.value_bytes
         return [
-            Part("LoRA weights", total * weight_bytes + 4 * self.trained.frozen),
-            Part("LoRA gradients", 4 * total if with_gradients else 0),
+            Part("LoRA weights", total * weight_bytes + 4 * self.trained.frozen, "lora"),
+            Part("LoRA gradients", 4 * total if with_gradients else 0, "gradients"),
             Part(
                 "optimizer state",
                 sum(optimizer_state_bytes(size, is_8bit=is_8bit, num_moments=num_moments) for size in sizes),
+                "optimizer",
             ),
         ]
 
+    def _scratch(self) -> list[Part]:
+        """Where a weight that is stored in fewer bits is made dense for its product."""
+        scratch = scratch_bytes(self.flux, self.storage, self.value_bytes)
+        return [Part("scratch for stored weights", scratch)] if scratch else []
+
     def _t5_weights(self) -> Part:
-        return Part("T5-XXL weights", t5_count(self.models.t5) * self.value_bytes)
+        return Part("T5-XXL weights", t5_count(self.models.t5) * self.value_bytes, "weights")
 
     def _clip_weights(self) -> list[Part]:
         clip = self.models.clip
-        return [] if clip is None else [Part("CLIP-L weights", clip_count(clip) * self.value_bytes)]
+        return [] if clip is None else [Part("CLIP-L weights", clip_count(clip) * self.value_bytes, "weights")]
 
-    def _autoencoder_weights(self) -> Part:
-        return Part("autoencoder weights", autoencoder_count(self.models.autoencoder) * self.autoencoder_bytes)
+    def autoencoder_weights(self) -> Part:
+        return Part(
+            "autoencoder weights", autoencoder_count(self.models.autoencoder) * self.autoencoder_bytes, "weights"
+        )
 
     # ---- what comes and goes ----
 
@@ -272,5 +343,6 @@ class Sums:
         first, second = (autoencoder.ch * factor for factor in (*autoencoder.ch_mult, autoencoder.ch_mult[-1])[:2])
         return (max(3 * second, second + 4 * first) + 2 * second) * self.pixels * self.autoencoder_bytes
 
-    def _part(self, name: str, num_bytes: float) -> Part:
-        return Part(name, round(num_bytes))
+
+def _part(name: str, num_bytes: float, kind: Kind = "activations") -> Part:
+    return Part(name, round(num_bytes), kind)

@@ -96,6 +96,7 @@ def _spec_contradictions(options: Options, spec: LoraSpec) -> Iterator[tuple[tup
 
 def network_advice(options: Options, explicit: frozenset[str]) -> Iterator[str]:
     """One line for each setting that has no effect, or trains badly."""
+    yield from _given_twice(options)
     spec = options_spec(options)
     if spec is None:
         return
@@ -121,6 +122,16 @@ def network_advice(options: Options, explicit: frozenset[str]) -> Iterator[str]:
             yield f"network_alpha is {options.network_alpha:g}, which does not hold OFT back at all; 1e-3 is usual"
         if not options.network_train_unet_only:
             yield "networks.oft_flux trains FLUX only: the text encoders get nothing"
+
+
+def _given_twice(options: Options) -> Iterator[str]:
+    """The line about each key of `network_args` that has two values. As in the reference, the last one counts."""
+    values: dict[str, str] = {}
+    for pair in options.network_args or ():
+        key, _, value = (piece.strip() for piece in pair.partition("="))
+        if values.get(key, value) != value:
+            yield f"{key} of network_args is given twice: {values[key]} has no effect beside {value}, which comes later"
+        values[key] = value
 
 
 def _is_given(options: Options, key: str) -> bool:

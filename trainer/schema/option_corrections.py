@@ -8,6 +8,7 @@ from trainer.schema.network_rules import network_advice
 from trainer.schema.optimizer_rules import optimizer_advice, optimizer_corrections
 from trainer.schema.option_rules import needs_huber_schedule
 from trainer.schema.options import Options
+from trainer.schema.storage import stored_as
 
 
 def corrected(options: Options, explicit: frozenset[str]) -> tuple[Options, list[str]]:
@@ -34,8 +35,10 @@ def corrected(options: Options, explicit: frozenset[str]) -> tuple[Options, list
             f"huber_schedule is exponential: the default, snr, does not exist for FLUX (loss_type {options.loss_type})",
             huber_schedule="exponential",
         )
+    if options.fp8_base_unet and not options.fp8_base:
+        change("fp8_base_unet turns fp8_base on", fp8_base=True)
     if options.split_mode:
-        swap = options.blocks_to_swap or 18
+        swap = 18 if options.blocks_to_swap in (None, 0) else options.blocks_to_swap
         change(f"split_mode is an old name: blocks_to_swap is {swap}", split_mode=False, blocks_to_swap=swap)
     if options.model_type == "chroma":
         for note, values in _chroma_settings(options, explicit):
@@ -97,6 +100,8 @@ def option_advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
             yield "write_reference_caches has no effect: nothing is kept on disk (cache_latents_to_disk, ...)"
         elif options.model_type == "chroma" and options.cache_text_encoder_outputs_to_disk:
             yield "write_reference_caches writes no text: there is no such file for Chroma"
+    if options.base_storage_cache is not None and stored_as(options) == "compute":
+        yield "base_storage_cache has no effect: the model is stored as computed (base_storage, fp8_base)"
     if options.model_type == "chroma" and options.guidance_scale != 0:
         yield f"guidance_scale is {options.guidance_scale:g}; Chroma was made with 0"
     if options.huggingface_repo_id is None:

@@ -156,6 +156,8 @@ def _field_problems(
 def _expected(name: str, error_type: str) -> str:
     """What an option's value must be, after an error of pydantic's type `error_type`."""
     choices = tuple(literals(Options.model_fields[name].annotation))
+    if choices and STATUS[name].value_type == "integer":
+        return f"{kind_of_value(STATUS[name])}, {bounds_text(Options.model_fields[name])}, or {', '.join(choices)}"
     if choices:
         return f"one of {', '.join(choices)}"
     if error_type == "string_too_short":

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from trainer.schema.base import GROUP_TITLES, OptionStatus, shown
-from trainer.schema.option_status import OPEN_TEXT_CHOICES, STATUS
+from trainer.schema.option_status import OPEN_TEXT_CHOICES, STATUS, literals
+from trainer.schema.options import Options
 
 _TYPES: Final = {
     "flag": "switch",
@@ -102,6 +103,9 @@ def _values(name: str) -> str:
         text += f", {status.bounds}"
     if status.unit is not None and status.unit not in text:
         text += f" ({status.unit})"
+    field = Options.model_fields.get(name)
+    if field is not None and status.value_type == "integer" and (words := tuple(literals(field.annotation))):
+        text += f", or {', '.join(f'`{word}`' for word in words)}"
     return f"{text}; one or more" if status.is_list else text
 
 

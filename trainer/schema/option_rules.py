@@ -12,7 +12,7 @@ from trainer.schema.network_rules import network_contradictions
 from trainer.schema.optimizer_rules import optimizer_problems
 from trainer.schema.options import Options
 from trainer.schema.options_data import CHANGES_PIXELS, SIZE_STEP
-from trainer.schema.swap_counts import max_blocks_to_swap
+from trainer.schema.swap_counts import chosen_swap, max_blocks_to_swap
 
 # The published transformer's depth; a pruned one has less.
 _FLUX_DEPTH: Final = (19, 38)
@@ -79,6 +79,13 @@ def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tupl
                 f"resume is {options.resume.as_posix()}, which is no place on the hub: {error}",
                 "Such as your-name/my-lora/cat-step00000100-state.",
             )
+    if options.base_storage not in (None, "fp8") and (options.fp8_base or options.fp8_base_unet):
+        name = "fp8_base" if options.fp8_base else "fp8_base_unet"
+        yield (
+            ("base_storage", name),
+            f"base_storage is {options.base_storage}, but {name} asks for fp8",
+            "Leave one of the two out.",
+        )
     if options.min_bucket_reso > options.max_bucket_reso:
         yield (
             ("min_bucket_reso", "max_bucket_reso"),
@@ -92,7 +99,7 @@ def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tupl
             "64 is usual.",
         )
     largest = max_blocks_to_swap(*_FLUX_DEPTH)
-    if (options.blocks_to_swap or 0) > largest:
+    if chosen_swap(options.blocks_to_swap) > largest:
         yield (
             ("blocks_to_swap",),
             f"blocks_to_swap is {options.blocks_to_swap}; it must be 0 to {largest}",

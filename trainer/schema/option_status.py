@@ -40,8 +40,11 @@ def literals(annotation: object) -> Iterator[str]:
 
 
 def _metadata(info: FieldInfo) -> Iterator[object]:
-    """What stands beside a field's type; for a list, beside that of its items."""
+    """What stands beside a field's type; for a list, beside that of its items, and beside one of several types."""
     yield from info.metadata
+    for part in typing.get_args(info.annotation):
+        if typing.get_origin(part) is Annotated:
+            yield from (found for entry in typing.get_args(part)[1:] for found in getattr(entry, "metadata", (entry,)))
     for part in _parts(info.annotation):
         for item in typing.get_args(part):
             if typing.get_origin(item) is Annotated:

@@ -49,7 +49,7 @@ _ATTENTION: Final = "attention always runs through torch's scaled dot product at
 _NOISE: Final = "it does not apply to FLUX's noise"
 _OTHER_LOSS: Final = "it does not apply to FLUX's loss"
 _DEEPSPEED: Final = "DeepSpeed is not supported yet; --blocks_to_swap saves memory on one device"
-_DDP: Final = "training on several devices is not supported yet; leave it out"
+_DDP: Final = "devices average their gradients once a step, without the wrapper of torch that it sets up"
 
 SAMPLERS: Final = (
     "ddim",
@@ -172,11 +172,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "Keep captions and sizes in a file.",
             "captions and sizes are read from the files at every start, so that they are never out of date",
         ),
-        "debug_dataset": _refused(
-            "dataset",
-            "Print what would be trained on and stop.",
-            "it is not supported; python -m trainer check reports on options and files",
-        ),
         "dataset_class": _refused(
             "dataset",
             "A Python class that makes the dataset.",
@@ -200,20 +195,11 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "full_bf16": _refused(
             "memory", "Train the LoRA in bf16.", "it is not supported yet; use --mixed_precision=bf16"
         ),
-        "fp8_base": _refused(
-            "memory", "Keep the frozen models in 8 bit.", "it is not supported yet; --blocks_to_swap saves memory"
-        ),
-        "fp8_base_unet": _refused(
-            "memory",
-            "Keep the frozen transformer in 8 bit, the text encoders not.",
-            "it is not supported yet; --blocks_to_swap saves memory",
-        ),
         "cpu_offload_checkpointing": _refused(
             "memory", "Keep saved activations in main memory.", "it is not supported yet; use --blocks_to_swap"
         ),
-        "ddp_timeout": _refused("devices", "Minutes to wait for the other processes.", _DDP, "integer", unit="minutes"),
-        "ddp_gradient_as_bucket_view": _refused("devices", "Save memory for gradients with several devices.", _DDP),
-        "ddp_static_graph": _refused("devices", "Promise torch that every step uses the same layers.", _DDP),
+        "ddp_gradient_as_bucket_view": _inert("memory", "Save memory for gradients with several devices.", _DDP),
+        "ddp_static_graph": _inert("memory", "Promise torch that every step uses the same layers.", _DDP),
         "deepspeed": _refused("devices", "Train with DeepSpeed.", _DEEPSPEED),
         "zero_stage": _refused(
             "devices",

@@ -68,6 +68,8 @@ SECRET_OPTIONS: Final = frozenset({"huggingface_token", "wandb_api_key"})
 
 OUR_OPTIONS: Final = frozenset(
     {
+        "base_storage",
+        "base_storage_cache",
         "caption_variants",
         "clip_l_tokenizer",
         "t5xxl_tokenizer",
@@ -75,6 +77,7 @@ OUR_OPTIONS: Final = frozenset(
         "device",
         "lora_form",
         "masked_loss_normalize",
+        "no_oom_recovery",
         "round_timesteps",
         "run_dir",
         "write_reference_caches",

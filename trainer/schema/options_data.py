@@ -216,6 +216,14 @@ class DatasetOptions(OptionGroup):
             "expert",
         ),
     ] = 8
+    debug_dataset: Annotated[
+        bool,
+        Opt(
+            "Print every batch of the first epoch, with pictures, captions and crops as they would be drawn, and stop.",
+            "Print the batches only",
+            "expert",
+        ),
+    ] = False
 
 
 class CacheOptions(OptionGroup):

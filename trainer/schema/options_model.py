@@ -98,6 +98,30 @@ class MemoryOptions(OptionGroup):
         Literal["no", "fp16", "bf16"],
         Opt("Number format of the frozen models and of the computation; no means 32 bit.", "Precision", "basic"),
     ] = "no"
+    base_storage: Annotated[
+        Literal["fp8", "int8", "nf4"] | None,
+        Opt(
+            "Store the frozen transformer's blocks in fewer bits: fp8 and int8 halve them, nf4 makes them a quarter. "
+            "Empty: as computed.",
+            "Storage of the model",
+            "basic",
+        ),
+    ] = None
+    base_storage_cache: Annotated[
+        Path | None,
+        Opt(
+            "Folder where the model is kept as base_storage stores it (up to 9 GB for each model): the next start is fast.",
+            "Folder for the stored model",
+            "expert",
+        ),
+    ] = None
+    fp8_base: Annotated[
+        bool,
+        Opt("Store the frozen transformer in 8 bit; the same as --base_storage=fp8.", "Model in fp8", "advanced"),
+    ] = False
+    fp8_base_unet: Annotated[
+        bool, Opt("The same as --fp8_base: the text encoders are never stored in 8 bit.", "FLUX in fp8", "expert")
+    ] = False
     no_half_vae: Annotated[
         bool,
         Opt("Run the autoencoder in 32 bit whatever the precision; fp16 always does.", "32-bit autoencoder", "expert"),
@@ -106,11 +130,32 @@ class MemoryOptions(OptionGroup):
         bool, Opt("Compute activations twice instead of keeping them: slower, much less memory.", "Save activations")
     ] = False
     blocks_to_swap: Annotated[
-        int | None,
-        Field(ge=0),
-        Opt("How many transformer blocks stay in main memory until needed.", "Blocks to swap", "basic", "blocks"),
+        Annotated[int, Field(ge=0)] | Literal["auto"] | None,
+        Opt(
+            "How many transformer blocks stay in main memory until needed; auto takes the fewest that fit.",
+            "Blocks to swap",
+            "basic",
+            "blocks",
+        ),
     ] = None
+    no_oom_recovery: Annotated[
+        bool,
+        Opt(
+            "End when the device runs out of memory in a step, instead of swapping more blocks and computing it again.",
+            "Stop when memory runs out",
+            "expert",
+        ),
+    ] = False
     split_mode: Annotated[bool, Opt("Old name of --blocks_to_swap=18.", "Split mode", "expert")] = False
+    ddp_timeout: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Opt(
+            "How long a process waits for those on the other devices before it gives up. Empty: torch's 10 or 30 minutes.",
+            "Wait for other devices",
+            "expert",
+            "minutes",
+        ),
+    ] = None
 
 
 class NetworkOptions(OptionGroup):

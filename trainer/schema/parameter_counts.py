@@ -24,6 +24,8 @@ class OtherModels:
 
 PUBLISHED_T5: Final = T5Params(4096, 10240, 64, 64, 24, 32128, 32)
 PUBLISHED_CLIP: Final = ClipParams(768, 3072, 12, 12, 49408, 77)
+PUBLISHED_DEV: Final = FluxParams(64, 64, 768, 4096, 3072, 4.0, 24, 19, 38, (16, 56, 56), 10_000, True, True)
+PUBLISHED_CHROMA: Final = ChromaParams(64, 64, 4096, 3072, 4.0, 24, 19, 38, (16, 56, 56), 10_000, True, 64, 5120, 5)
 PUBLISHED_AUTOENCODER: Final = AutoencoderParams(256, 3, 128, 3, (1, 2, 4, 4), 2, 16)
 
 

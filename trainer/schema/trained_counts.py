@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _MIN_8BIT_VALUES: Final = 4096
 """bitsandbytes keeps the state of smaller tensors in 32 bit."""
+_STEP_BYTES: Final = 4
+"""torch's optimizers with a state count the steps of each tensor."""
 _8BIT_BLOCK: Final = 256
 """Values that share one fp32 scale in bitsandbytes' block-wise state."""
 _CLIP_STARTS: Final = ("lora_te1_", "lora_te_", "text_encoder.", "text_encoders.clip_l.")
@@ -55,6 +57,15 @@ class Trained:
     frozen: int = 0
     passing: int = 0
     passing_all: int = 0
+    inner: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Values that all downs together give for a token of the image's stream, of the text's, of both in the single blocks,
+    and for a sample."""
+
+    def inner_bytes(self, batch: int, num_image: int, num_text: int, value_bytes: int) -> int:
+        """What autograd keeps of the LoRAs' thin insides, without checkpointing."""
+        image, text, joint, sample = self.inner
+        per_sample = image * num_image + text * num_text + joint * (num_image + num_text) + sample
+        return batch * per_sample * value_bytes
 
     @property
     def total(self) -> int:
@@ -85,7 +96,22 @@ def trained_by(flux: TransformerParams, options: Options, models: OtherModels) -
             block = "_".join(layer.name.split("_")[:5])
             blocks[block] = blocks.get(block, 0) + 2 * sum(layer.sizes)
         passing, passing_all = max(blocks.values(), default=0), sum(blocks.values())
-    return Trained(spec, sizes, frozen, passing, passing_all)
+    return Trained(spec, sizes, frozen, passing, passing_all, _inner_values(layers))
+
+
+def _inner_values(layers: Iterable[LayerLora]) -> tuple[int, int, int, int]:
+    values = [0, 0, 0, 0]
+    for layer in layers:
+        if "_mod" in layer.name:
+            place = 3
+        elif "_single_blocks_" in layer.name:
+            place = 2
+        elif "_double_blocks_" in layer.name:
+            place = 1 if "_txt_" in layer.name else 0
+        else:
+            continue
+        values[place] += layer.rank * layer.num_parts
+    return values[0], values[1], values[2], values[3]
 
 
 def _magnitude(layer: LayerLora, spec: LoraSpec) -> int:
@@ -187,4 +213,4 @@ def optimizer_state_bytes(num_values: int, *, is_8bit: bool, num_moments: float 
     """Bytes of an optimizer's moments (two for AdamW) for one matrix; 8-bit state has one fp32 scale for 256 values."""
     if is_8bit and num_values >= _MIN_8BIT_VALUES:
         return round(num_moments * (num_values + 4 * math.ceil(num_values / _8BIT_BLOCK)))
-    return round(4 * num_moments * num_values)
+    return round(4 * num_moments * num_values) + (_STEP_BYTES if num_moments else 0)

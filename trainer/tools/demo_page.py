@@ -132,8 +132,9 @@ The autoencoder gives held-out pictures back with {report.psnr:.1f} dB PSNR.
 
     python -m trainer.tools.demo_report
 
-trains the demo and prints these measures; `tests/learning` asserts them. Broken trainings that the measures have to
-see, and the families of options one by one, take minutes each and run on request:
+trains the demo and prints these measures; `tests/learning` asserts them, and that trainings which are broken on purpose
+do not pass: a target of the wrong sign, a LoRA of scale 0, the captions of other pictures. The families of options (OFT,
+DoRA, storage in fp8 and nf4, schedule-free and so on) are trained one by one on request:
 `python run.py test -m learning_slow`.
 
 ## Training the small models anew

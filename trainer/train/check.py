@@ -53,6 +53,16 @@ class CheckedRun:
     """What a state says about the run."""
 
 
+def trains_clip(checked: CheckedRun) -> bool:
+    """CLIP-L gets a LoRA unless the options leave it out; other networks than LoRA are FLUX's only."""
+    return not checked.options.network_train_unet_only and checked.spec.kind != "oft"
+
+
+def trains_t5(checked: CheckedRun) -> bool:
+    """T5 gets a LoRA when the network settings ask for it, or the file that they are taken from has one."""
+    return checked.spec.train_t5xxl and not checked.options.network_train_unet_only
+
+
 def check_run(command: ParsedCommand, reporter: Reporter, *, num_processes: int = 1) -> CheckedRun:
     """Checks model files, tokenizers, prompts and every picture.
 

@@ -8,8 +8,9 @@ from typing import Final
 
 import torch
 
-from trainer.schema.base import Problem
+from trainer.schema.base import Problem, UserError
 from trainer.schema.options import Options
+from trainer.schema.storage import Storage
 from trainer.train.findings import EXIT_OPTIONS, Findings
 
 _PROBE_SIDE: Final = 256
@@ -28,6 +29,18 @@ def check_device(options: Options, findings: Findings) -> None:
         )
     if options.device == "mps" and not torch.backends.mps.is_available():
         findings.add(Problem("no Apple GPU can be used", where, "Use auto or cpu.", "device"), EXIT_OPTIONS)
+
+
+def check_storage(storage: Storage, device: torch.device) -> None:
+    """Raises `UserError` (exit code 2) for a storage that the device has no instructions for."""
+    if device.type == "mps" and storage in ("fp8", "nf4"):
+        raise UserError(
+            f"an Apple GPU cannot compute with {storage}",
+            "--base_storage",
+            "Use --base_storage=int8.",
+            field="base_storage",
+            exit_code=2,
+        )
 
 
 def slow_format(device: torch.device, dtype: torch.dtype, seconds_of: Callable[[torch.dtype], float]) -> str | None:

@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Final, TypeAlias, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, KwargsHandler, broadcast_object_list, gather_object
 from torch import Tensor
 
 from trainer.schema.base import UserError
@@ -48,7 +49,9 @@ class Engine:
         # Several processes without a GPU only find each other when accelerate is told so; else each trains by itself.
         shares_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
         # Precision stays out of accelerate: on a CPU it drops fp16 without a word; autocast and scaler are our own.
-        accelerator = Accelerator(cpu=options.device == "cpu" or shares_cpu, mixed_precision="no")
+        accelerator = Accelerator(
+            cpu=options.device == "cpu" or shares_cpu, mixed_precision="no", kwargs_handlers=_process_group(options)
+        )
         device = cast(torch.device, accelerator.device)
         if options.device not in ("auto", device.type):
             device = torch.device(options.device)
@@ -111,8 +114,13 @@ class Engine:
         return cast("list[object]", gather_object([value]))
 
     def peak_bytes(self) -> int:
-        """The most device memory in use so far; 0 on a CPU, where it is the host's."""
+        """The most device memory in use since `reset_peak`; 0 on a CPU, where it is the host's."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def reset_peak(self) -> None:
+        """Forgets the most device memory that was in use."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def total_bytes(self) -> int | None:
         """The card's memory; None for devices that share the machine's."""
@@ -134,6 +142,12 @@ class Engine:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return self.device.type
+
+
+def _process_group(options: Options) -> list[KwargsHandler]:
+    """What accelerate is told of how the processes find each other, beside its own configuration."""
+    minutes = options.ddp_timeout
+    return [] if minutes is None else [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))]
 
 
 def _refuse_sharding() -> None:

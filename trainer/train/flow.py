@@ -164,7 +164,7 @@ def loss_weighting(weighting_scheme: str, sigmas: Tensor) -> Tensor:
     return torch.ones_like(sigmas)
 
 
-def flow_loss(
+def sample_losses(
     prediction: Tensor,
     target: Tensor,
     timesteps: Tensor,
@@ -178,7 +178,8 @@ def flow_loss(
     mask: Tensor | None = None,
     divides_by_mask: bool = False,
 ) -> Tensor:
-    """The batch's loss, a scalar: mean over B of `loss_weights` (B,) times the weighted mean error of a sample.
+    """The losses of a batch's samples, (B,): `loss_weights` (B,) times the weighted mean error of each.
+    Their mean is the batch's loss.
 
     `prediction` and `target` (B, C, h, w), `timesteps` (B,) in [0, 1], `weighting` (B, 1, 1, 1) or None for 1.
     `mask` (B, 1, h, w) in [0, 1] is multiplied with the errors. Their mean is that of the whole picture, as in the
@@ -205,7 +206,7 @@ def flow_loss(
     if mask is not None and divides_by_mask:
         # An empty mask leaves 0.
         means = means / mask.mean(dim=(1, 2, 3)).clamp(min=_SMALLEST_AREA)
-    return (means * loss_weights).mean()
+    return means * loss_weights
 
 
 def huber_threshold(huber_schedule: str, timesteps: Tensor, *, huber_c: float, huber_scale: float) -> Tensor:

@@ -27,6 +27,7 @@ from trainer.train.check import CheckedRun
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, files_identity
 from trainer.train.masks_phase import MaskSource, prepare_masks
+from trainer.train.memory_room import encode_in_room
 from trainer.train.reference_caches import ReferenceCaches
 from trainer.train.reporting import Reporter
 
@@ -155,6 +156,10 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
     reference = _reference_caches(checked, identity, cache, reporter) if options.cache_latents_to_disk else None
     requests = latent_requests(checked.index, encoder=identity)
     autoencoder: AutoEncoder | None = None
+
+    def load_encoder() -> Encode[Tensor]:
+        return _encoder(load_ae(options, engine, torch.device("cpu")), engine, torch.device("cpu"))
+
     missing = cache.missing(requests)
     if missing and reference is not None:
         missing = reference.read(missing)
@@ -162,7 +167,13 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
         autoencoder = load_ae(options, engine, engine.device)
         cache.fill(
             missing,
-            _encoder(autoencoder, engine, engine.device),
+            encode_in_room(
+                _encoder(autoencoder, engine, engine.device),
+                None if engine.device.type == "cpu" else load_encoder,
+                "pictures",
+                engine,
+                reporter,
+            ),
             batch_size=options.vae_batch_size,
             progress=reporter.progress,
             check_commands=reporter.check_stop,
@@ -172,10 +183,7 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
     else:
         reporter.note("all pictures are cached: the autoencoder is not needed for them")
 
-    def load_encoder() -> Encode[Tensor]:
-        # The device is full of the transformer by then.
-        return _encoder(load_ae(options, engine, torch.device("cpu")), engine, torch.device("cpu"))
-
+    # On the CPU: the device is full of the transformer by the time that one is found to be lost.
     cache.recover_with(requests, load_encoder)
     if reference is not None and options.write_reference_caches and engine.rank == 0:
         reference.write(options)

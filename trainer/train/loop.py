@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trainer.schema.base import UserError
 from trainer.train.learning_rate import LearningRateSchedule
+from trainer.train.level_losses import LevelLosses
 from trainer.train.optim import final_weights, found_rates, group_rates
 from trainer.train.reporting import Reporter, StopRequested
 
@@ -215,11 +216,14 @@ class TrainingLoop:
         start: Progress | None = None,
         save_state: Callable[[Progress, SaveKind], None] = lambda _progress, _kind: None,
         state_is_due: Callable[[], bool] = lambda: False,
+        level_losses: LevelLosses | None = None,
+        make_room: Callable[[str, str], None] | None = None,
     ) -> None:
         """`inspect_gradients(step)` is called with each step's gradients in place, averaged and not yet clipped.
 
         `start` is where an earlier run left off. `save_state` is called after each LoRA that is saved, and after a step
-        at whose end `state_is_due()`; on every rank at the same steps.
+        at whose end `state_is_due()`; on every rank at the same steps. `make_room(what, reason)` is called when the device
+        ran out of memory in a step or a validation, which is then computed again; it raises when there is none to make.
         """
         self._settings = settings
         self._before_step = before_step
@@ -242,6 +246,8 @@ class TrainingLoop:
         start = start or Progress()
         self._save_state = save_state
         self._state_is_due = state_is_due
+        self._level_losses = level_losses or LevelLosses()
+        self._make_room = make_room
         self._wishes = Wishes()
         self._num_duties_done = start.num_duties_done
         self._num_skipped_in_a_row = start.num_skipped_in_a_row
@@ -310,13 +316,22 @@ class TrainingLoop:
             if stop and self._sync.num_processes == 1:
                 yield StepPosition(step, epoch), True
                 return
-            generator = step_generator(settings.seed, step, len(losses), self._rank)
-            # Dropout draws from the global generators: seeded per micro-step, they too are a function of the position.
-            torch.manual_seed(generator.initial_seed())
-            loss = micro_batch(generator)
-            self._scaler.scale(loss / group).backward()
-            losses.append(loss.detach())
             micro_batches.append(micro_batch)
+            while len(losses) < len(micro_batches):
+                which = len(losses)
+                try:
+                    losses.append(self._micro_step(micro_batches[which], step, which, group))
+                    continue
+                except torch.OutOfMemoryError as error:
+                    if self._make_room is None:
+                        raise
+                    reason = str(error)
+                # Outside of the handler, which keeps the tensors of the failed pass alive. All of the step's gradients
+                # come anew: it is not known which of them the failed pass has touched.
+                losses.clear()
+                self._level_losses.clear()
+                self._optimizer.zero_grad(set_to_none=True)
+                self._make_room(f"step {step + 1}", reason)
             if len(losses) < group:
                 continue
             remaining -= group
@@ -329,6 +344,15 @@ class TrainingLoop:
                 return
             started = time.monotonic()
             paused = self._reporter.paused_seconds
+
+    def _micro_step(self, micro_batch: MicroBatch, step: int, which: int, group: int) -> Tensor:
+        """Adds the gradients of one micro-batch. A function of the position: called again, it does the same."""
+        generator = step_generator(self._settings.seed, step, which, self._rank)
+        # Dropout draws from the global generators: seeded per micro-step, they too are a function of the position.
+        torch.manual_seed(generator.initial_seed())
+        loss = micro_batch(generator)
+        self._scaler.scale(loss / group).backward()
+        return loss.detach()
 
     def _update(
         self,
@@ -349,7 +373,7 @@ class TrainingLoop:
             self._inspect_gradients(position.step)
         limit = self._settings.max_grad_norm
         norm = float(nn.utils.clip_grad_norm_(self._parameters, limit if limit > 0 else math.inf))
-        loss = torch.stack(list(losses)).mean().item()
+        loss, levels = self._level_losses.read(torch.stack(list(losses)).mean())
         # Looked at before the optimizer's step: what is no number never gets into the weights.
         if not math.isfinite(loss) or (not math.isfinite(norm) and not self._may_skip()):
             raise self._numbers_lost(before, losses, micro_batches, loss, norm)
@@ -367,7 +391,7 @@ class TrainingLoop:
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._num_duties_done = 0
-        self._report(position, loss, norm, rates, started, paused, more)
+        self._report(position, loss, levels, norm, rates, started, paused, more)
         return self._wishes.stop
 
     def _may_skip(self) -> bool:
@@ -407,6 +431,7 @@ class TrainingLoop:
         self,
         position: StepPosition,
         loss: float,
+        levels: Sequence[float | None] | None,
         norm: float,
         rates: Sequence[float],
         started: float,
@@ -424,6 +449,7 @@ class TrainingLoop:
             epoch=position.epoch,
             loss=loss,
             loss_average=average,
+            **({} if levels is None else {"level_losses": levels}),
             lr=rates[0],
             step_seconds=time.monotonic() - started - (self._reporter.paused_seconds - paused),
             peak_bytes=self._peak_bytes(),
@@ -510,7 +536,7 @@ class TrainingLoop:
         step = self._position.step
         if self._validated is None or self._validated[0] != step:
             with final_weights(self._optimizer):
-                self._validated = (step, validate())
+                self._validated = (step, self._in_room(validate))
             self._network.train()
             self._schedule.observe(self._validated[1])
             self._reporter.phase("training")
@@ -521,6 +547,17 @@ class TrainingLoop:
             train_loss=self._average.value,
             is_epoch_end=is_epoch_end,
         )
+
+    def _in_room(self, validate: Callable[[], float]) -> float:
+        """The validation loss, taken again with more room where memory runs out."""
+        while True:
+            try:
+                return validate()
+            except torch.OutOfMemoryError as error:
+                if self._make_room is None:
+                    raise
+                reason = str(error)
+            self._make_room("the validation", reason)
 
     def _sample_now(self, *, is_epoch_end: bool) -> None:
         try:

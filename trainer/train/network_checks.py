@@ -10,7 +10,8 @@ from trainer.schema.base import Problem
 from trainer.schema.chroma_header import TransformerParams
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.options import Options
-from trainer.schema.swap_counts import max_blocks_to_swap
+from trainer.schema.storage import stored_as
+from trainer.schema.swap_counts import chosen_swap, max_blocks_to_swap
 from trainer.train.findings import EXIT_OPTIONS, Findings
 
 
@@ -57,7 +58,18 @@ def _check_network_kind(options: Options, spec: LoraSpec, flux: TransformerParam
     if spec.kind == "lycoris":
         if not lycoris.is_installed():
             findings.add(lycoris.not_installed().problems[0], EXIT_OPTIONS)
-        if options.blocks_to_swap:
+        if stored_as(options) != "compute":
+            name = "fp8_base" if options.base_storage is None else "base_storage"
+            findings.add(
+                Problem(
+                    f"lycoris.kohya computes with the model's own weights, which {name} stores in fewer bits",
+                    f"--{name}",
+                    "Leave it out, or use networks.lora_flux.",
+                    name,
+                ),
+                EXIT_OPTIONS,
+            )
+        if chosen_swap(options.blocks_to_swap):
             findings.add(
                 Problem(
                     "lycoris.kohya keeps weights for backward, which blocks_to_swap moves away",
@@ -70,7 +82,7 @@ def _check_network_kind(options: Options, spec: LoraSpec, flux: TransformerParam
 
 
 def check_against_model(options: Options, spec: LoraSpec | None, flux: TransformerParams, findings: Findings) -> None:
-    wanted = options.blocks_to_swap or 0
+    wanted = chosen_swap(options.blocks_to_swap)
     largest = max_blocks_to_swap(flux.depth, flux.depth_single_blocks)
     if wanted > largest:
         findings.add(

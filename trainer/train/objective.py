@@ -72,7 +72,7 @@ class FlowBatch:
     `latents`, `noise`, `noisy` (B, 16, h, w) float32; `sigmas` (B,) mix the noise, `timesteps` (B,) in [0, 1] go to the
     model and the huber schedule: the same numbers unless they are rounded as in the reference; `loss_weights` (B,).
     `mask` (B, 1, h, w) in [0, 1] or None; `preserved` (B,) bool says which samples have the prediction without the
-    network as their target, None for none.
+    network as their target, None for none. `host_timesteps` (B,) are the timesteps before they went to the device.
     """
 
     latents: Tensor
@@ -84,6 +84,7 @@ class FlowBatch:
     loss_weights: Tensor
     mask: Tensor | None = None
     preserved: Tensor | None = None
+    host_timesteps: Tensor | None = None
 
     def rows(self, chosen: Tensor) -> FlowBatch:
         """The samples whose numbers are in `chosen` (N,), in that order."""
@@ -172,6 +173,7 @@ class FlowObjective:
             generator=generator,
         )
         sigmas = flow.limit_sigmas(sigmas, settings.min_timestep, settings.max_timestep)
+        host_timesteps = sigmas
         timesteps = sigmas.to(self._device)
         if settings.rounds_timesteps and settings.timestep_sampling == "sigma":
             # The reference looks the level up in a table of the training's format, and mixes with it.
@@ -179,7 +181,7 @@ class FlowObjective:
         batch = self.mix(
             latents, noise, sigmas.to(self._device), text, loss_weights, generator, exact_timesteps=timesteps
         )
-        return replace(batch, mask=mask, preserved=preserved)
+        return replace(batch, mask=mask, preserved=preserved, host_timesteps=host_timesteps)
 
     def mix(
         self,
@@ -214,6 +216,10 @@ class FlowObjective:
         """The loss when everything random is drawn."""
         return self.error(batch, self.compare(batch))
 
+    def sample_losses(self, batch: FlowBatch) -> Tensor:
+        """The losses of the samples, (B,), whose mean is `loss`."""
+        return self._errors(batch, self.compare(batch))
+
     def compare(self, batch: FlowBatch) -> Comparison:
         """Runs the model; where samples are preserved, first without the network on these."""
         target = flow.velocity_target(batch.latents, batch.noise)
@@ -242,8 +248,11 @@ class FlowObjective:
 
     def error(self, batch: FlowBatch, comparison: Comparison) -> Tensor:
         """The loss of what was compared, a scalar."""
+        return self._errors(batch, comparison).mean()
+
+    def _errors(self, batch: FlowBatch, comparison: Comparison) -> Tensor:
         settings = self._settings
-        return flow.flow_loss(
+        return flow.sample_losses(
             comparison.prediction,
             comparison.target,
             batch.timesteps,

@@ -56,20 +56,31 @@ def _validation_notes(checked: CheckedRun) -> Iterator[str]:
                 yield f"{name} has no effect: no picture is held back (validation_split)"
 
 
-def estimate_run(checked: CheckedRun, total_bytes: int | None = None) -> Estimate:
-    """The memory that the largest batch needs; `total_bytes` is the card's."""
+def largest_batch(checked: CheckedRun) -> tuple[tuple[int, int], int]:
+    """Width and height of the pictures in the largest batch, and their number."""
     spec, (width, height) = max(
         ((dataset.spec, size) for dataset in checked.index.datasets for size in dataset.bucket_counts),
         key=lambda entry: entry[0].batch_size * entry[1][0] * entry[1][1],
     )
+    return (width, height), spec.batch_size
+
+
+def estimate_run(
+    checked: CheckedRun, total_bytes: int | None = None, *, factor: float = 1.0, blocks_to_swap: int | None = None
+) -> Estimate:
+    """The memory that the largest batch needs; `total_bytes` is the card's, `factor` its calibration's."""
+    (width, height), batch_size = largest_batch(checked)
     return estimate(
         checked.flux,
         checked.options,
         width=width,
         height=height,
-        batch_size=spec.batch_size,
+        batch_size=batch_size,
         models=checked.models,
         vram_bytes=total_bytes,
+        num_pictures=checked.index.num_images,
+        factor=factor,
+        blocks_to_swap=blocks_to_swap,
     )
 
 

@@ -28,6 +28,7 @@ from trainer.lora.lycoris import AnyNetwork, LycorisNetwork
 from trainer.lora.network import LoraNetwork
 from trainer.lora.targets import settings_without_layers
 from trainer.model.autoencoder import AutoEncoder
+from trainer.model.storage_cache import StorageCache
 from trainer.model.transformer import Transformer, load_transformer
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.mover import make_mover
@@ -38,23 +39,30 @@ from trainer.schema.folders import data_home
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
-from trainer.train.base_weights import merge_base_weights
-from trainer.train.check import CheckedRun, check_run
+from trainer.schema.storage import stored_as
+from trainer.schema.swap_counts import chosen_swap
+from trainer.train.auto_swap import resolve_auto_swap
+from trainer.train.base_weights import base_weights_change, base_weights_identity, merge_base_weights
+from trainer.train.check import CheckedRun, check_run, trains_clip
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name
 from trainer.train.conditioning import TextSource
-from trainer.train.device_checks import product_seconds, slow_format
+from trainer.train.dataset_listing import dataset_listing
+from trainer.train.device_checks import check_storage, product_seconds, slow_format
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, FileHashes
 from trainer.train.foreign_state import resume_foreign
 from trainer.train.hub_upload import HubUploader
 from trainer.train.latents_phase import LatentSource, LoadedBatch, load_ae, loaded_batches, prepare_latents
 from trainer.train.learning_rate import learning_rate_schedule
+from trainer.train.level_losses import LevelLosses
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, StepPosition, TrainingLoop
 from trainer.train.lora_form import base_layers
 from trainer.train.lost_numbers import explain_lost_numbers
+from trainer.train.measured_peak import MeasuredPeak
+from trainer.train.memory_room import NoRoom, SwapRoom
 from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
 from trainer.train.optim import create_optimizer, final_weights, optimizer_description
-from trainer.train.plan import plan_text, tell_settings, warn_of_memory
+from trainer.train.plan import estimate_run, largest_batch, plan_text, tell_settings, warn_of_memory
 from trainer.train.prompt_file import PromptFile
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.rescue import save_or_rescue
@@ -63,7 +71,7 @@ from trainer.train.sample_maker import SampleMaker
 from trainer.train.saver import LoraSaver
 from trainer.train.session import DeviceLock
 from trainer.train.state_saver import StateSaver, Trainables, advance, resume_state
-from trainer.train.text_phase import PreparedText, prepare_text, trains_clip
+from trainer.train.text_phase import PreparedText, prepare_text
 from trainer.train.text_plan import TextPlan, caption_course, plan_texts
 from trainer.train.trackers import start_trackers
 from trainer.train.training_facts import model_files, training_facts
@@ -83,10 +91,17 @@ def train(command: ParsedCommand, reporter: Reporter) -> None:
     engine = Engine.start(options)
     checked = check_run(command, reporter, num_processes=engine.num_processes)
     tell_settings(command, checked, reporter, num_processes=engine.num_processes)
+    if options.debug_dataset:
+        for text in (plan_text(checked), *dataset_listing(checked, num_processes=engine.num_processes)):
+            reporter.note(text)
+        reporter.note("nothing is trained: --debug_dataset is given")
+        return
     reporter.note(f"training on {engine.name()}, {engine.dtype}".replace("torch.", ""))
     slow = slow_format(engine.device, engine.dtype, product_seconds)
     if slow is not None:
         reporter.warning(slow)
+    check_storage(stored_as(checked.options), engine.device)
+    checked = resolve_auto_swap(checked, engine, reporter)
     warn_of_memory(checked, engine.total_bytes(), reporter)
     with _turn_on_device(options, engine, reporter):
         _train_checked(checked, engine, reporter)
@@ -109,7 +124,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
     latents, autoencoder = prepare_latents(checked, engine, reporter)
 
     reporter.phase("model")
-    model = load_model(options, checked.flux, engine)
+    model = load_model(options, checked.flux, engine, reporter.note)
     for line in merge_base_weights({"unet": model}, options):
         reporter.note(line)
     base = base_layers(model) if options.lora_form == "bfl" else None
@@ -170,6 +185,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         requested=save.requested,
         upload=upload.state if upload is not None and options.save_state_to_huggingface else None,
     )
+    level_losses = LevelLosses()
     loop = TrainingLoop(
         settings,
         network=network,
@@ -180,17 +196,27 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         reporter=reporter,
         rank=engine.rank,
         micro_batches=_micro_batches(
-            checked, latents, flow_objective(options, model, network, text.source, engine), engine, seed
+            checked, latents, flow_objective(options, model, network, text.source, engine), level_losses, engine, seed
         ),
+        level_losses=level_losses,
         save=save,
         sample=sample,
         validate=_validator(checked, model, network, latents, text.source, engine, reporter),
-        peak_bytes=engine.peak_bytes,
+        peak_bytes=MeasuredPeak(checked, engine, reporter, swap),
         before_step=network.before_step,
         after_step=partial(hold_norms, network, options.scale_weight_norms),
         start=start.progress,
         save_state=states,
         state_is_due=states.is_due,
+        make_room=SwapRoom(
+            # LyCORIS keeps the weights for backward, so that they must not move.
+            None if isinstance(network, LycorisNetwork) else swap,
+            engine,
+            reporter,
+            estimated_bytes=estimate_run(checked, engine.total_bytes()).peak_bytes,
+            recovers=not options.no_oom_recovery,
+            batch_size=largest_batch(checked)[1],
+        ),
     )
     reporter.phase("training")
     with contextlib.closing(hashes), contextlib.nullcontext() if upload is None else contextlib.closing(upload):
@@ -201,6 +227,11 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
                 position, was_stopped = loop.run()
             except NumbersLost as lost:
                 raise _after_lost_numbers(lost, network, options, save, engine) from lost
+            except NoRoom:
+                if loop.progress.step > 0 and engine.is_main:
+                    with final_weights(optimizer):
+                        _save_for_good(save, settings.position_after(loop.progress.step), "step")
+                raise
         if was_stopped:
             if position.step > 0:
                 with final_weights(optimizer):
@@ -277,17 +308,22 @@ def _announce_plan(checked: CheckedRun, texts: TextPlan | None, engine: Engine, 
     reporter.note(plan_text(checked, texts, engine.total_bytes()))
 
 
-def load_model(options: Options, flux: TransformerParams, engine: Engine) -> Transformer:
-    """The transformer on the device, except what will be swapped, which never goes there as a whole."""
+def load_model(options: Options, flux: TransformerParams, engine: Engine, tell: Callable[[str], None]) -> Transformer:
+    """The transformer on the device, except what will be swapped, which never stays there. `tell` gets notes."""
     if options.pretrained_model_name_or_path is None:
         raise AssertionError("the checks demand the model")
-    on_host = swapped_prefixes(flux, options.blocks_to_swap or 0)
+    storage = stored_as(options)
+    on_host = swapped_prefixes(flux, chosen_swap(options.blocks_to_swap))
+    cache = options.base_storage_cache
     model = load_transformer(
         options.pretrained_model_name_or_path,
         options.model_type,
         engine.dtype,
         engine.device,
         device_of=lambda name: "cpu" if name.startswith(on_host) else engine.device,
+        storage=None if storage == "compute" else storage,
+        change_of=None if storage == "compute" else base_weights_change(options, "unet"),
+        cache=None if cache is None else StorageCache(cache, base_weights_identity(options, ["unet"]), tell),
     )
     model.enable_gradient_checkpointing(options.gradient_checkpointing)
     return model
@@ -380,14 +416,14 @@ def _load_weights(network: AnyNetwork, path: Path, reporter: Reporter) -> Origin
     return origin
 
 
-def block_swap(
-    options: Options, model: Transformer, engine: Engine, reporter: Reporter
-) -> AbstractContextManager[object]:
-    wanted = options.blocks_to_swap or 0
-    if wanted == 0:
-        return contextlib.nullcontext()
-    reporter.note(f"swapping {wanted} blocks between main memory and {engine.device.type}")
-    return BlockSwap(list(model.double_blocks), list(model.single_blocks), wanted, make_mover(engine.device))
+def block_swap(options: Options, model: Transformer, engine: Engine, reporter: Reporter) -> BlockSwap:
+    """The swap, not attached yet; of no blocks it does nothing until it is changed."""
+    wanted = chosen_swap(options.blocks_to_swap)
+    if wanted:
+        reporter.note(f"swapping {wanted} blocks between main memory and {engine.device.type}")
+    return BlockSwap(
+        list(model.double_blocks), list(model.single_blocks), wanted, make_mover(engine.device, reporter.warning)
+    )
 
 
 def unet_rate(options: Options) -> float:
@@ -556,10 +592,15 @@ class PlannedBatch:
     loaded: LoadedBatch
     latents: LatentSource
     objective: FlowObjective
+    level_losses: LevelLosses
     device: torch.device
 
     def __call__(self, generator: torch.Generator) -> Tensor:
-        return self.objective.loss(self.draw(generator))
+        batch = self.draw(generator)
+        losses = self.objective.sample_losses(batch)
+        if batch.host_timesteps is not None:
+            self.level_losses.note(batch.host_timesteps, losses)
+        return losses.mean()
 
     def draw(self, generator: torch.Generator) -> FlowBatch:
         items, mask = self.plan.items, self.loaded.mask
@@ -575,7 +616,12 @@ class PlannedBatch:
 
 
 def _micro_batches(
-    checked: CheckedRun, latents: LatentSource, objective: FlowObjective, engine: Engine, seed: int
+    checked: CheckedRun,
+    latents: LatentSource,
+    objective: FlowObjective,
+    level_losses: LevelLosses,
+    engine: Engine,
+    seed: int,
 ) -> Callable[[int, int], Iterator[MicroBatch]]:
     """For an epoch, one callable for each batch of this process behind the skipped ones, which gives the batch's loss."""
 
@@ -589,7 +635,7 @@ def _micro_batches(
         share = share_of_rank(plans, engine.rank, engine.num_processes)[skipped:]
         with contextlib.closing(loaded_batches(latents, share, num_threads=num_threads)) as batches:
             for plan, loaded in batches:
-                yield PlannedBatch(plan, loaded, latents, objective, engine.device)
+                yield PlannedBatch(plan, loaded, latents, objective, level_losses, engine.device)
 
     return micro_batches
 

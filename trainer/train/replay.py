@@ -66,7 +66,7 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
     engine = Engine.start(options)
     reporter.note(f"replaying {num_steps} steps on {engine.name()}, {engine.dtype}".replace("torch.", ""))
     seed = options.seed if options.seed is not None else secrets.randbits(SEED_BITS)
-    model = load_model(options, checked.flux, engine)
+    model = load_model(options, checked.flux, engine, reporter.note)
     _check_sizes(recording, model, source)
     for line in merge_base_weights({"unet": model}, options):
         reporter.note(line)

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from trainer.schema.base import Problem
 from trainer.schema.events import EventWriter
-from trainer.schema.run_folder import Command, Heartbeat, RunFolder
+from trainer.schema.run_folder import Command, RunFolder
+from trainer.schema.run_liveness import Heartbeat
 
 if TYPE_CHECKING:
     from trainer.train.trackers import Tracker

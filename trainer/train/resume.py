@@ -46,6 +46,7 @@ FREE: Final = frozenset(
     {
         # Memory and time, not numbers.
         "device",
+        "base_storage_cache",
         "blocks_to_swap",
         "split_mode",
         "gradient_checkpointing",

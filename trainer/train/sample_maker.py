@@ -98,6 +98,11 @@ class SampleMaker:
             raise
         except UserError as error:
             self._reporter.warning(f"{what}: {error}")
+        except torch.OutOfMemoryError as error:
+            self._reporter.warning(
+                f"{what}: the device ran out of memory ({str(error).strip().splitlines()[0]}). Make samples smaller, such as "
+                "--w 512 --h 512 behind the prompt, or raise blocks_to_swap; the training goes on"
+            )
         except Exception as error:  # noqa: BLE001 - no picture is worth a training, out of memory least of all
             self._reporter.warning(f"{what}: {type(error).__name__}: {error}")
         else:

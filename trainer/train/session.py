@@ -22,7 +22,10 @@ from trainer.schema.base import Problem, UserError
 from trainer.schema.events import EventReader, EventWriter
 from trainer.schema.folders import data_home
 from trainer.schema.options import Options
-from trainer.schema.run_folder import Heartbeat, RunFolder, WorkerLock
+from trainer.schema.run_folder import RunFolder
+from trainer.schema.run_liveness import Heartbeat, WorkerLock
+from trainer.train.host_memory import host_memory_text, is_host_out_of_memory
+from trainer.train.notify import notify_end
 from trainer.train.reporting import Reporter, StopRequested
 
 logger = logging.getLogger("trainer")
@@ -91,16 +94,17 @@ def run_guarded(work: Callable[[], None], reporter: Reporter) -> int:
         reporter.error(error.problems)
         logger.error("%s", error)
         code = error.exit_code
-    except MemoryError:
-        code = EXIT_FIXABLE
-        _report(reporter, "the machine ran out of host memory", "Close other programs or use a smaller setting.")
     except Exception as error:  # noqa: BLE001 - the entry point: whatever it is, the page and the log must say so
-        if type(error).__name__ == "OutOfMemoryError":
+        if is_host_out_of_memory(error):
+            code = EXIT_FIXABLE
+            _report(reporter, *host_memory_text())
+        elif type(error).__name__ == "OutOfMemoryError":
             code = EXIT_FIXABLE
             _report(
                 reporter,
-                "the GPU ran out of memory",
-                "Raise blocks_to_swap, turn on gradient_checkpointing and both caches, or lower the resolution.",
+                f"the GPU ran out of memory: {str(error).strip().splitlines()[0].rstrip('.')}",
+                "Close other programs on it, raise blocks_to_swap, turn on gradient_checkpointing and both caches, or lower "
+                "the resolution.",
             )
         else:
             _report(reporter, f"{type(error).__name__}: {error}", "This is a bug; the log has the details.")
@@ -138,9 +142,12 @@ def run_in_folder(path: Path, work: Callable[[RunFolder, Reporter], None]) -> in
             reporter = Reporter(run, events=events, heartbeat=heartbeat)
             reporter.install_signal_handlers()
             reporter.event("run_started", pid=os.getpid(), device="", version=1, python=platform.python_version())
-            return run_guarded(lambda: work(run, reporter), reporter)
+            code = run_guarded(lambda: work(run, reporter), reporter)
     finally:
         lock.release()
+    # The run has ended by now, whatever becomes of the message.
+    notify_end(run)
+    return code
 
 
 class DeviceLock:

@@ -20,7 +20,7 @@ from trainer.schema.options import Options
 from trainer.schema.parameter_counts import t5_count
 from trainer.schema.weight_files import read_weights
 from trainer.train.base_weights import base_weights_identity, merge_base_weights
-from trainer.train.check import CheckedRun
+from trainer.train.check import CheckedRun, trains_clip, trains_t5
 from trainer.train.conditioning import (
     VISIBLE_PADDING,
     CachedText,
@@ -34,6 +34,7 @@ from trainer.train.conditioning import (
 )
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, files_identity
+from trainer.train.memory_room import encode_in_room
 from trainer.train.reference_caches import ReferenceCaches
 from trainer.train.reporting import Reporter
 from trainer.train.text_plan import TextPlan, text_dtype, writes_reference_text
@@ -52,16 +53,6 @@ class PreparedText:
     t5: T5EncoderModel | None = None
     add: Callable[[Sequence[str]], None] = lambda _texts: None
     """Makes sure that texts which were not known at the start can be asked for."""
-
-
-def trains_clip(checked: CheckedRun) -> bool:
-    """CLIP-L gets a LoRA unless the options leave it out; other networks than LoRA are FLUX's only."""
-    return not checked.options.network_train_unet_only and checked.spec.kind != "oft"
-
-
-def trains_t5(checked: CheckedRun) -> bool:
-    """T5 gets a LoRA when the network settings ask for it, or the file that they are taken from has one."""
-    return checked.spec.train_t5xxl and not checked.options.network_train_unet_only
 
 
 def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, reporter: Reporter) -> PreparedText:
@@ -107,9 +98,16 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
     if missing and reference is not None:
         missing = reference.read(missing)
     if missing:
+        device = _encoding_device(checked, engine, reporter)
         cache.fill(
             missing,
-            _encoder(checked, engine, _encoding_device(checked, engine, reporter)),
+            encode_in_room(
+                _encoder(checked, engine, device),
+                None if device.type == "cpu" else lambda: _encoder(checked, engine, torch.device("cpu")),
+                "captions",
+                engine,
+                reporter,
+            ),
             batch_size=_batch_size(options),
             progress=reporter.progress,
             check_commands=reporter.check_stop,

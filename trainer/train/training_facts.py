@@ -9,6 +9,8 @@ from typing import Final
 
 from trainer.data.index import DatasetSummary, SubsetSummary
 from trainer.schema.options import Options
+from trainer.schema.storage import stored_as
+from trainer.schema.swap_counts import chosen_swap
 from trainer.train.check import CheckedRun
 from trainer.train.metadata import used_settings
 from trainer.train.metadata_facts import DatasetFacts, ModelSpecFacts, SubsetFacts, TrainingFacts
@@ -37,7 +39,8 @@ def with_hashes(facts: TrainingFacts, hashes: Mapping[str, str]) -> TrainingFact
 def _own_settings(options: Options, weight_dtype: str) -> dict[str, object]:
     """Settings that decide about the result and that the reference does not record."""
     return {
-        "blocks_to_swap": options.blocks_to_swap or 0,
+        "base_storage": stored_as(options),
+        "blocks_to_swap": chosen_swap(options.blocks_to_swap),
         "weight_dtype": weight_dtype,
         "save_precision": options.save_precision or "float",
         "lora_form": options.lora_form,
@@ -113,7 +116,11 @@ def training_facts(
         model_type=options.model_type,
         base_model_name=flux.name,
         base_model_legacy_hash=flux.legacy_hash,
-        settings={**used_settings(options), "ss_num_validation_images": len(checked.index.validation)},
+        settings={
+            **used_settings(options),
+            "ss_fp8_base": stored_as(options) == "fp8",
+            "ss_num_validation_images": len(checked.index.validation),
+        },
         other_models=models,
         own=_own_settings(options, weight_dtype),
         min_timestep=options.min_timestep,
