@@ -30,7 +30,7 @@ accelerate launch --num_cpu_threads_per_process 1 flux_train_network.py
   --t5xxl="/models/t5xxl_fp16.safetensors"
   --ae="/models/ae.safetensors"
   --dataset_config="my_flux_dataset_config.toml"
-  --output_dir="/work/output dir"
+  --output_dir="/data/output dir"
   --output_name="my_flux_lora"
   --save_model_as=safetensors
   --network_module=networks.lora_flux
@@ -87,7 +87,7 @@ def test_the_form_shows_an_imported_command_and_means_the_same(tmp_path: Path) -
     assert reading.options.keep_tokens == 1
     assert tomlkit.parse(reading.dataset_toml)["datasets"][0]["subsets"][0]["num_repeats"] == 7  # pyright: ignore
     told = "\n".join(filling.left_out)
-    assert "/work/output dir" in told
+    assert "/data/output dir" in told
     assert "a cat" in told, "there are captions, so the class tokens are no trigger word"
 
 

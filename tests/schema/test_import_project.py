@@ -24,22 +24,22 @@ NAMES = {
     "clip_l": "/models/clip_l.safetensors",
     "t5xxl": "/models/t5xxl.safetensors",
     "ae": "/models/ae.safetensors",
-    "folder": "/work/my project",
-    "images": "/work/my project/images",
-    "folders": "/work/my project/img",
-    "masks": "/work/masks",
-    "regularisation": "/work/reg",
+    "folder": "/data/my project",
+    "images": "/data/my project/images",
+    "folders": "/data/my project/img",
+    "masks": "/data/masks",
+    "regularisation": "/data/reg",
 }
 
 COMMAND = (
-    "--pretrained_model_name_or_path {clip_l} --clip_l {clip_l} --t5xxl {t5xxl} --ae {ae} --train_data_dir /work/train "
-    "--output_dir /work/output --output_name cat --network_module networks.lora_flux --network_dim 4 "
+    "--pretrained_model_name_or_path {clip_l} --clip_l {clip_l} --t5xxl {t5xxl} --ae {ae} --train_data_dir /data/train "
+    "--output_dir /data/output --output_name cat --network_module networks.lora_flux --network_dim 4 "
     "--caption_extension .txt --resolution 128,128 --enable_bucket --min_bucket_reso 64 --train_batch_size 2 "
     "--max_train_epochs 1 --learning 1e-4 --network_train_unet --save_precision=float --seed 1 --t5xxl_max_token_length 16"
 )
 MASKED = (
     "flux_train_network.py --pretrained_model_name_or_path='{flux}' --clip_l={clip_l} --t5xxl={t5xxl} --ae={ae} "
-    "--dataset_config='/work/data set.toml' --output_dir=/work/out --output_name=masked "
+    "--dataset_config='/data/data set.toml' --output_dir=/data/out --output_name=masked "
     "--network_module=networks.lora_flux --masked_loss --prior_loss_weight=0.5 --max_train_epochs=1 "
     "--learning_rate=1e-3 --network_train_unet_only --cache_latents --t5xxl_max_token_length=16 --seed=1"
 )
@@ -167,7 +167,7 @@ KOHYA_SETTINGS = {
     "text_encoder_lr": 0,
     "timestep_sampling": "sigmoid",
     "train_batch_size": 2,
-    "train_data_dir": "/work/img",
+    "train_data_dir": "/data/img",
     "unet_lr": 0.0002,
     "vae": "",
     "xformers": "sdpa",
@@ -205,7 +205,7 @@ def test_settings_of_kohya_ss_give_what_its_page_would_have_started() -> None:
             "t5xxl": "/models/t5.safetensors",
             "timestep_sampling": "sigmoid",
             "train_batch_size": 2,
-            "train_data_dir": "/work/img",
+            "train_data_dir": "/data/img",
             "unet_lr": 0.0002,
         },
         where="the file",

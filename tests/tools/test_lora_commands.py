@@ -149,3 +149,14 @@ def test_bad_requests_are_refused_with_what_to_do(tiny_models: TinyModels, lora:
     )  # fmt: skip
     assert "the same" in same.output
     assert not list(tmp_path.glob("[xyz].safetensors"))
+
+
+def test_a_flag_that_means_nothing_here_is_named_with_the_reason(
+    lora: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--model", lora, "--new_rank", 2, "--save_to", tmp_path / "small.safetensors"]
+    with caplog.at_level("WARNING"):
+        run("resize", *words, "--device=cuda", "--verbose")
+    told = [record.message for record in caplog.records]
+    assert "--device has no effect: it is computed on the CPU" in told
+    assert sum("has no effect" in line for line in told) == 2

@@ -88,7 +88,7 @@ def test_story_7_a_pasted_command_is_shown_and_goes_out_as_an_equal_one(page: Pa
     assert parse_command_line(words).options == import_project(command).options
 
     page.locator("#import-fill").click()
-    expect(page.locator("#import-left-out")).to_contain_text("/work/output dir")
+    expect(page.locator("#import-left-out")).to_contain_text("/data/output dir")
     page.get_by_role("tab", name="Train").click()
     shown = {
         "output_name": "my_flux_lora",

@@ -33,6 +33,23 @@ from trainer.tools.merge_model import merge_into_model
 DTYPES: Final[Mapping[str, torch.dtype]] = MappingProxyType(
     {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 )
+_WITHOUT_EFFECT: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "loading_device": "tensors are read one at a time, into main memory",
+        "working_device": "it is computed on the CPU",
+        "device": "it is computed on the CPU",
+        "load_precision": "numbers are read as the file has them",
+        "precision": "it is computed in 32 bit",
+        "new_conv_rank": "FLUX.1 has no convolutions",
+        "mem_eff_load_save": "little memory is used in any case",
+        "mem_eff_safe_open": "little memory is used in any case",
+        "no_metadata": "the file always says what it was made from",
+        "concat": "LoRAs become one by concatenation unless a rank is given",
+        "shuffle": "the order of a LoRA's ranks means nothing",
+        "verbose": "what was done is said in any case",
+    }
+)
+"""Flags of sd-scripts' tools that are accepted, and the reason why they change nothing."""
 _IGNORED: Final = ("loading_device", "working_device", "load_precision", "precision")
 
 Work = Callable[[argparse.Namespace, JobReporter], str]
@@ -47,6 +64,9 @@ def run_lora_command(name: str, arguments: Sequence[str]) -> int:
     known = parser.parse_args(arguments)
 
     def do(reporter: JobReporter) -> None:
+        for flag, reason in _WITHOUT_EFFECT.items():
+            if getattr(known, flag, None):
+                reporter.warning(f"--{flag} has no effect: {reason}")
         text = work(known, reporter)
         print(text)
         target = getattr(known, "save_to", None)

@@ -281,7 +281,7 @@ def _draw(
     swap: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if num_swapped:
         blocks = list(model.double_blocks), list(model.single_blocks)
-        swap = BlockSwap(*blocks, num_swapped, make_mover(engine.device))
+        swap = BlockSwap(*blocks, num_swapped, make_mover(engine.device, reporter.warning))
     autoencoder = load_ae(options, engine, torch.device("cpu"))
     total = sum(picture.prompt.num_steps for picture in pictures)
     done = 0
