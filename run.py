@@ -348,8 +348,8 @@ def run_tests(environment: Environment, arguments: Sequence[str]) -> int:
     if arguments:
         return subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT, env=variables).returncode
     ensure_chromium()
-    # One process more than there are cores: browser tests wait a lot, and most others leave a second core idle.
-    num_workers = min(5, (os.cpu_count() or 1) + 1)
+    # As many processes as there are cores: most tests are small and leave a second core idle otherwise.
+    num_workers = max(1, min(4, os.cpu_count() or 1))
     variables["OMP_NUM_THREADS"] = "1"
     checks: Mapping[str, list[str]] = {
         "ruff format": [python, "-m", "ruff", "format", "--check", "."],

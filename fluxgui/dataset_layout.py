@@ -20,6 +20,8 @@ from fluxgui.pictures import CAPTION_SUFFIX, IMAGE_SUFFIXES, MAX_FILES
 from fluxgui.train_tab import IN_ORDER as CHECK_IN_ORDER
 from fluxgui.train_tab import TrainTab
 
+EACH: Final[dict[str, Any]] = {"trigger_mode": "multiple"}
+"""Where a second event that comes before the first one's answer counts too: a caption or a tick would be lost."""
 IN_ORDER: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_id": "dataset", "concurrency_limit": 1}
 """One change after the other: a caption that is left is saved before what the next click does."""
 
@@ -241,8 +243,8 @@ def _connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
         None, [parts["list"]], None, js=DATASET_IN_ADDRESS
     )
     when(parts["grid"].click, open_picture).then(None, None, None, js=KEYS)
-    when(parts["grid"].select, select_one)
-    when(parts["grid"].edit, tab.edit_in_grid)
+    when(parts["grid"].select, select_one, **EACH)
+    when(parts["grid"].edit, tab.edit_in_grid, **EACH)
 
     def remove_found(data: Data, event: gr.EventData) -> Updates:
         return tab.delete(data, [str(event.name)])
@@ -254,14 +256,14 @@ def _connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
         lambda: tab.check_is_over(say("dataset.check_stopped")), None, tab.outputs, cancels=[checking], queue=False
     )
     when(parts["doctor"].click, open_picture).then(None, None, None, js=KEYS)
-    when(parts["doctor"].delete, remove_found)
-    when(parts["doctor"].edit, tab.edit_found)
+    when(parts["doctor"].delete, remove_found, **EACH)
+    when(parts["doctor"].edit, tab.edit_found, **EACH)
     when(parts["tags"].click, by_tag)
     when(parts["search"].change, filtered, trigger_mode="always_last")
     when(parts["only_missing"].input, filtered)
     when(parts["page_back"].click, turn_page(-1))
     when(parts["page_on"].click, turn_page(1))
-    when(parts["caption"].blur, tab.save_large)
+    when(parts["caption"].blur, tab.save_large, **EACH)
     when(buttons["save"].click, tab.save_large)
     when(parts["previous"].click, lambda data: tab.turn(data, -1))
     when(parts["next"].click, lambda data: tab.turn(data, 1))

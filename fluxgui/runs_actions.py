@@ -221,7 +221,7 @@ def _connect_notes(tab: RunsTab) -> None:
         # The browser has them already: they are not sent back into what is being typed.
         return {**shown, "notes": hashlib.sha256(repr(kept).encode()).hexdigest()}
 
-    notes.blur(keep, [tab.inputs[0], notes, tab.inputs[1]], [tab.inputs[1]], **QUIETLY)
+    notes.blur(keep, [tab.inputs[0], notes, tab.inputs[1]], [tab.inputs[1]], trigger_mode="multiple", **QUIETLY)
 
 
 def _connect_duplicate(layout: RunsLayout, train: TrainTab, pages: gr.Tabs) -> None:

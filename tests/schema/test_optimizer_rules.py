@@ -167,4 +167,4 @@ def test_the_estimate_knows_how_much_each_optimizer_keeps() -> None:
     sizes = {name: OPTIMIZERS[name].num_moments for name in ("AdamW", "Lion", "Lion8bit", "Prodigy")}
     assert sizes == {"AdamW": 2, "Lion": 1, "Lion8bit": 1, "Prodigy": 4}
     assert optimizer_state_bytes(25_600, is_8bit=True, num_moments=1) == 25_600 + 4 * 100
-    assert optimizer_state_bytes(25_600, is_8bit=False, num_moments=4) == 16 * 25_600
+    assert optimizer_state_bytes(25_600, is_8bit=False, num_moments=4) == 16 * 25_600 + 4  # and the step count
