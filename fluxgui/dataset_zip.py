@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Final
@@ -17,6 +19,17 @@ ZIP_SUFFIX: Final = ".zip"
 MAX_ENTRY_BYTES: Final = 256 * 1024 * 1024
 MAX_TOTAL_BYTES: Final = 4 * 1024**3
 _UNSAFE_IN_NAME: Final = "/\\:\0"
+_UNREADABLE: Final = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    NotImplementedError,  # a compression that Python does not have
+    RuntimeError,  # a password
+    EOFError,
+    OSError,
+)
+"""What reading a zip file raises when it is damaged, locked or of an unknown kind."""
 
 
 def write_zip(dataset: Dataset, target: Path) -> int:
@@ -83,7 +96,7 @@ def _unpack(file: Path, target: Path) -> tuple[list[list[Path]], list[str]]:
                 left -= num_bytes
                 num_files += 1
                 found.setdefault(path.parent, []).append(folder / name)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    except _UNREADABLE as error:
         refused.append(f"{file.name}: {say('dataset.bad_zip', reason=error)}")
     return list(found.values()), refused
 

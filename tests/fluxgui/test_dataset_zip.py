@@ -73,3 +73,23 @@ def test_a_broken_zip_file_is_named(cats: Dataset, tmp_path: Path) -> None:
     added = add_files(cats, [tmp_path / "broken.zip"])
     assert added.images == ()
     assert "broken.zip" in added.refused[0]
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_a_zip_file_that_is_damaged_anywhere_is_named(cats: Dataset, tmp_path: Path, method: int) -> None:
+    path = tmp_path / "damaged.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("a.png", png(7))
+    whole = path.read_bytes()
+    named = 0
+    for at in range(whole.index(b"a.png") + 5, whole.rindex(b"PK\x01\x02"), 7):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        added = add_files(cats, [path])
+        # What comes after the data's end may be wrong without harm: then the picture is there, byte for byte.
+        assert [image.read_bytes() for image in cats.path.glob("*.png")] == [png(7)] * len(added.images)
+        assert len(added.images) + len(added.refused) == 1
+        assert all("damaged.zip" in line for line in added.refused)
+        named += len(added.refused)
+        for image in cats.path.glob("*.png"):
+            image.unlink()
+    assert named > 3
