@@ -56,7 +56,8 @@ def test_a_run_is_stopped_resumed_and_completed(app: App, page: Page, tiny_model
 
     shorten(run, done + 5)
     page.locator("#run-resume").click()
-    expect(chip(page)).to_have_text("starting")
+    # "starting" may be over before the browser looks again: only that the page leaves "stopped" at once is certain.
+    expect(chip(page)).not_to_have_text("stopped")
     expect(page.locator("#run-resume")).to_be_hidden()
     expect(chip(page)).to_have_text("completed", timeout=WAIT_MS)
     assert steps_drawn(app, run) == list(range(1, done + 6)), "no gap, no double"
