@@ -7,7 +7,8 @@ import pytest
 
 from tests.data.specs import DATASET, SUBSET, picture
 from trainer.data.batches import epoch_batches, share_of_rank
-from trainer.data.index import DatasetIndex, index_dataset
+from trainer.data.index import index_dataset
+from trainer.data.items import DatasetIndex
 from trainer.schema.dataset_keys import DatasetConfig
 
 

@@ -25,7 +25,8 @@ from trainer.data.cache import (
     text_requests,
 )
 from trainer.data.cache_files import CACHE_FOLDER, Entry, read_entry
-from trainer.data.index import DatasetIndex, index_dataset
+from trainer.data.index import index_dataset
+from trainer.data.items import DatasetIndex
 from trainer.schema.base import UserError
 from trainer.schema.dataset_keys import SubsetSpec
 

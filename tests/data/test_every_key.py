@@ -14,7 +14,8 @@ from PIL import Image
 from tests.data.specs import picture
 from trainer.data.batches import epoch_batches
 from trainer.data.captions import CaptionCourse
-from trainer.data.index import DatasetIndex, index_dataset
+from trainer.data.index import index_dataset
+from trainer.data.items import DatasetIndex
 from trainer.schema.cli import parse_command_line
 from trainer.schema.dataset_advice import dataset_advice
 from trainer.schema.dataset_file import read_dataset_config

@@ -9,7 +9,8 @@ from PIL import Image
 
 from tests.data.specs import DATASET, SUBSET, one_dataset, picture
 from trainer.data.decoding import EXIF_ORIENTATION
-from trainer.data.index import DatasetIndex, index_dataset
+from trainer.data.index import index_dataset
+from trainer.data.items import DatasetIndex
 from trainer.schema.base import UserError
 from trainer.schema.dataset_keys import DatasetConfig, SubsetSpec
 

@@ -11,7 +11,8 @@ from PIL import Image
 from tests.data.specs import DATASET, SUBSET, one_dataset, picture
 from trainer.data.batches import epoch_batches
 from trainer.data.cache import mask_key, mask_requests
-from trainer.data.index import DatasetIndex, index_dataset
+from trainer.data.index import index_dataset
+from trainer.data.items import DatasetIndex
 from trainer.data.masks import Mask, has_shape_of, read_mask, to_latent_size
 from trainer.schema.base import UserError
 from trainer.schema.dataset_keys import DatasetSpec, SubsetSpec

@@ -9,7 +9,8 @@ import pytest
 from tests.data.specs import SUBSET, one_dataset, picture
 from trainer.data.batches import epoch_batches
 from trainer.data.captions import CaptionCourse
-from trainer.data.index import DatasetIndex, index_dataset
+from trainer.data.index import index_dataset
+from trainer.data.items import DatasetIndex
 from trainer.data.texts import run_texts
 from trainer.schema.dataset_keys import SubsetSpec
 

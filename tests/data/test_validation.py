@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.specs import DATASET, SUBSET, one_dataset, picture
-from trainer.data.index import DatasetIndex, index_dataset
+from trainer.data.index import index_dataset
+from trainer.data.items import DatasetIndex
 from trainer.data.validation import validation_batches, validation_caption
 from trainer.schema.base import UserError
 from trainer.schema.dataset_keys import DatasetConfig, SubsetSpec

@@ -10,43 +10,15 @@ from pathlib import Path
 import pytest
 import tomlkit
 
+from tests.data.specs import SUBSET
 from trainer.schema.base import Problem, UserError
 from trainer.schema.cli import parse_command_line, validate_options
 from trainer.schema.dataset_file import dataset_config, dataset_to_toml, read_dataset_config
-from trainer.schema.dataset_keys import CustomAttributes, DatasetConfig, DatasetSpec, SubsetSpec
+from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec
 from trainer.schema.option_files import options_to_toml, read_config_file
 from trainer.schema.options import Options
 
-REFERENCE_DEFAULTS = SubsetSpec(
-    image_dir=Path("cats"),
-    metadata_file=None,
-    conditioning_data_dir=None,
-    num_repeats=1,
-    caption_extension=".caption",
-    class_tokens=None,
-    cache_info=False,
-    is_reg=False,
-    shuffle_caption=False,
-    keep_tokens=0,
-    keep_tokens_separator="",
-    caption_separator=",",
-    secondary_separator=None,
-    enable_wildcard=False,
-    caption_prefix=None,
-    caption_suffix=None,
-    caption_dropout_rate=0.0,
-    caption_dropout_every_n_epochs=0,
-    caption_tag_dropout_rate=0.0,
-    token_warmup_min=1,
-    token_warmup_step=0.0,
-    color_aug=False,
-    flip_aug=False,
-    random_crop=False,
-    face_crop_aug_range=None,
-    alpha_mask=False,
-    custom_attributes=CustomAttributes(),
-    resize_interpolation=None,
-)
+REFERENCE_DEFAULTS = replace(SUBSET, image_dir=Path("cats"), caption_extension=".caption")
 
 
 def options(text: str = "") -> Options:

@@ -19,8 +19,9 @@ from trainer.schema.lora_spec import LoraSpec
 from trainer.train.conditioning import TextInputs
 from trainer.train.engine import Engine
 from trainer.train.flow import sample_losses
+from trainer.train.network_setup import network_off
 from trainer.train.objective import FlowBatch, FlowObjective
-from trainer.train.recipe import flow_objective, network_off
+from trainer.train.planned_batches import flow_objective
 
 BATCH = 3
 

@@ -15,7 +15,8 @@ from tests.data.specs import DATASET, SUBSET, one_dataset, picture
 from tests.offload.poison_mover import PoisonMover
 from tests.tiny import TinyModels
 from trainer.data.batches import BatchPlan
-from trainer.data.index import Item, index_dataset
+from trainer.data.index import index_dataset
+from trainer.data.items import Item
 from trainer.data.validation import validation_batches
 from trainer.lora.network import LoraNetwork
 from trainer.model.flux import Flux

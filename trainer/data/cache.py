@@ -21,7 +21,7 @@ from torch import Tensor
 from trainer.data.buckets import centre_crop
 from trainer.data.cache_files import KEY_DIGITS, Entry, entry_path, mark_used, read_entry, write_entry
 from trainer.data.images import Picture, map_ahead, read_pixels
-from trainer.data.index import DatasetIndex, Progress
+from trainer.data.items import DatasetIndex, Progress
 from trainer.data.masks import Mask, read_mask
 from trainer.schema.base import Problem, UserError
 from trainer.schema.options_data import CHANGES_PIXELS

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trainer.data.decoding import ImageFacts
+from trainer.data.items import Item
 from trainer.data.listing import names
 from trainer.schema.dataset_keys import DatasetSpec
-
-if TYPE_CHECKING:
-    from trainer.data.index import Item
 
 _MUCH_OF_A_PICTURE = 0.5
 

@@ -20,7 +20,7 @@ import numpy as np
 from trainer.data.cache import CacheRequest, TensorCache
 from trainer.data.cache_files import Entry, seal, write_whole
 from trainer.data.images import map_ahead
-from trainer.data.index import Progress
+from trainer.data.items import Progress
 from trainer.data.reference_files import Array, ReferenceFile
 
 T = TypeVar("T")

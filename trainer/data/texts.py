@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainer.data.batches import epoch_batches
 from trainer.data.captions import CaptionCourse, caption_texts, warmup_steps
-from trainer.data.index import DatasetIndex
+from trainer.data.items import DatasetIndex
 
 
 def run_texts(index: DatasetIndex, course: CaptionCourse, seed: int) -> dict[str, Path]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from trainer.data.batches import BatchPlan, PlannedItem
 from trainer.data.buckets import Size, centre_crop
 from trainer.data.captions import caption_variant
-from trainer.data.index import Item
+from trainer.data.items import Item
 
 
 def validation_caption(item: Item) -> str:

@@ -10,14 +10,10 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from trainer.data.items import Item
 from trainer.schema.base import UserError
 from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec
-
-if TYPE_CHECKING:
-    # The index calls this module when it knows the items.
-    from trainer.data.index import Item
 
 USUAL_SEED = 0
 """Decides where no `validation_seed` is given; not the run's seed, so that runs can be compared."""

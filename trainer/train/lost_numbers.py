@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from trainer.lora.lycoris import AnyNetwork
 from trainer.schema.base import UserError
 from trainer.schema.options import Options
+from trainer.train.checkpoint import checkpoint_name
+from trainer.train.engine import Engine
 from trainer.train.loop import NumbersLost
 from trainer.train.objective import FlowBatch
+from trainer.train.planned_batches import PlannedBatch
 from trainer.train.recording import write_recording
+from trainer.train.saver import LoraSaver, output_dir
+
+REPLAY_FOLDER = "replay"
+
+
+def after_lost_numbers(
+    lost: NumbersLost, network: AnyNetwork, options: Options, save: LoraSaver, engine: Engine
+) -> UserError:
+    """Keeps what can be used: the batch as a replay file, and the LoRA as it was. Gives the error that ends the run."""
+    if not isinstance(lost.micro_batch, PlannedBatch):
+        raise AssertionError("this recipe trains on planned batches alone")
+    planned = lost.micro_batch
+    rank = f"-rank{engine.rank}" if engine.num_processes > 1 else ""
+    base = options.run_dir if options.run_dir is not None else output_dir(options)
+    saved: Path | None = None
+    if lost.position.step > 0 and engine.is_main:
+        # A disk that refuses it must not hide why the run ends.
+        with contextlib.suppress(UserError):
+            save(lost.position, "step")
+            saved = output_dir(options) / checkpoint_name(options.output_name, "step", lost.position.step)
+    with torch.no_grad():
+        batch = planned.draw(lost.generator)
+    return explain_lost_numbers(
+        lost,
+        batch,
+        [str(item.picture.path) for item in planned.plan.items],
+        network.training_state(),
+        options,
+        path=base / REPLAY_FOLDER / f"step{lost.position.step + 1:08d}{rank}.safetensors",
+        saved=saved,
+    )
 
 
 def explain_lost_numbers(

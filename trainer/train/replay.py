@@ -31,18 +31,18 @@ from trainer.train.conditioning import VISIBLE_PADDING, TextInputs, show_padding
 from trainer.train.engine import Engine
 from trainer.train.learning_rate import learning_rate_schedule
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, TrainingLoop
-from trainer.train.objective import Comparison, FlowBatch, FlowObjective
-from trainer.train.optim import create_optimizer
-from trainer.train.recipe import (
-    SEED_BITS,
+from trainer.train.network_setup import (
     attach_network,
     block_swap,
-    flow_objective,
     hold_norms,
     load_model,
     text_encoder_rates,
     unet_rate,
 )
+from trainer.train.objective import Comparison, FlowBatch, FlowObjective
+from trainer.train.optim import create_optimizer
+from trainer.train.planned_batches import flow_objective
+from trainer.train.recipe import SEED_BITS
 from trainer.train.recording import Recording, read_recording
 from trainer.train.replay_options import replay_advice
 from trainer.train.reporting import Reporter, StopRequested

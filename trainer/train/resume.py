@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from trainer.data.index import DatasetIndex
+from trainer.data.items import DatasetIndex
 from trainer.schema.base import Problem, UserError
 from trainer.schema.options import GROUPS, Options
 from trainer.schema.run_folder import RunFolder

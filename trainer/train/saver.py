@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from trainer.lora.form_reader import Origin
 from trainer.lora.form_writer import BaseLayers
 from trainer.lora.forms import from_published
 from trainer.lora.lycoris import AnyNetwork
+from trainer.schema.folders import data_home
 from trainer.schema.options import Options
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name, remove_superseded, save_dtype, save_lora
 from trainer.train.file_hashes import FileHashes
@@ -21,6 +24,7 @@ from trainer.train.loop import StepPosition
 from trainer.train.metadata import lora_metadata
 from trainer.train.metadata_facts import TrainingFacts
 from trainer.train.reporting import Reporter
+from trainer.train.rescue import save_or_rescue
 from trainer.train.training_facts import with_hashes
 
 
@@ -100,3 +104,20 @@ class LoraSaver:
             warn=self.reporter.warning,
             spare=() if is_epoch else self.requested,
         )
+
+
+def output_dir(options: Options) -> Path:
+    if options.output_dir is None:
+        raise AssertionError("the checks demand an output folder")
+    return options.output_dir
+
+
+def save_for_good(save: LoraSaver, position: StepPosition, kind: CheckpointKind) -> None:
+    """The last save of a run: what the output folder refuses is kept in the data folder, or the temporary one."""
+    moment = time.strftime("%Y%m%d-%H%M%S")
+    elsewhere = (data_home(), Path(tempfile.gettempdir()) / "fluxgui")
+    save_or_rescue(
+        lambda folder: dataclasses.replace(save, folder=folder)(position, kind),
+        save.folder,
+        [place / "rescued" / moment for place in elsewhere],
+    )

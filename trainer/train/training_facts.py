@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from trainer.data.index import DatasetSummary, SubsetSummary
+from trainer.data.items import DatasetSummary, SubsetSummary
 from trainer.schema.options import Options
 from trainer.schema.storage import stored_as
 from trainer.schema.swap_counts import chosen_swap

@@ -1,0 +1,167 @@
+"""The transformer, the network around its layers and the swap of its blocks, as the options want them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trainer.lora.form_reader import Origin
+from trainer.lora.forms import to_published
+from trainer.lora.lora_file import read_lora_file
+from trainer.lora.lycoris import AnyNetwork, LycorisNetwork
+from trainer.lora.network import LoraNetwork
+from trainer.lora.targets import settings_without_layers
+from trainer.model.storage_cache import StorageCache
+from trainer.model.transformer import Transformer, load_transformer
+from trainer.offload.block_swap import BlockSwap, swapped_prefixes
+from trainer.offload.mover import make_mover
+from trainer.schema.chroma_header import TransformerParams
+from trainer.schema.lora_spec import LoraSpec
+from trainer.schema.options import Options
+from trainer.schema.storage import stored_as
+from trainer.schema.swap_counts import chosen_swap
+from trainer.train.base_weights import base_weights_change, base_weights_identity
+from trainer.train.engine import Engine
+from trainer.train.reporting import Reporter
+
+
+def load_model(options: Options, flux: TransformerParams, engine: Engine, tell: Callable[[str], None]) -> Transformer:
+    """The transformer on the device, except what will be swapped, which never stays there. `tell` gets notes."""
+    if options.pretrained_model_name_or_path is None:
+        raise AssertionError("the checks demand the model")
+    storage = stored_as(options)
+    on_host = swapped_prefixes(flux, chosen_swap(options.blocks_to_swap))
+    cache = options.base_storage_cache
+    model = load_transformer(
+        options.pretrained_model_name_or_path,
+        options.model_type,
+        engine.dtype,
+        engine.device,
+        device_of=lambda name: "cpu" if name.startswith(on_host) else engine.device,
+        storage=None if storage == "compute" else storage,
+        change_of=None if storage == "compute" else base_weights_change(options, "unet"),
+        cache=None if cache is None else StorageCache(cache, base_weights_identity(options, ["unet"]), tell),
+    )
+    model.enable_gradient_checkpointing(options.gradient_checkpointing)
+    return model
+
+
+def attach_network(
+    options: Options,
+    spec: LoraSpec,
+    model: Transformer,
+    engine: Engine,
+    reporter: Reporter,
+    seed: int,
+    *,
+    clip: nn.Module | None = None,
+    t5: nn.Module | None = None,
+) -> tuple[AnyNetwork, Origin | None]:
+    """The network around the transformer's layers, and those of the text encoders that are given, on the device; and how
+    the file was written that it starts from."""
+    network: AnyNetwork
+    for line in settings_without_layers(model, spec, clip, t5):
+        reporter.warning(line)
+    if spec.kind == "lycoris":
+        if engine.dtype is torch.float16:
+            reporter.warning("lycoris.kohya does not keep fp16's range; if a loss is no number, use bf16")
+        network = LycorisNetwork.attach(model, clip, spec, seed)
+        if network.lacks_ups:
+            reporter.warning("the LoRA+ ratios have no effect: this algorithm has no ups to learn faster")
+    else:
+        flux = None if options.network_train_text_encoder_only else model
+        network = LoraNetwork.attach(flux, clip, spec, torch.Generator().manual_seed(seed), t5)
+    network.to(engine.device)
+    origin = None
+    if options.network_weights is not None:
+        origin = _load_weights(network, options.network_weights, reporter)
+    return network, origin
+
+
+def _load_weights(network: AnyNetwork, path: Path, reporter: Reporter) -> Origin | None:
+    state, metadata = read_lora_file(path)
+    published = to_published(state, metadata, where=str(path))
+    origin = published.origin
+    report = network.load_published(published.state, where=str(path), metadata=published.metadata)
+    reporter.note(f"starting from {path}" if origin is None else f"starting from {path}, a file in {origin.form} form")
+    if report.num_corrected:
+        reporter.note(
+            f"{report.num_corrected} layers of it were trained with split_qkv and saved with an alpha that is too small; "
+            "they are used at the strength they were trained with"
+        )
+    for names, what in (
+        (report.missing, "layers are not in the file and start anew"),
+        (report.unexpected, "layers of the file are not trained here and are left out"),
+    ):
+        if names:
+            reporter.warning(f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+    return origin
+
+
+def describe_network(network: AnyNetwork, spec: LoraSpec) -> str:
+    """One line about what is trained."""
+    if spec.kind == "oft":
+        return f"OFT on {network.num_modules} layers, {spec.rank} blocks each, constraint {spec.alpha:g}"
+    if spec.kind == "lycoris":
+        return f"LyCORIS ({spec.lycoris.get('algo', 'lora')}) on {network.num_modules} layers"
+    kinds = [
+        name
+        for name, is_on in (
+            ("DoRA", spec.dora),
+            ("rsLoRA", spec.rslora),
+            ("PiSSA", spec.pissa),
+            ("split qkv", spec.split_qkv),
+            ("GGPO", spec.ggpo_sigma is not None),
+        )
+        if is_on
+    ]
+    more = f", {', '.join(kinds)}" if kinds else ""
+    if spec.file_ranks is not None:
+        return f"LoRA on {network.num_modules} layers, ranks and alphas of the file{more}"
+    return f"LoRA on {network.num_modules} layers, rank {spec.rank}, alpha {spec.alpha}{more}"
+
+
+def hold_norms(network: AnyNetwork, limit: float | None) -> Mapping[str, float]:
+    """`scale_weight_norms` after a step, and what is logged of it under the reference's names."""
+    if limit is None:
+        return {}
+    report = network.hold_norms(limit)
+    return {
+        "max_norm/keys_scaled": report.num_scaled,
+        "norm/avg_key_norm": report.mean,
+        "max_norm/max_key_norm": report.largest,
+    }
+
+
+@contextlib.contextmanager
+def network_off(network: AnyNetwork) -> Generator[None, None, None]:
+    """The base model alone, while entered."""
+    network.set_multiplier(0.0)
+    try:
+        yield
+    finally:
+        network.set_multiplier(1.0)
+
+
+def block_swap(options: Options, model: Transformer, engine: Engine, reporter: Reporter) -> BlockSwap:
+    """The swap, not attached yet; of no blocks it does nothing until it is changed."""
+    wanted = chosen_swap(options.blocks_to_swap)
+    if wanted:
+        reporter.note(f"swapping {wanted} blocks between main memory and {engine.device.type}")
+    return BlockSwap(
+        list(model.double_blocks), list(model.single_blocks), wanted, make_mover(engine.device, reporter.warning)
+    )
+
+
+def unet_rate(options: Options) -> float:
+    return options.learning_rate if options.unet_lr is None else options.unet_lr
+
+
+def text_encoder_rates(options: Options) -> tuple[float, float]:
+    """The rates of CLIP-L and T5: one number is for both."""
+    rates = options.text_encoder_lr or (options.learning_rate,)
+    return rates[0], rates[-1]
