@@ -22,7 +22,8 @@ from trainer.schema.cli import parse_command_line
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun, check_run
-from trainer.train.loop import Progress, StepPosition
+from trainer.train.loop import StepPosition
+from trainer.train.progress import Progress
 from trainer.train.recipe import train
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.resume import describe_options, differences

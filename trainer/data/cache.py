@@ -18,11 +18,13 @@ from typing import Generic, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from trainer.data.ahead import map_ahead
 from trainer.data.buckets import centre_crop
 from trainer.data.cache_files import KEY_DIGITS, Entry, entry_path, mark_used, read_entry, write_entry
-from trainer.data.images import Picture, map_ahead, read_pixels
+from trainer.data.images import read_pixels
 from trainer.data.items import DatasetIndex, Progress
-from trainer.data.masks import Mask, read_mask
+from trainer.data.masks import read_mask
+from trainer.data.pictures import Mask, Picture
 from trainer.schema.base import Problem, UserError
 from trainer.schema.options_data import CHANGES_PIXELS
 

@@ -10,17 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
 
+from trainer.data.ahead import map_ahead
 from trainer.data.augment import face_of
 from trainer.data.bucket_choice import bucket_fitter, limit_problems
 from trainer.data.buckets import Size
 from trainer.data.caption_files import Caption, caption_warnings, missing_captions, read_captions
 from trainer.data.captions import tag_frequency
 from trainer.data.decoding import DECODE_ERRORS, ImageFacts, UnfitPicture, check_image, decode_failure, load_red
-from trainer.data.images import map_ahead
 from trainer.data.items import DatasetIndex, DatasetSummary, Item, MaskFile, Progress, SubsetSummary
 from trainer.data.listing import Found, all_masks, find_pictures
-from trainer.data.masks import has_shape_of
 from trainer.data.picture_notes import picture_notes
+from trainer.data.pictures import has_shape_of
 from trainer.data.validation_split import split_validation
 from trainer.schema.base import Problem, UserError
 from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec

@@ -13,9 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trainer.data.ahead import map_ahead
 from trainer.data.batches import BatchPlan
 from trainer.data.cache import Encode, TensorCache, latent_key, latent_requests
-from trainer.data.images import map_ahead, read_pixels
+from trainer.data.images import read_pixels
 from trainer.data.reference_files import LATENTS_ENDING, latent_files
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.weights import load_autoencoder
