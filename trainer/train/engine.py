@@ -71,6 +71,11 @@ class Engine:
             reduce_mean=reduce_mean,
         )
 
+    def end(self) -> None:
+        """Leaves the group of processes. Without it, its threads can be alive at exit, which aborts the process."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
     @property
     def is_main(self) -> bool:
         return self.rank == 0

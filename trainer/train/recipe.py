@@ -80,8 +80,14 @@ def train(command: ParsedCommand, reporter: Reporter) -> None:
     check_storage(stored_as(checked.options), engine.device)
     checked = resolve_auto_swap(checked, engine, reporter)
     warn_of_memory(checked, engine.total_bytes(), reporter)
-    with _turn_on_device(options, engine, reporter):
-        _train_checked(checked, engine, reporter)
+    try:
+        with _turn_on_device(options, engine, reporter):
+            _train_checked(checked, engine, reporter)
+    except StopRequested:
+        engine.end()
+        raise
+    # Not after a failure: the others may wait in a collective that never comes, and only the launcher ends those.
+    engine.end()
 
 
 def _turn_on_device(options: Options, engine: Engine, reporter: Reporter) -> AbstractContextManager[object]:
