@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 from playwright.sync_api import Locator, Page, expect
 
 from tests.tools.tiny_captioners import make_tiny_florence
-from tests.web.page_process import App, wait_until
+from tests.web.page_process import App, visit, wait_until
+from tests.web.screenshots import shoot
 
 pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -38,7 +39,7 @@ def captions(folder: Path) -> dict[str, str]:
 
 
 def open_dataset(page: Page, app: App) -> None:
-    page.goto(f"{app.url}?tab=dataset&dataset=my-cat")
+    visit(page, app, "?tab=dataset&dataset=my-cat")
     expect(page.locator(".picture-card").first).to_be_visible()
 
 
@@ -50,7 +51,7 @@ def in_place(page: Page, name: str) -> Locator:
     return page.locator(f'.picture-card[data-name="{name}"] textarea')
 
 
-def test_captions_are_edited_replaced_and_undone_and_the_files_agree(app: App, page: Page) -> None:
+def test_captions_are_edited_replaced_and_undone_and_the_files_agree(app: App, page: Page, tmp_path: Path) -> None:
     folder = make_dataset(app)
     before = captions(folder)
     open_dataset(page, app)
@@ -92,9 +93,11 @@ def test_captions_are_edited_replaced_and_undone_and_the_files_agree(app: App, p
     assert captions(folder) == {name: text.replace("red cat", "zwx dog") for name, text in edited.items()}
     expect(in_place(page, "05.png")).to_have_value("a zwx dog, sofa")
 
+    shoot(page, "story-14-captions", tmp_path)
+
     # Undo, one change after the other, back to the first; it is still there after a reload.
     expect(page.locator("#dataset-undo")).to_contain_text('replace "red cat"')
-    page.reload()
+    visit(page)
     expect(page.locator(".picture-card")).to_have_count(24)
     page.locator("#dataset-undo").click()
     expect(in_place(page, "05.png")).to_have_value("a red cat, sofa")
@@ -136,7 +139,7 @@ def test_pictures_are_dropped_into_a_new_dataset(app: App, page: Page, tmp_path:
         draw(tmp_path / f"cat {number}.png", number)
     (tmp_path / "cat 0.txt").write_text("a cat", encoding="utf-8")
     (tmp_path / "bad.png").write_bytes((tmp_path / "cat 0.png").read_bytes()[:90])
-    page.goto(f"{app.url}?tab=dataset")
+    visit(page, app, "?tab=dataset")
     text_box(page, "dataset-new-name").fill("My cats")
     page.locator("#dataset-create").click()
     expect(page.locator("#dataset-said")).to_contain_text("My_cats is ready")
@@ -173,7 +176,7 @@ def test_a_broken_picture_and_a_missing_caption_are_named_and_fixed_on_the_spot(
     (folder / "2.txt").unlink()
     broken = (folder / "3.png").read_bytes()
     (folder / "3.png").write_bytes(broken[: len(broken) // 2])
-    page.goto(app.url)
+    visit(page, app)
     expect(text_box(page, "field-resolution")).not_to_have_value("")
     text_box(page, "field-image_dir").fill(str(folder))
     expect(page.locator("#pictures .bad")).to_contain_text("3.png")
@@ -185,6 +188,7 @@ def test_a_broken_picture_and_a_missing_caption_are_named_and_fixed_on_the_spot(
     expect(missing).to_contain_text("2.png")
     expect(page.locator('#doctor-report [data-kind="corrupt"]')).to_contain_text("3.png")
     expect(page.locator("#doctor-buckets")).to_contain_text("576 x 448")
+    shoot(page, "story-03-doctor", tmp_path)
     caption = missing.locator("textarea")
     caption.fill("a cat on a wall")
     page.locator('#doctor-report button[data-remove="3.png"]').click()
@@ -212,7 +216,7 @@ def test_captions_are_written_by_a_worker_and_undone(app: App, page: Page, tmp_p
     for number in range(3):
         draw(folder / f"{number}.png", 9 * number)
     model = make_tiny_florence(tmp_path / "model")
-    page.goto(f"{app.url}?tab=dataset&dataset=cats")
+    visit(page, app, "?tab=dataset&dataset=cats")
     page.get_by_text("Automatic captions", exact=True).click()
     text_box(page, "caption-model").fill(str(tmp_path / "nothing"))
     page.locator("#caption-start").click()
