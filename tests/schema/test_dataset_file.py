@@ -203,6 +203,12 @@ def test_a_json_file_is_read_the_same(tmp_path: Path) -> None:
         ),
         (one_subset("face_crop_aug_range = 3"), "face_crop_aug_range is 3; it must be two numbers such as 2,4", None),
         (one_subset("custom_attributes = 1"), "custom_attributes is 1; it must be a table", None),
+        (one_subset("picture_repeats = 2"), "picture_repeats is 2; it must be a table", None),
+        (
+            one_subset('picture_repeats = {"a.png" = 0}'),
+            "picture_repeats is {'a.png': 0}; it must be a whole number, 1 or more, for each picture",
+            None,
+        ),
         (
             one_subset("custom_attributes = {diff_output_preservation = 1}"),
             "custom_attributes is {'diff_output_preservation': 1}; it must say true or false",

@@ -222,11 +222,61 @@ def test_captions_are_written_by_a_worker_and_undone(app: App, page: Page, tmp_p
     page.locator("#caption-start").click()
     expect(page.locator("#caption-status .bad")).to_contain_text("cannot be loaded")
     text_box(page, "caption-model").fill(str(model))
+    page.locator("#caption-selected input").check()
     page.locator("#caption-start").click()
-    expect(page.locator("#caption-status .good")).to_contain_text("3 captions written")
+    expect(page.get_by_text("no picture is selected").first).to_be_visible()
+    for name in ("0.png", "1.png"):
+        page.locator(f'input[data-pick="{name}"]').check()
+    expect(page.locator("#bulk-target")).to_contain_text("2 selected")
+    page.locator("#caption-start").click()
+    expect(page.locator("#caption-status .good")).to_contain_text("2 captions written")
     expect(in_place(page, "1.png")).not_to_have_value("")
-    assert sorted(captions(folder)) == ["0", "1", "2"]
+    assert sorted(captions(folder)) == ["0", "1"]
     expect(page.locator("#dataset-undo")).to_contain_text("automatic captions")
     page.locator("#dataset-undo").click()
     expect(in_place(page, "1.png")).to_have_value("")
     assert captions(folder) == {}
+
+
+def test_masks_and_repeats_are_set_shown_and_go_into_training(app: App, page: Page, tmp_path: Path) -> None:
+    folder = app.home / "datasets" / "cats"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        draw(folder / f"{number}.png", 9 * number)
+    Image.new("L", (96, 64), 0).save(tmp_path / "1_mask.png")
+    Image.new("L", (96, 64), 0).save(tmp_path / "dog.png")
+    visit(page, app, "?tab=dataset&dataset=cats")
+    page.locator('input[data-pick="1.png"]').check()
+    expect(page.locator("#bulk-target")).to_contain_text("1 selected")
+    page.locator("#dataset-repeats").get_by_role("button", name="Repeats").first.click()
+    text_box(page, "repeats-times").fill("3")
+    page.locator("#repeats-set").click()
+    card = page.locator('.picture-card[data-name="1.png"]')
+    expect(card.locator(".often")).to_have_text("×3")
+    text_box(page, "repeats-folder").fill("4")
+    page.locator("#repeats-set-folder").click()
+    expect(page.locator("#dataset-said")).to_contain_text("repeated 4 times")
+
+    page.locator("#dataset-masks").get_by_role("button", name="Masks").first.click()
+    expect(page.locator("#masks-state")).to_contain_text("No masks.")
+    page.locator("#masks-drop input[type=file]").set_input_files([tmp_path / "1_mask.png", tmp_path / "dog.png"])
+    expect(page.locator("#dataset-said")).to_contain_text("dog.png: there is no picture of this name")
+    expect(page.locator("#masks-state")).to_contain_text("1 of 3 pictures")
+    mask = card.locator("img.mask")
+    mask.scroll_into_view_if_needed()
+    wait_until(lambda: bool(mask.evaluate("i => i.naturalWidth > 0")))
+    page.locator("#masks-white").click()
+    expect(page.locator("#masks-state")).to_contain_text("Each of the 3")
+    shoot(page, "masks-and-repeats", tmp_path)
+    page.locator('button[data-open="1.png"]').click()
+    expect(page.locator("#picture-mask")).to_be_visible()
+    over = page.locator("#picture-stage img.mask-over")
+    wait_until(lambda: bool(over.evaluate("i => i.naturalWidth > 0")))
+    page.locator("#picture-close").click()
+
+    page.locator("#dataset-use").click()
+    expect(text_box(page, "field-num_repeats")).to_have_value("4")
+    page.get_by_text("Files and command line", exact=True).click()
+    preview = page.locator("#preview-dataset textarea")
+    expect(preview).to_have_value(re.compile("conditioning_data_dir"))
+    expect(preview).to_have_value(re.compile(r'picture_repeats[^\n]*\s*"?1\.png"? = 3'))

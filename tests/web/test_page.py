@@ -129,7 +129,7 @@ def test_errors_stand_at_their_fields_in_plain_words(
     box(page, "pretrained_model_name_or_path").fill("/nowhere/flux.safetensors")
     expect(page.locator("#field-pretrained_model_name_or_path")).to_contain_text("does not exist")
     box(page, "t5xxl").fill(str(tiny_models.clip_l))
-    expect(page.locator("#field-t5xxl")).to_contain_text("this is a CLIP text encoder")
+    expect(page.locator("#field-t5xxl")).to_contain_text("This is a CLIP text encoder")
     box(page, "network_dim").fill("0")
     expect(page.locator("#field-network_dim")).to_contain_text("1024")
     box(page, "learning_rate").fill("fast")

@@ -179,6 +179,15 @@ def _only(found: Found, owners: dict[Path, int], place: int) -> Found:
     )
 
 
+def repeat_warnings(found: Iterable[Found]) -> Iterator[str]:
+    """Pictures that picture_repeats names and that are not there: a name that was mistyped has no effect otherwise."""
+    for subset in found:
+        there = {path.name for path in subset.paths}
+        gone = [name for name, _ in subset.spec.picture_repeats if name not in there]
+        if gone:
+            yield f"picture_repeats of {subset.spec.place} names pictures that are not there: {names(gone)}"
+
+
 def all_masks(found: Iterable[Found]) -> Iterator[Path]:
     """Every mask file, each once."""
     yield from dict.fromkeys(path for subset in found for path in subset.masks)
