@@ -37,12 +37,17 @@ def index_dataset(config: DatasetConfig, *, progress: Progress | None = None) ->
     problems: list[Problem] = []
     warnings: list[str] = []
     found: list[Found] = []
+    without_buckets: set[int] = set()
     for position, dataset in enumerate(config.datasets):
-        problems.extend(limit_problems(dataset))
+        wrong_limits = limit_problems(dataset)
+        if wrong_limits:
+            without_buckets.add(position)
+            problems.extend(wrong_limits)
         found.extend(find_pictures(position, dataset, problems, warnings))
     facts, masks = _check_files(found, problems, progress)
     captions = {subset: read_captions(subset, problems) for subset in found}
-    items = _make_items(config, found, facts, masks, captions, problems)
+    fitting = [subset for subset in found if subset.dataset not in without_buckets]
+    items = _make_items(config, fitting, facts, masks, captions, problems)
     if problems:
         raise UserError.many(problems, exit_code=3)
     split = split_validation(items, config)
