@@ -108,7 +108,8 @@ def build_page(watcher: RunWatcher, sampler: LoadSampler) -> gr.Blocks:
                 **train.fill(remembered or start_values()),
                 # The page was built when the program started; presets may have come since.
                 train.presets.own: gr.update(choices=choices("own")),
-                tabs: gr.update(selected=asked.get("tab") if asked.get("tab") in (*pages, RUNS) else TRAIN),
+                # Without a name the page stays where it is: somebody may have gone on before this answer came.
+                tabs: gr.update(selected=asked["tab"]) if asked.get("tab") in (*pages, RUNS) else gr.skip(),
                 welcome: gr.update(visible=first_visit),
             }
 

@@ -11,16 +11,26 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from trainer.schema.base import UserError
-from trainer.schema.cli import ParsedCommand, parse_command_line, read_command_line, read_values, write_config
+from trainer.schema.cli import (
+    ParsedCommand,
+    check_files,
+    parse_command_line,
+    read_command_line,
+    read_values,
+    write_config,
+)
 from trainer.schema.file_checks import needed_models
 from trainer.schema.folders import demo_dir
 from trainer.schema.job_folder import JobReporter, run_job
 from trainer.schema.option_files import read_config_file
 from trainer.schema.options import Options
 from trainer.schema.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from trainer.train.reporting import Reporter
 
 EXIT_DONE, EXIT_OPTIONS, EXIT_FIXABLE, EXIT_INTERRUPTED = 0, 2, 3, 130
 
@@ -88,11 +98,20 @@ def train_from_flags(arguments: Sequence[str]) -> int:
     reporter.install_signal_handlers()
 
     def work() -> None:
+        report_mistakes(parsed, reporter)
         from trainer.train.recipe import train  # noqa: PLC0415 - torch takes seconds to load
 
         train(parsed, reporter)
 
     return run_guarded(work, reporter)
+
+
+def report_mistakes(parsed: ParsedCommand, reporter: Reporter) -> None:
+    """Raises `UserError` for wrong options and missing files, with all else that is wrong, before torch loads."""
+    if parsed.problems or check_files(parsed.options):
+        from trainer.train.check import check_run  # noqa: PLC0415 - Pillow and numpy
+
+        check_run(parsed, reporter)
 
 
 def names_files(options: Options) -> bool:
@@ -102,7 +121,6 @@ def names_files(options: Options) -> bool:
 
 
 def train_run_folder(arguments: Sequence[str]) -> int:
-    from trainer.train.reporting import Reporter  # noqa: PLC0415
     from trainer.train.session import run_in_folder  # noqa: PLC0415
 
     parser = argparse.ArgumentParser(prog="python -m trainer run")
@@ -111,6 +129,7 @@ def train_run_folder(arguments: Sequence[str]) -> int:
 
     def work(run: RunFolder, reporter: Reporter) -> None:
         parsed = options_of_run(run)
+        report_mistakes(parsed, reporter)
         from trainer.train.recipe import train  # noqa: PLC0415 - torch takes seconds to load
 
         train(parsed, reporter)
@@ -198,7 +217,7 @@ def check(arguments: Sequence[str]) -> int:
     parsed = read_command_line(arguments)
     if parsed.problems and not names_files(parsed.options):
         parsed.without_problems()
-    from trainer.train.check import check_run  # noqa: PLC0415 - torch takes seconds to load
+    from trainer.train.check import check_run  # noqa: PLC0415 - Pillow and numpy
     from trainer.train.layer_notes import layer_notes  # noqa: PLC0415
     from trainer.train.plan import plan_text, tell_settings  # noqa: PLC0415
     from trainer.train.reporting import Reporter  # noqa: PLC0415

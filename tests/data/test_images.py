@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from tests.data.specs import picture
+from trainer.data.ahead import map_ahead
 from trainer.data.decoding import DECODE_ERRORS, EXIF_ORIENTATION, check_image, decode_failure, load_alpha, load_image
-from trainer.data.images import Picture, map_ahead, read_pixels
+from trainer.data.images import read_pixels
+from trainer.data.pictures import Picture
 from trainer.data.resizing import resize
 from trainer.schema.base import UserError
 

@@ -13,7 +13,8 @@ from trainer.data.batches import epoch_batches
 from trainer.data.cache import mask_key, mask_requests
 from trainer.data.index import index_dataset
 from trainer.data.items import DatasetIndex
-from trainer.data.masks import Mask, has_shape_of, read_mask, to_latent_size
+from trainer.data.masks import read_mask, to_latent_size
+from trainer.data.pictures import Mask, has_shape_of
 from trainer.schema.base import UserError
 from trainer.schema.dataset_keys import DatasetSpec, SubsetSpec
 

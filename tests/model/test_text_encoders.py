@@ -11,14 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from trainer.model.text_encoders import (
-    CLIP_MAX_TOKENS,
-    PromptTokenizer,
-    encode_clip,
-    encode_t5,
-    load_clip_tokenizer,
-    load_t5_tokenizer,
-)
+from trainer.model.prompt_tokenizers import PromptTokenizer, load_clip_tokenizer, load_t5_tokenizer
+from trainer.model.text_encoders import CLIP_MAX_TOKENS, encode_clip, encode_t5
 from trainer.model.weights import load_clip_l, load_t5xxl
 from trainer.schema.base import UserError
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer.model.text_encoders import encode_clip, encode_t5, load_clip_tokenizer, load_t5_tokenizer
+from trainer.model.prompt_tokenizers import load_clip_tokenizer, load_t5_tokenizer
+from trainer.model.text_encoders import encode_clip, encode_t5
 from trainer.model.weights import load_autoencoder, load_clip_l, load_flux, load_t5xxl
 
 FORWARD_LIMIT = 5e-6

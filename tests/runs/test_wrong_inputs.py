@@ -154,6 +154,11 @@ CASES: dict[str, tuple[Spoil, int, list[str]]] = {
         2,
         ["min_bucket_reso 512 is above max_bucket_reso 256"],
     ),
+    "bucket steps larger than the resolution": (
+        dataset(SUBSET.replace("64", "64\nenable_bucket = true\nbucket_reso_steps = 128\nmin_bucket_reso = 16")),
+        3,
+        ["resolution 64x64 is smaller than bucket_reso_steps 128", "Lower bucket_reso_steps"],
+    ),
     "bucket steps of 24": (option(bucket_reso_steps="24"), 2, ["must be a multiple of 16", "64 is usual."]),
     "more blocks than FLUX has": (option(blocks_to_swap="99"), 2, ["blocks_to_swap is 99; it must be 0 to"]),
     "more blocks than this model has": (option(blocks_to_swap="18"), 2, ["2 double and 4 single", "allowed is 4"]),

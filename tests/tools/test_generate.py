@@ -16,7 +16,7 @@ from trainer.lora.forms import converted
 from trainer.schema.job_folder import JobFolder
 from trainer.train.checkpoint import save_lora
 from trainer.train.generate import plan_pictures
-from trainer.train.sampling import SamplePrompt
+from trainer.train.sample_prompts import SamplePrompt
 
 SMALL = ("--width=64", "--height=64", "--steps=2", "--seed=5", "--mixed_precision=no", "--device=cpu")
 FLUX_LAYERS = ("lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_single_blocks_1_linear2")

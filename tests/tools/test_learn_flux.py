@@ -46,7 +46,8 @@ def loss(course: Course, model: Flux, teacher: Flux | None, lessons: Lessons) ->
 
 
 def test_at_guidance_one_the_truth_is_the_teachers_own_velocity(model: Flux, lessons: Lessons) -> None:
-    assert loss(small(GUIDED, 1.0, 1.0), model, model, lessons) < 1e-9
+    """Not exactly: the teacher reads both captions in one batch, which rounds otherwise than the model's single one."""
+    assert loss(small(GUIDED, 1.0, 1.0), model, model, lessons) < 1e-7
 
 
 def test_at_other_scales_the_truth_is_further_from_the_empty_captions_velocity(model: Flux, lessons: Lessons) -> None:

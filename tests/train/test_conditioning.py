@@ -9,7 +9,7 @@ import torch
 
 from tests.tiny import TinyModels
 from trainer.model.packing import image_ids, text_ids
-from trainer.model.text_encoders import load_clip_tokenizer, load_t5_tokenizer
+from trainer.model.prompt_tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from trainer.model.weights import load_clip_l, load_flux, load_t5xxl
 from trainer.train.conditioning import (
     CachedText,

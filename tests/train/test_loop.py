@@ -16,18 +16,17 @@ from trainer.schema.run_folder import RunFolder
 from trainer.train.learning_rate import LearningRateSchedule
 from trainer.train.level_losses import LevelLosses
 from trainer.train.loop import (
-    DUTIES,
     MAX_SKIPPED_STEPS,
     GradientSync,
     LoopSettings,
     MeanLoss,
     NumbersLost,
-    Progress,
     StepPosition,
     TrainingLoop,
     Wishes,
     step_generator,
 )
+from trainer.train.progress import DUTIES, Progress
 from trainer.train.reporting import Reporter, StopRequested
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trainer.train.prompt_file import PromptFile, texts_of
-from trainer.train.sampling import SamplePrompt, read_sample_prompts
+from trainer.train.sample_prompts import SamplePrompt, read_sample_prompts
 
 
 def test_edits_count_at_the_next_look_and_a_broken_one_warns_once_and_changes_nothing(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from trainer.train.conditioning import TextInputs
 from trainer.train.loop import StepPosition
 from trainer.train.reporting import Reporter
 from trainer.train.sample_maker import SampleMaker
-from trainer.train.sampling import SamplePrompt
+from trainer.train.sample_prompts import SamplePrompt
 
 
 def text(captions: Sequence[str]) -> TextInputs:

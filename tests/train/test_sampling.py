@@ -17,16 +17,8 @@ from trainer.model.weights import load_autoencoder, load_flux
 from trainer.schema.base import Problem, UserError
 from trainer.train.conditioning import TextInputs
 from trainer.train.objective import predict_velocity
-from trainer.train.sampling import (
-    SamplePrompt,
-    draw_sample,
-    initial_noise,
-    parse_prompt_line,
-    read_sample_prompts,
-    sample_file_name,
-    save_picture,
-    to_picture,
-)
+from trainer.train.sample_prompts import SamplePrompt, parse_prompt_line, read_sample_prompts
+from trainer.train.sampling import draw_sample, initial_noise, sample_file_name, save_picture, to_picture
 
 CPU = torch.device("cpu")
 

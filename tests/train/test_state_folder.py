@@ -18,7 +18,8 @@ import torch
 
 from trainer.schema.base import UserError
 from trainer.train.random_state import random_state, set_random_state
-from trainer.train.state_folder import read_head, read_tensors, remove_states, state_name, write_state
+from trainer.train.state_folder import read_tensors, remove_states, state_name, write_state
+from trainer.train.state_head import read_head
 from trainer.train.state_tree import pack, unpack
 
 

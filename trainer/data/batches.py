@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from trainer.data.augment import ColourChange, draw_colour, draw_face_crop
 from trainer.data.buckets import Size, centre_crop, random_crop
 from trainer.data.captions import CaptionCourse, Moment, draw_caption
-from trainer.data.images import Picture
 from trainer.data.items import DatasetIndex, Item
-from trainer.data.masks import Mask
+from trainer.data.pictures import Mask, Picture
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
 
+from trainer.data.ahead import map_ahead
 from trainer.data.augment import face_of
 from trainer.data.bucket_choice import bucket_fitter, limit_problems
 from trainer.data.buckets import Size
 from trainer.data.caption_files import Caption, caption_warnings, missing_captions, read_captions
 from trainer.data.captions import tag_frequency
 from trainer.data.decoding import DECODE_ERRORS, ImageFacts, UnfitPicture, check_image, decode_failure, load_red
-from trainer.data.images import map_ahead
 from trainer.data.items import DatasetIndex, DatasetSummary, Item, MaskFile, Progress, SubsetSummary
 from trainer.data.listing import Found, all_masks, find_pictures, repeat_warnings
-from trainer.data.masks import has_shape_of
 from trainer.data.picture_notes import picture_notes
+from trainer.data.pictures import has_shape_of
 from trainer.data.validation_split import split_validation
 from trainer.schema.base import Problem, UserError
 from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec
@@ -37,12 +37,17 @@ def index_dataset(config: DatasetConfig, *, progress: Progress | None = None) ->
     problems: list[Problem] = []
     warnings: list[str] = []
     found: list[Found] = []
+    without_buckets: set[int] = set()
     for position, dataset in enumerate(config.datasets):
-        problems.extend(limit_problems(dataset))
+        wrong_limits = limit_problems(dataset)
+        if wrong_limits:
+            without_buckets.add(position)
+            problems.extend(wrong_limits)
         found.extend(find_pictures(position, dataset, problems, warnings))
     facts, masks = _check_files(found, problems, progress)
     captions = {subset: read_captions(subset, problems) for subset in found}
-    items = _make_items(config, found, facts, masks, captions, problems)
+    fitting = [subset for subset in found if subset.dataset not in without_buckets]
+    items = _make_items(config, fitting, facts, masks, captions, problems)
     if problems:
         raise UserError.many(problems, exit_code=3)
     split = split_validation(items, config)

@@ -10,8 +10,7 @@ from pathlib import Path
 from trainer.data import buckets
 from trainer.data.augment import ColourChange, Face
 from trainer.data.buckets import Fit, Size
-from trainer.data.images import Picture
-from trainer.data.masks import Mask
+from trainer.data.pictures import Mask, Picture
 from trainer.schema.dataset_keys import DatasetSpec, SubsetSpec
 
 Progress = Callable[[int, int], None]

@@ -6,51 +6,18 @@ A mask is the picture's transparency (`alpha_mask`), or the red channel of a fil
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.data.buckets import Size
 from trainer.data.decoding import DECODE_ERRORS, decode_failure, load_alpha, load_red
+from trainer.data.pictures import Mask
 from trainer.data.resizing import resize
 from trainer.schema.base import UserError
 
 LATENT_STRIDE = 8
 """Pixels of a side of one latent."""
-
-_SAME_SHAPE = 0.01
-
-
-@dataclass(frozen=True)
-class Mask:
-    """A file and all that decides the mask made from it; see `Picture`."""
-
-    path: Path
-    digest: str
-    channel: Literal["alpha", "red"]
-    resized: Size
-    bucket: Size
-    crop: Size
-    is_flipped: bool
-    resize_interpolation: str | None
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """All that decides the numbers, as JSON can write it."""
-        return (
-            self.digest,
-            self.channel,
-            self.resized,
-            self.bucket,
-            self.crop,
-            self.is_flipped,
-            self.resize_interpolation,
-        )
 
 
 def read_mask(mask: Mask) -> Tensor:
@@ -82,8 +49,3 @@ def to_latent_size(weights: Tensor, height: int, width: int) -> Tensor:
     """(..., H, W) -> (..., height, width): each latent's weight is the mean over its pixels."""
     flat = F.interpolate(weights.reshape(-1, 1, *weights.shape[-2:]), size=(height, width), mode="area")
     return flat.reshape(*weights.shape[:-2], height, width)
-
-
-def has_shape_of(mask: Size, picture: Size) -> bool:
-    """Whether a mask can be laid over a picture: of the same size, or of the same shape in another."""
-    return abs(mask[0] * picture[1] / (mask[1] * picture[0]) - 1) <= _SAME_SHAPE

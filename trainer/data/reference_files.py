@@ -20,7 +20,8 @@ from trainer.data.buckets import Size, centre_crop
 from trainer.data.cache import content_key, latent_key, read_unchanged
 from trainer.data.cache_files import Entry
 from trainer.data.items import DatasetIndex, Item
-from trainer.data.masks import LATENT_STRIDE, Mask, read_weights
+from trainer.data.masks import LATENT_STRIDE, read_weights
+from trainer.data.pictures import Mask
 from trainer.data.validation import validation_caption
 
 Array: TypeAlias = NDArray[Any]

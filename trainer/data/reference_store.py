@@ -17,9 +17,9 @@ from typing import Final, Literal, TypeVar, cast
 
 import numpy as np
 
+from trainer.data.ahead import map_ahead
 from trainer.data.cache import CacheRequest, TensorCache
 from trainer.data.cache_files import Entry, seal, write_whole
-from trainer.data.images import map_ahead
 from trainer.data.items import Progress
 from trainer.data.reference_files import Array, ReferenceFile
 

@@ -10,10 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub import constants as hub_constants
-from huggingface_hub.errors import GatedRepoError
-
 from trainer.schema.base import UserError
 from trainer.schema.hub_cache import cache_folder, hub_id
 from trainer.schema.model_kinds import ModelKind, identify
@@ -37,6 +33,9 @@ def fetch_model(path: Path, kind: ModelKind, field: str, announce: Callable[[str
     with contextlib.suppress(UserError):
         if identify(read_weights(path, kind)) == kind:
             return
+    from huggingface_hub import HfApi, constants, snapshot_download  # noqa: PLC0415 - slow to import, for few runs
+    from huggingface_hub.errors import GatedRepoError  # noqa: PLC0415
+
     reason = unreachable_reason()
     if reason is not None:
         raise UserError(
@@ -66,7 +65,7 @@ def fetch_model(path: Path, kind: ModelKind, field: str, announce: Callable[[str
         raise UserError(
             f"the hub gives {repo} only to those who have agreed to its licence",
             f"--{field}",
-            f"Agree at {hub_constants.ENDPOINT}/{repo}, then set HF_TOKEN or run `hf auth login`.",
+            f"Agree at {constants.ENDPOINT}/{repo}, then set HF_TOKEN or run `hf auth login`.",
             field=field,
         ) from error
     except (OSError, ValueError) as error:
@@ -80,15 +79,17 @@ def fetch_model(path: Path, kind: ModelKind, field: str, announce: Callable[[str
 
 def unreachable_reason() -> str | None:
     """Why the hub cannot be asked, None when it can. One short request: the hub's client tries for minutes."""
-    if hub_constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE", "0") not in ("", "0"):
+    from huggingface_hub import constants  # noqa: PLC0415 - slow to import, for few runs
+
+    if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE", "0") not in ("", "0"):
         return "the hub is switched off by HF_HUB_OFFLINE"
     try:
-        with urllib.request.urlopen(hub_constants.ENDPOINT, timeout=_TIMEOUT_SECONDS):
+        with urllib.request.urlopen(constants.ENDPOINT, timeout=_TIMEOUT_SECONDS):
             return None
     except urllib.error.HTTPError:
         return None  # it answers, whatever it says
     except (OSError, ValueError) as error:
-        return f"no connection to {hub_constants.ENDPOINT}: {first_line(error)}"
+        return f"no connection to {constants.ENDPOINT}: {first_line(error)}"
 
 
 def first_line(error: BaseException) -> str:

@@ -148,15 +148,17 @@ def _pack_nf4(numbers: Tensor, packed: Tensor, scale: Tensor) -> None:
 
 def _dense_nf4(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     functional = _bitsandbytes()
+    # As one row: bitsandbytes 0.50's kernels for AVX-512 read the scales wrongly where a row ends within a block.
+    rows_end_with_blocks = shape[1] % NF4_BLOCK == 0
     state = functional.QuantState(
         absmax=scale.float(),
-        shape=torch.Size(shape),
+        shape=torch.Size(shape if rows_end_with_blocks else (shape[0] * shape[1],)),
         code=_nf4_code(packed.device),
         blocksize=NF4_BLOCK,
         quant_type="nf4",
         dtype=dtype,
     )
-    return cast("Tensor", functional.dequantize_4bit(packed.view(-1, 1), state))
+    return cast("Tensor", functional.dequantize_4bit(packed.view(-1, 1), state)).view(shape)
 
 
 @lru_cache(maxsize=8)

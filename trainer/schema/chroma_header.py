@@ -27,6 +27,9 @@ DOUBLE_VECTORS: Final = 12
 SINGLE_VECTORS: Final = 3
 LAST_VECTORS: Final = 2
 
+VISIBLE_PADDING: Final = 1
+"""Padding tokens that the transformer sees after each caption; it was trained so."""
+
 _APPROXIMATOR: Final = "distilled_guidance_layer"
 _FLUX_MODULATION: Final = (
     "time_in.",

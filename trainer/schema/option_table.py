@@ -48,7 +48,10 @@ def _refused(
 _ATTENTION: Final = "attention always runs through torch's scaled dot product attention"
 _NOISE: Final = "it does not apply to FLUX's noise"
 _OTHER_LOSS: Final = "it does not apply to FLUX's loss"
-_DEEPSPEED: Final = "DeepSpeed is not supported yet; --blocks_to_swap saves memory on one device"
+_DEEPSPEED: Final = (
+    "DeepSpeed shares what trains among devices, of which a LoRA has little; use --blocks_to_swap or --base_storage, which "
+    "save memory on every device"
+)
 _DDP: Final = "devices average their gradients once a step, without the wrapper of torch that it sets up"
 
 SAMPLERS: Final = (
@@ -175,11 +178,14 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "dataset_class": _refused(
             "dataset",
             "A Python class that makes the dataset.",
-            "it runs code of another program and is not supported; use --dataset_config",
+            "such a class is made of sd-scripts' own parts, which do not exist here; put its pictures and captions into "
+            "folders and use --dataset_config",
             "text",
         ),
-        "weighted_captions": _refused(
-            "dataset", "Weigh words that are in (brackets).", "FLUX's text encoders have no weighted form; leave it out"
+        "weighted_captions": _inert(
+            "dataset",
+            "Weigh words that are in (brackets).",
+            "FLUX's text encoders have no weighted form, in sd-scripts either: brackets and numbers are read as text",
         ),
         # Output.
         "skip_until_initial_step": _inert(
@@ -189,12 +195,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         ),
         # Hardware and number formats.
         "torch_compile": _refused("memory", "Compile the model with torch.", "it is not supported yet; leave it out"),
-        "full_fp16": _refused(
-            "memory", "Train the LoRA in fp16.", "it is not supported yet; use --mixed_precision=fp16"
-        ),
-        "full_bf16": _refused(
-            "memory", "Train the LoRA in bf16.", "it is not supported yet; use --mixed_precision=bf16"
-        ),
         "cpu_offload_checkpointing": _refused(
             "memory", "Keep saved activations in main memory.", "it is not supported yet; use --blocks_to_swap"
         ),

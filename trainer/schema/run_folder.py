@@ -263,3 +263,13 @@ def read_json(path: Path) -> dict[str, object]:
     except (OSError, ValueError, RecursionError):
         return {}
     return cast("dict[str, object]", parsed) if isinstance(parsed, dict) else {}
+
+
+def numbered_entries(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
+    """What lies in `folder` under names that match, by the number in the name; nothing where there is no folder."""
+    try:
+        entries = list(folder.iterdir())
+    except OSError:
+        return []
+    found = ((pattern.fullmatch(entry.name), entry) for entry in entries)
+    return sorted((int(match[1]), entry) for match, entry in found if match is not None)

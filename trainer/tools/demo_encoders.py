@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from trainer.model.text_encoders import load_clip_tokenizer, load_t5_tokenizer
+from trainer.model.prompt_tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from trainer.model.weights import load_clip_l, load_t5xxl
 from trainer.tools.tiny_networks import make_clip_l, make_t5xxl
 from trainer.tools.tiny_tokenizers import clip_vocab_size, make_tokenizers, t5_vocab_size

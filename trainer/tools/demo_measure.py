@@ -23,7 +23,8 @@ from trainer.tools.emblem import RECOGNISED, emblem_caption, emblem_likeness, ra
 from trainer.tools.world import SIDE, Scene, full_caption, random_scene
 from trainer.tools.world_measure import look
 from trainer.train.objective import predict_velocity
-from trainer.train.sampling import LATENT_CHANNELS, PIXELS_PER_LATENT, SIZE_STEP, sample_schedule
+from trainer.train.sample_prompts import SIZE_STEP
+from trainer.train.sampling import LATENT_CHANNELS, PIXELS_PER_LATENT, sample_schedule
 
 NUM_STEPS: Final = 16
 GUIDANCE_SCALE: Final = 3.5

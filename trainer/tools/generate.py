@@ -45,7 +45,7 @@ def _work(known: argparse.Namespace, rest: Sequence[str], reporter: JobReporter)
     import torch  # noqa: PLC0415 - seconds to load
 
     from trainer.train.generate import generate, plan_pictures  # noqa: PLC0415
-    from trainer.train.sampling import SamplePrompt, parse_prompt_line, read_sample_prompts  # noqa: PLC0415
+    from trainer.train.sample_prompts import SamplePrompt, parse_prompt_line, read_sample_prompts  # noqa: PLC0415
     from trainer.train.session import configure_console  # noqa: PLC0415
 
     problems: list[Problem] = []

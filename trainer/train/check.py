@@ -1,6 +1,7 @@
 """Everything that can be found wrong before a model is loaded, found at once.
 
-Options have been checked by themselves; here they meet the files, the device and the pictures.
+Options have been checked by themselves; here they meet the files, the device and the pictures. Torch is imported only
+by those checks that cannot do without, as it takes seconds to load.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ from pathlib import Path
 
 from trainer.data.index import index_dataset
 from trainer.data.items import DatasetIndex
-from trainer.lora.forms import to_published
-from trainer.lora.lora_file import read_lora_file
 from trainer.schema.base import Problem
 from trainer.schema.chroma_header import TransformerParams
 from trainer.schema.cli import ParsedCommand, check_files
@@ -27,11 +26,11 @@ from trainer.train.device_checks import check_device
 from trainer.train.findings import EXIT_OPTIONS, Findings
 from trainer.train.lora_form import form_problems
 from trainer.train.model_checks import Tokenizers, check_models, check_tokenizers, fetch_models, read_flux
-from trainer.train.network_checks import check_against_model, spec_from_weights
+from trainer.train.network_checks import check_against_model, check_weights, spec_from_weights
 from trainer.train.optimizer_checks import check_optimization
 from trainer.train.reporting import Reporter
 from trainer.train.resume import Start, find_state, plan_start, run_identity
-from trainer.train.sampling import SamplePrompt, read_sample_prompts
+from trainer.train.sample_prompts import SamplePrompt, read_sample_prompts
 from trainer.train.schedule import Schedule, epochs_between_saves, make_schedule
 from trainer.train.trackers import check_trackers
 
@@ -107,8 +106,7 @@ def check_run(command: ParsedCommand, reporter: Reporter, *, num_processes: int 
         for problem in form_problems(options, spec, flux):
             findings.add(problem, EXIT_OPTIONS)
     if options.network_weights is not None and not findings.has("network_weights"):
-        weights: Path = options.network_weights
-        findings.attempt(lambda: to_published(*read_lora_file(weights), where=str(weights)))
+        check_weights(options.network_weights, findings)
     tokenizers = check_tokenizers(options, flux, findings)
     findings.attempt(lambda: check_trackers(options))
     findings.raise_if_any()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trainer.schema.base import UserError
-from trainer.schema.run_folder import write_atomic
+from trainer.schema.run_folder import numbered_entries, write_atomic
 from trainer.train.model_hashes import tensor_hashes
 
 CheckpointKind = Literal["step", "epoch", "final"]
@@ -150,13 +150,3 @@ def numbered_pattern(output_name: str | None, kind: CheckpointKind, ending: str)
     stem = re.escape(output_name or _FALLBACK_NAMES[kind])
     number = {"step": r"-step(\d{8,})", "epoch": r"-(\d{6,})", "final": "()"}[kind]
     return re.compile(f"{stem}{number}{re.escape(ending)}")
-
-
-def numbered_entries(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
-    """What lies in `folder` under names that match, by the number in the name; nothing where there is no folder."""
-    try:
-        entries = list(folder.iterdir())
-    except OSError:
-        return []
-    found = ((pattern.fullmatch(entry.name), entry) for entry in entries)
-    return sorted((int(match[1]), entry) for match, entry in found if match is not None)

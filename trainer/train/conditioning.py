@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from trainer.model.text_encoders import PromptTokenizer, encode_clip, encode_t5
+from trainer.model.prompt_tokenizers import PromptTokenizer
+from trainer.model.text_encoders import encode_clip, encode_t5
 
 if TYPE_CHECKING:
     # Seconds to import, which the checks before a run do without.
     from transformers import CLIPTextModel, T5EncoderModel
 
 CLIP_MAX_TOKENS = 77
-VISIBLE_PADDING = 1
-"""Padding tokens that Chroma's transformer sees after each caption; it was trained so."""
 
 
 @dataclass(frozen=True)

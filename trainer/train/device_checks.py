@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final
-
-import torch
+from typing import TYPE_CHECKING, Final
 
 from trainer.schema.base import Problem, UserError
 from trainer.schema.options import Options
 from trainer.schema.storage import Storage
 from trainer.train.findings import EXIT_OPTIONS, Findings
+
+if TYPE_CHECKING:
+    import torch
 
 _PROBE_SIDE: Final = 256
 _SLOW_FACTOR: Final = 10.0
@@ -19,6 +20,11 @@ _SLOW_FACTOR: Final = 10.0
 
 
 def check_device(options: Options, findings: Findings) -> None:
+    """Whether the device that is asked for is there; nothing is looked for where torch may choose."""
+    if options.device not in ("cuda", "mps"):
+        return
+    import torch  # noqa: PLC0415 - seconds to import
+
     where = f"--device={options.device}"
     if options.device == "cuda" and not torch.cuda.is_available():
         findings.add(
@@ -48,6 +54,8 @@ def slow_format(device: torch.device, dtype: torch.dtype, seconds_of: Callable[[
 
     `seconds_of` a format is what a matrix product takes in it; see `product_seconds`. It is asked on a CPU only.
     """
+    import torch  # noqa: PLC0415 - seconds to import, which the checks before a run do without
+
     if device.type != "cpu" or dtype is torch.float32:
         return None
     factor = seconds_of(dtype) / seconds_of(torch.float32)
@@ -59,6 +67,8 @@ def slow_format(device: torch.device, dtype: torch.dtype, seconds_of: Callable[[
 
 def product_seconds(dtype: torch.dtype) -> float:
     """The time of a product of two (256, 256) matrices on the CPU, the best of three."""
+    import torch  # noqa: PLC0415 - seconds to import, which the checks before a run do without
+
     matrix = torch.ones(_PROBE_SIDE, _PROBE_SIDE, dtype=dtype)
     best = float("inf")
     for _ in range(3):

@@ -25,7 +25,7 @@ from trainer.model.weights import load_clip_l, load_t5xxl
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.mover import make_mover
 from trainer.schema.base import Problem
-from trainer.schema.chroma_header import TransformerParams
+from trainer.schema.chroma_header import VISIBLE_PADDING, TransformerParams
 from trainer.schema.cli import ParsedCommand
 from trainer.schema.file_checks import check_files
 from trainer.schema.folders import data_home
@@ -35,7 +35,7 @@ from trainer.schema.memory_plan import plan_for
 from trainer.schema.options import Options
 from trainer.schema.parameter_counts import OtherModels, t5_count
 from trainer.schema.swap_counts import chosen_swap
-from trainer.train.conditioning import VISIBLE_PADDING, ClipEncoder, LiveText, NoClip, T5Encoder, TextInputs
+from trainer.train.conditioning import ClipEncoder, LiveText, NoClip, T5Encoder, TextInputs
 from trainer.train.device_checks import check_device
 from trainer.train.engine import Engine
 from trainer.train.findings import Findings
@@ -45,7 +45,8 @@ from trainer.train.objective import predict_velocity
 from trainer.train.prompt_file import texts_of
 from trainer.train.reporting import Reporter
 from trainer.train.sample_maker import CHROMA_GUIDANCE
-from trainer.train.sampling import SamplePrompt, draw_sample, save_picture
+from trainer.train.sample_prompts import SamplePrompt
+from trainer.train.sampling import draw_sample, save_picture
 
 _LOCK_POLL_SECONDS = 0.5
 _ROOM_FACTOR = 1.3

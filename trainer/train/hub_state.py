@@ -16,7 +16,7 @@ from trainer.schema.base import UserError
 from trainer.schema.hub_cache import cache_folder
 from trainer.schema.hub_place import HubPlace, parse_hub_place
 from trainer.train.hub_upload import without_secret
-from trainer.train.state_folder import REFERENCE_FILE
+from trainer.train.state_head import REFERENCE_FILE
 
 _LOG_IN: Final = "A private one needs HF_TOKEN, `hf auth login` or --huggingface_token."
 _BY_HAND: Final = "Or download the folder yourself and give it as --resume, without --resume_from_huggingface."

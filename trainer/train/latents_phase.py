@@ -13,9 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trainer.data.ahead import map_ahead
 from trainer.data.batches import BatchPlan
 from trainer.data.cache import Encode, TensorCache, latent_key, latent_requests
-from trainer.data.images import map_ahead, read_pixels
+from trainer.data.images import read_pixels
 from trainer.data.reference_files import LATENTS_ENDING, latent_files
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.weights import load_autoencoder
@@ -177,6 +178,7 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
             batch_size=options.vae_batch_size,
             progress=reporter.progress,
             check_commands=reporter.check_stop,
+            share=(engine.rank, engine.num_processes),
         )
         autoencoder = autoencoder.to("cpu") if checked.prompts else None
         engine.free_cached_memory()

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
-from trainer.lora.targets import settings_without_layers
-from trainer.model.chroma import Chroma
-from trainer.model.flux import Flux
 from trainer.schema.checkpoint_header import FluxParams
 from trainer.train.check import CheckedRun, trains_clip, trains_t5
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def layer_notes(checked: CheckedRun) -> list[str]:
     """The lines that training says when it puts the network on its models, from the sizes in the files' headers."""
     spec = checked.spec
+    if not (spec.in_dims or spec.type_dims or spec.reg_dims or spec.reg_lrs):
+        return []
+    import torch  # noqa: PLC0415 - seconds to import
+
+    from trainer.lora.targets import settings_without_layers  # noqa: PLC0415
+    from trainer.model.chroma import Chroma  # noqa: PLC0415
+    from trainer.model.flux import Flux  # noqa: PLC0415
+
     with torch.device("meta"):
         flux = Flux(checked.flux) if isinstance(checked.flux, FluxParams) else Chroma(checked.flux)
     clip: nn.Module | None = None

@@ -151,15 +151,8 @@ def learning_rate_schedule(
     )
 
 
-_PLAIN: Final = ("constant", "constant_with_warmup", "cosine", "linear")
-"""Schedules without settings of their own."""
-
-
 def check_schedule(options: Options, *, num_steps: int) -> None:
     """Raises `UserError` when `learning_rate_schedule` would, before there is anything to train."""
-    if options.lr_scheduler in _PLAIN and not options.lr_scheduler_type and not options.lr_scheduler_args:
-        # Nothing can be wrong with these, and torch imports its compiler with the first optimizer, for seconds.
-        return
     trial = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=options.learning_rate or 1.0)
     learning_rate_schedule(options, trial, num_steps=num_steps)
 

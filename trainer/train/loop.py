@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Final, Literal
+from typing import Literal
 
 import psutil
 import torch
@@ -21,21 +21,12 @@ from trainer.schema.base import UserError
 from trainer.train.learning_rate import LearningRateSchedule
 from trainer.train.level_losses import LevelLosses
 from trainer.train.optim import final_weights, found_rates, group_rates
+from trainer.train.progress import DUTIES, Duty, Progress
 from trainer.train.reporting import Reporter, StopRequested
 
 MicroBatch = Callable[[torch.Generator], Tensor]
 """Gives the loss of one micro-batch; everything random comes from the generator and torch's own."""
 
-Duty = Literal["step save", "step validation", "step sample", "epoch validation", "epoch save", "epoch sample"]
-DUTIES: Final[tuple[Duty, ...]] = (
-    "step save",
-    "step validation",
-    "step sample",
-    "epoch validation",
-    "epoch save",
-    "epoch sample",
-)
-"""What may fall due after a step, in this order; the last three after the last step of an epoch only."""
 
 SaveKind = Literal["step", "epoch", "moment"]
 """When a state is saved: with a step's or an epoch's LoRA, or because one is due by the clock."""
@@ -80,20 +71,6 @@ class StepPosition:
 
     step: int
     epoch: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far the loop has come, and what it must remember to go on exactly as if it had never been interrupted.
-
-    `num_duties_done` of `DUTIES` are done after the step; `losses` and `loss_sum` are those of the mean loss.
-    """
-
-    step: int = 0
-    num_duties_done: int = len(DUTIES)
-    losses: tuple[float, ...] = ()
-    loss_sum: float = 0.0
-    num_skipped_in_a_row: int = 0
 
 
 def step_generator(seed: int, step: int, micro_step: int, rank: int) -> torch.Generator:

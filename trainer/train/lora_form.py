@@ -4,16 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import torch
-from torch import nn
-
-from trainer.lora.form_names import inexpressible
-from trainer.lora.form_reader import listed
-from trainer.lora.form_writer import BaseLayers
-from trainer.lora.layer_names import is_flux_path, is_norm_path
-from trainer.lora.network import LoraNetwork
-from trainer.model.chroma import Chroma
-from trainer.model.flux import Flux
 from trainer.schema.base import Problem
 from trainer.schema.checkpoint_header import FluxParams
 from trainer.schema.chroma_header import ChromaParams, TransformerParams
@@ -49,6 +39,9 @@ def form_problems(options: Options, spec: LoraSpec, flux: TransformerParams) -> 
             "lora_form",
         )
     if form == "xlabs":
+        from trainer.lora.form_names import inexpressible  # noqa: PLC0415 - torch takes seconds to load
+        from trainer.lora.form_reader import listed  # noqa: PLC0415
+
         refused = inexpressible(form, _names(spec, flux), is_linear1_whole=True)
         if refused:
             yield Problem(
@@ -80,18 +73,12 @@ def _other_kind(options: Options, spec: LoraSpec) -> tuple[str, str] | None:
 
 def _names(spec: LoraSpec, flux: TransformerParams) -> Iterable[str]:
     """The published names of the layers that `spec` selects, from a model without memory."""
+    import torch  # noqa: PLC0415 - seconds to import
+
+    from trainer.lora.network import LoraNetwork  # noqa: PLC0415
+    from trainer.model.chroma import Chroma  # noqa: PLC0415
+    from trainer.model.flux import Flux  # noqa: PLC0415
+
     with torch.device("meta"):
         model = Chroma(flux) if isinstance(flux, ChromaParams) else Flux(flux)
     return LoraNetwork.attach(model, None, spec, torch.Generator()).names
-
-
-def base_layers(flux: nn.Module) -> BaseLayers:
-    """The Linears' sizes and copies of the norms, from a model that no LoRA has been put on yet."""
-    linears = {
-        path: (module.out_features, module.in_features)
-        for path, module in flux.named_modules()
-        if isinstance(module, nn.Linear) and is_flux_path(path)
-    }
-    scales = {name.removesuffix(".scale"): parameter for name, parameter in flux.named_parameters()}
-    norms = {path: scale.detach().cpu().clone() for path, scale in scales.items() if is_norm_path(path)}
-    return BaseLayers(linears, norms)

@@ -8,7 +8,8 @@ from torch import Tensor
 from trainer.data.batches import BatchPlan
 from trainer.data.cache import TensorCache, mask_key, mask_requests
 from trainer.data.cache_files import Entry
-from trainer.data.masks import LATENT_STRIDE, Mask, read_mask
+from trainer.data.masks import LATENT_STRIDE, read_mask
+from trainer.data.pictures import Mask
 from trainer.train.check import CheckedRun
 from trainer.train.reporting import Reporter
 

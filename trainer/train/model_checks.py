@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from trainer.model.hub import fetch_model
-from trainer.model.text_encoders import PromptTokenizer, load_clip_tokenizer, load_t5_tokenizer
+from trainer.model.prompt_tokenizers import PromptTokenizer, load_clip_tokenizer, load_t5_tokenizer
 from trainer.schema.base import Problem, UserError
 from trainer.schema.checkpoint_header import Header, autoencoder_params, clip_params, t5_params
 from trainer.schema.chroma_header import ChromaParams, TransformerParams, read_transformer

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from trainer.lora import lycoris
-from trainer.lora.forms import to_published
-from trainer.lora.from_file import spec_from_file
-from trainer.lora.lora_file import read_lora_file
+from pathlib import Path
+
 from trainer.schema.base import Problem
 from trainer.schema.chroma_header import TransformerParams
 from trainer.schema.lora_spec import LoraSpec
@@ -19,6 +17,10 @@ def spec_from_weights(options: Options, spec: LoraSpec, findings: Findings) -> L
     """The spec with the ranks of the file to start from."""
     if options.network_weights is None:
         return spec
+    from trainer.lora.forms import to_published  # noqa: PLC0415 - torch takes seconds to load
+    from trainer.lora.from_file import spec_from_file  # noqa: PLC0415
+    from trainer.lora.lora_file import read_lora_file  # noqa: PLC0415
+
     path = options.network_weights
 
     def from_file() -> LoraSpec:
@@ -39,6 +41,14 @@ def spec_from_weights(options: Options, spec: LoraSpec, findings: Findings) -> L
     return found
 
 
+def check_weights(path: Path, findings: Findings) -> None:
+    """Whether the file to start from holds a LoRA in a known form."""
+    from trainer.lora.forms import to_published  # noqa: PLC0415 - torch takes seconds to load
+    from trainer.lora.lora_file import read_lora_file  # noqa: PLC0415
+
+    findings.attempt(lambda: to_published(*read_lora_file(path), where=str(path)))
+
+
 def _check_network_kind(options: Options, spec: LoraSpec, flux: TransformerParams, findings: Findings) -> None:
     """What other networks than LoRA ask for."""
     if spec.kind == "oft":
@@ -56,6 +66,8 @@ def _check_network_kind(options: Options, spec: LoraSpec, flux: TransformerParam
                     EXIT_OPTIONS,
                 )
     if spec.kind == "lycoris":
+        from trainer.lora import lycoris  # noqa: PLC0415 - torch takes seconds to load
+
         if not lycoris.is_installed():
             findings.add(lycoris.not_installed().problems[0], EXIT_OPTIONS)
         if stored_as(options) != "compute":

@@ -116,18 +116,7 @@ def optimizer_class(optimizer_type: str) -> MakeOptimizer:
 
 
 def check_optimizer(optimizer_type: str, arguments: Mapping[str, object]) -> None:
-    """Raises `UserError` when `create_optimizer` would, before there is anything to train.
-
-    The optimizers of bitsandbytes, whose import takes seconds, are only looked for. AdamW is not made either: torch
-    imports its compiler with the first optimizer, for seconds, and AdamW's settings have been checked one by one.
-    """
-    if optimizer_type == "AdamW":
-        return
-    kind = OPTIMIZERS.get(optimizer_type)
-    if kind is not None and kind.module == "bitsandbytes.optim":
-        if not is_installed(kind.module):
-            raise not_installed(f"optimizer_type {optimizer_type}", kind.module, "optimizer_type")
-        return
+    """Raises `UserError` when `create_optimizer` would, before there is anything to train."""
     trial = nn.Parameter(torch.zeros(2, 2))
     create_optimizer(optimizer_type, [{"params": [trial]}], learning_rate=1.0, arguments=arguments)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trainer.schema.base import UserError
-from trainer.train.sampling import SamplePrompt, read_sample_prompts
+from trainer.train.sample_prompts import SamplePrompt, read_sample_prompts
 
 
 class PromptFile:

@@ -20,6 +20,7 @@ from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.schema.options import Options
 from trainer.schema.storage import stored_as
 from trainer.train.auto_swap import resolve_auto_swap
+from trainer.train.base_layers import base_layers
 from trainer.train.base_weights import merge_base_weights
 from trainer.train.check import CheckedRun, check_run, trains_clip
 from trainer.train.dataset_listing import dataset_listing
@@ -32,7 +33,6 @@ from trainer.train.latents_phase import prepare_latents
 from trainer.train.learning_rate import learning_rate_schedule
 from trainer.train.level_losses import LevelLosses
 from trainer.train.loop import GradientSync, LoopSettings, NumbersLost, TrainingLoop
-from trainer.train.lora_form import base_layers
 from trainer.train.lost_numbers import after_lost_numbers
 from trainer.train.measured_peak import MeasuredPeak
 from trainer.train.memory_room import NoRoom, SwapRoom
@@ -65,9 +65,6 @@ SEED_BITS = 31
 def train(command: ParsedCommand, reporter: Reporter) -> None:
     """The whole job. Raises `UserError` for what the user can fix and `StopRequested` after a requested stop."""
     options = command.options
-    if command.problems:
-        # Everything else that is wrong is reported with them; this always raises.
-        check_run(command, reporter)
     engine = Engine.start(options)
     checked = check_run(command, reporter, num_processes=engine.num_processes)
     tell_settings(command, checked, reporter, num_processes=engine.num_processes)
@@ -83,8 +80,14 @@ def train(command: ParsedCommand, reporter: Reporter) -> None:
     check_storage(stored_as(checked.options), engine.device)
     checked = resolve_auto_swap(checked, engine, reporter)
     warn_of_memory(checked, engine.total_bytes(), reporter)
-    with _turn_on_device(options, engine, reporter):
-        _train_checked(checked, engine, reporter)
+    try:
+        with _turn_on_device(options, engine, reporter):
+            _train_checked(checked, engine, reporter)
+    except StopRequested:
+        engine.end()
+        raise
+    # Not after a failure: the others may wait in a collective that never comes, and only the launcher ends those.
+    engine.end()
 
 
 def _turn_on_device(options: Options, engine: Engine, reporter: Reporter) -> AbstractContextManager[object]:

@@ -25,10 +25,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.schema.base import Problem, UserError
+from trainer.schema.chroma_header import VISIBLE_PADDING
 from trainer.schema.cli import to_argv
 from trainer.schema.options import GROUPS, Options
 from trainer.train.checkpoint import write_file
-from trainer.train.conditioning import VISIBLE_PADDING, show_padding
+from trainer.train.conditioning import show_padding
 from trainer.train.objective import FlowBatch
 
 LATENT_CHANNELS: Final = 16

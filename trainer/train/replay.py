@@ -22,12 +22,13 @@ from trainer.lora.lycoris import AnyNetwork
 from trainer.model.flux import Flux
 from trainer.model.transformer import Transformer
 from trainer.schema.base import UserError
+from trainer.schema.chroma_header import VISIBLE_PADDING
 from trainer.schema.cli import ParsedCommand
 from trainer.schema.optimizer_args import parse_optimizer_args
 from trainer.train.base_weights import merge_base_weights
 from trainer.train.check import check_replay
 from trainer.train.checkpoint import write_file
-from trainer.train.conditioning import VISIBLE_PADDING, TextInputs, show_padding, text_inputs
+from trainer.train.conditioning import TextInputs, show_padding, text_inputs
 from trainer.train.engine import Engine
 from trainer.train.learning_rate import learning_rate_schedule
 from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, TrainingLoop

@@ -13,20 +13,20 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from trainer.data.items import DatasetIndex
 from trainer.schema.base import Problem, UserError
 from trainer.schema.options import GROUPS, Options
 from trainer.schema.run_folder import RunFolder
 from trainer.train.findings import EXIT_OPTIONS
-from trainer.train.foreign_state import ForeignState, read_foreign_state
-from trainer.train.hub_state import fetch_state
-from trainer.train.loop import DUTIES, Progress
+from trainer.train.progress import DUTIES, Progress
 from trainer.train.reporting import Reporter
 from trainer.train.schedule import Schedule
-from trainer.train.state_folder import StateHead, is_own_state, newest_run_state, read_head
-from trainer.train.state_saver import progress_of
+from trainer.train.state_head import StateHead, is_own_state, newest_run_state, read_head
+
+if TYPE_CHECKING:
+    from trainer.train.foreign_state import ForeignState
 
 COURSE_GROUPS: Final = ("model", "network", "dataset", "course", "optimizer", "flow", "memory")
 """Groups of options that decide about the training; those of the others may differ freely."""
@@ -40,6 +40,8 @@ REFUSED: Final = (
     "network_train_unet_only",
     "network_train_text_encoder_only",
     "optimizer_type",
+    "full_bf16",
+    "full_fp16",
 )
 
 FREE: Final = frozenset(
@@ -106,6 +108,8 @@ def find_state(options: Options, reporter: Reporter) -> StateHead | ForeignState
         return None
     folder = options.resume
     if options.resume_from_huggingface:
+        from trainer.train.hub_state import fetch_state  # noqa: PLC0415 - the hub's library
+
         folder = fetch_state(folder, token=options.huggingface_token, announce=reporter.note)
     if not folder.is_dir():
         raise UserError(
@@ -116,11 +120,14 @@ def find_state(options: Options, reporter: Reporter) -> StateHead | ForeignState
         )
     if is_own_state(folder):
         return _fitting(read_head(folder), options)
+    from trainer.train.foreign_state import read_foreign_state  # noqa: PLC0415 - torch takes seconds to load
+
     return read_foreign_state(folder)
 
 
 def _fitting(head: StateHead, options: Options) -> StateHead:
-    saved = head.content["options"]
+    # States of earlier versions, which knew no other, have a LoRA in 32 bit.
+    saved = {"full_bf16": False, "full_fp16": False, **head.content["options"]}
     now = describe_options(options)
     problems = [
         Problem(
@@ -162,6 +169,8 @@ def plan_start(
     """
     start = Start()
     if isinstance(state, StateHead):
+        from trainer.train.state_saver import progress_of  # noqa: PLC0415 - torch takes seconds to load
+
         start = Start(progress_of(state), own=state)
         for line in differences(state.content, identity, options):
             reporter.warning(line)

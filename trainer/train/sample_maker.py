@@ -23,7 +23,8 @@ from trainer.train.loop import StepPosition
 from trainer.train.objective import predict_velocity
 from trainer.train.prompt_file import texts_of
 from trainer.train.reporting import Reporter, StopRequested
-from trainer.train.sampling import SamplePrompt, draw_sample, sample_file_name, save_picture
+from trainer.train.sample_prompts import SamplePrompt
+from trainer.train.sampling import draw_sample, sample_file_name, save_picture
 
 _SEED_BITS = 31
 CHROMA_GUIDANCE = 0.0

@@ -13,6 +13,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 from trainer.data.cache import Encode, TensorCache, text_key, text_requests
 from trainer.data.reference_files import TEXT_ENDING, text_files
 from trainer.model.weights import load_clip_l, load_t5xxl
+from trainer.schema.chroma_header import VISIBLE_PADDING
 from trainer.schema.folders import data_home
 from trainer.schema.memory import text_encoders_fit
 from trainer.schema.model_kinds import ModelKind
@@ -22,7 +23,6 @@ from trainer.schema.weight_files import read_weights
 from trainer.train.base_weights import base_weights_identity, merge_base_weights
 from trainer.train.check import CheckedRun, trains_clip, trains_t5
 from trainer.train.conditioning import (
-    VISIBLE_PADDING,
     CachedText,
     ClipEncoder,
     ClipSource,
@@ -37,7 +37,7 @@ from trainer.train.file_hashes import HASHES_FILE, files_identity
 from trainer.train.memory_room import encode_in_room
 from trainer.train.reference_caches import ReferenceCaches
 from trainer.train.reporting import Reporter
-from trainer.train.text_plan import TextPlan, text_dtype, writes_reference_text
+from trainer.train.text_plan import TextPlan, keeps_full_text, writes_reference_text
 
 _ROOM_FACTOR = 1.3
 """T5 itself, CLIP-L and what they compute, as a multiple of T5's weights."""
@@ -111,6 +111,7 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
             batch_size=_batch_size(options),
             progress=reporter.progress,
             check_commands=reporter.check_stop,
+            share=(engine.rank, engine.num_processes),
         )
     else:
         reporter.note("all captions and prompts are cached: the text encoders are not needed")
@@ -150,7 +151,7 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
 
 def _encoder(checked: CheckedRun, engine: Engine, device: torch.device) -> Encode[str]:
     """What fills the cache. It holds encoders of its own on `device`, which go when it goes."""
-    options, dtype = checked.options, text_dtype(checked.options)
+    options, dtype = checked.options, _text_dtype(checked.options)
     encode_clip = _load_clip(checked, engine, device)
     encode_t5 = _load_t5(checked, engine, device)
 
@@ -178,7 +179,7 @@ def _reference_caches(checked: CheckedRun, identity: str, cache: TensorCache, re
         key=lambda caption: text_key(caption, encoder=identity, max_length=max_length, apply_mask=apply_mask),
         max_length=max_length,
         apply_mask=apply_mask,
-        dtype=text_dtype(options),
+        dtype=_text_dtype(options),
         num_tokens=lambda caption: int(tokenizer.encode([caption], max_length)[1].sum()),
     )
     found = ReferenceCaches(
@@ -277,3 +278,8 @@ def _identity(checked: CheckedRun, engine: Engine, reporter: Reporter) -> str:
             *base_weights_identity(options, ("te1", "te3")),
         )
     )
+
+
+def _text_dtype(options: Options) -> torch.dtype:
+    """The format of kept encodings."""
+    return torch.float32 if keeps_full_text(options) else torch.bfloat16

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from trainer.data.captions import CaptionCourse
 from trainer.data.texts import run_texts
 from trainer.data.validation import validation_caption
+from trainer.schema.chroma_header import VISIBLE_PADDING
 from trainer.schema.model_kinds import format_bytes
 from trainer.schema.options import Options
 from trainer.train.check import CheckedRun
-from trainer.train.conditioning import VISIBLE_PADDING
 from trainer.train.prompt_file import texts_of
 from trainer.train.schedule import Schedule
 
@@ -47,9 +45,9 @@ def caption_course(options: Options, schedule: Schedule, num_processes: int) -> 
     )
 
 
-def text_dtype(options: Options) -> torch.dtype:
-    """The format of kept encodings: bf16, which the transformer makes of them anyway, or that of a 32-bit run."""
-    return torch.float32 if options.mixed_precision == "no" else torch.bfloat16
+def keeps_full_text(options: Options) -> bool:
+    """Whether encodings are kept in 32 bit, for a 32-bit run, and not in bf16, which the transformer makes of them anyway."""
+    return options.mixed_precision == "no"
 
 
 def writes_reference_text(options: Options) -> bool:
@@ -83,8 +81,8 @@ def _num_bytes(checked: CheckedRun, texts: list[str]) -> int:
     max_length = checked.tokenizers.t5xxl_tokens
     num_tokens = max_length * len(texts)
     if options.apply_t5_attn_mask:
-        _, mask = checked.tokenizers.t5xxl.encode(texts, max_length)
-        lengths = mask.sum(dim=1) + (VISIBLE_PADDING if options.model_type == "chroma" else 0)
-        num_tokens = int(lengths.clamp(max=max_length).sum())
+        padding = VISIBLE_PADDING if options.model_type == "chroma" else 0
+        lengths = checked.tokenizers.t5xxl.lengths(texts, max_length)
+        num_tokens = sum(min(length + padding, max_length) for length in lengths)
     vec_width = 0 if models.clip is None else models.clip.hidden_size
-    return (num_tokens * models.t5.d_model + len(texts) * vec_width) * text_dtype(options).itemsize
+    return (num_tokens * models.t5.d_model + len(texts) * vec_width) * (4 if keeps_full_text(options) else 2)
