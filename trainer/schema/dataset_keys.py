@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal, cast
 
+from trainer.schema.base import with_home
 from trainer.schema.options_data import SIZE_STEP, parse_face_crop_range, parse_resolution
 
 
@@ -182,7 +183,7 @@ def _resizing(value: object) -> str:
 
 
 def _path(value: object) -> Path:
-    return Path(_filled_text(value))
+    return Path(with_home(_filled_text(value)))
 
 
 def _number(value: object) -> float:
