@@ -7,7 +7,8 @@ from typing import Any, Final
 import gradio as gr
 
 from fluxgui.api import add_api, hide_the_rest
-from fluxgui.dataset_layout import build_dataset_tab, connect_dataset_page
+from fluxgui.dataset_layout import build_dataset_tab
+from fluxgui.dataset_wiring import connect_dataset_page
 from fluxgui.demo import start_demo
 from fluxgui.form_parts import html_part
 from fluxgui.language import say

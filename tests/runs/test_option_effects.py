@@ -194,6 +194,8 @@ EFFECTS: dict[str, Effect] = {
     # ---- memory
     "device": e("code", "mps"),
     "mixed_precision": e("weights", "bf16"),
+    "full_bf16": e("tensors", "", *BF16),
+    "full_fp16": e("metadata:ss_full_fp16", "", "--mixed_precision=fp16"),
     "base_storage": e("weights", "nf4"),
     "base_storage_cache": e("files", "{out}/stored", "--base_storage=int8"),
     "fp8_base": e("weights", "", *BF16),

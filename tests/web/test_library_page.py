@@ -14,8 +14,10 @@ from safetensors import safe_open
 from tests.lora.random_lora import random_lora
 from tests.runs.in_process import answer
 from tests.tiny import TinyModels
-from tests.web.page_process import App
-from tests.web.test_presets_page import check_accessibility, choose, shoot
+from tests.web.axe import EXCEPT_MESSAGES, serious_faults_in_both_schemes
+from tests.web.page_process import App, visit
+from tests.web.screenshots import shoot
+from tests.web.test_presets_page import choose
 from trainer.schema.run_folder import RunFolder
 from trainer.train.checkpoint import save_lora
 
@@ -56,11 +58,10 @@ def pixels(page: Page, address: str) -> bytes:
 def test_a_strength_grid_of_a_finished_lora_where_0_is_the_base(
     app: App, page: Page, run: RunFolder, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
-    page.goto(f"{app.url}?tab=library")
+    visit(page, app, "?tab=library")
     card = page.locator("#library-cards .lora-card")
     expect(card).to_have_count(1)
     expect(card).to_contain_text("kelvo")
-    shoot(page, "library-cards")
     card.focus()
     page.keyboard.press("Enter")
     expect(page.locator("#library-facts h2")).to_have_text("emblem")
@@ -87,11 +88,11 @@ def test_a_strength_grid_of_a_finished_lora_where_0_is_the_base(
     (base,) = tmp_path.glob("*.png")
     assert pictures[0] == pictures[4] == Image.open(base).convert("RGB").tobytes()
     assert len(set(pictures)) == 7
-    check_accessibility(page)
-    shoot(page, "library-try")
+    assert serious_faults_in_both_schemes(page, EXCEPT_MESSAGES) == []
+    shoot(page, "story-15-strength-grid", tmp_path)
 
     # A reload shows the same, from the job's folder.
-    page.reload()
+    visit(page)
     expect(page.locator("#try-grid img")).to_have_count(8)
 
     # A tool writes a new file, which appears as a card of its own.
@@ -101,7 +102,7 @@ def test_a_strength_grid_of_a_finished_lora_where_0_is_the_base(
     page.locator("#tool-run").click()
     expect(page.locator("#tool-result .tool-text")).to_contain_text("rank 2 to 2", timeout=DONE_MS)
     expect(card).to_have_count(2)
-    shoot(page, "library-tool")
+    shoot(page, "library-tool", tmp_path)
     page.locator("#library-search input, #library-search textarea").fill("small")
     expect(card).to_have_count(1)
     expect(card).to_contain_text("rank 2")

@@ -64,4 +64,5 @@ class Perturbation:
 
 def row_norms(up: Tensor, down: Tensor) -> Tensor:
     """Norms of the rows of up @ down, (O,), without making the product."""
+    up, down = up.float(), down.float()
     return ((up @ (down @ down.t())) * up).sum(dim=1).clamp_min(0).sqrt()

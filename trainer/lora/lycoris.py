@@ -117,6 +117,10 @@ class LycorisNetwork(nn.Module):
         network.requires_grad_(True)
         return cls(network, spec)
 
+    def train_in(self, dtype: torch.dtype) -> None:
+        """Keeps everything that trains in `dtype`, gradients and optimizer state with it."""
+        self._network.to(dtype)
+
     @property
     def num_modules(self) -> int:
         return len(self._modules_of("text_encoder_loras")) + len(self._modules_of("unet_loras"))

@@ -106,6 +106,16 @@ class LoraNetwork(nn.Module):
         for adapter in self._adapters.values():
             adapter.multiplier = multiplier
 
+    def train_in(self, dtype: torch.dtype) -> None:
+        """Keeps everything that trains in `dtype`, gradients and optimizer state with it. It is float32 otherwise."""
+        for adapter in self._adapters.values():
+            for entry in adapter.trained():
+                entry.parameter.data = entry.parameter.data.to(dtype)
+            if isinstance(adapter, LoraLinear) and adapter.begins_at_principal:
+                # Rounded alike, so that it still begins as the base.
+                for first, trained in ((adapter.first_down, adapter.lora_down), (adapter.first_up, adapter.lora_up)):
+                    first.data.copy_(first.data.to(trained.dtype))
+
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def parameter_groups(
@@ -206,8 +216,8 @@ class LoraNetwork(nn.Module):
     def published_state_dict(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """The tensors of a file, on the host: alpha, down and up of every LoRA, and what other kinds have.
 
-        `dtype` None keeps float32, and alpha an int64 where it was given as a whole number. An alpha that `dtype` cannot
-        hold exactly is float32.
+        `dtype` None keeps what trains as it is, and alpha an int64 where it was given as a whole number. An alpha that
+        `dtype` cannot hold exactly is float32.
         """
         state: dict[str, Tensor] = {}
         for name, adapter in self._adapters.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
@@ -116,7 +117,12 @@ class _DatasetReader:
                 try:
                     values[name] = key.read(raw)
                 except ValueError as error:
-                    self._complain(f"{name} is {shown(raw)}; it {error}", place)
+                    # Without its quotes such a text would be taken for what is asked for.
+                    is_quoted = isinstance(raw, str) and (raw.lower() in ("true", "false") or _is_number(raw))
+                    value = f'"{raw}"' if is_quoted else shown(raw)
+                    self._complain(
+                        f"{name} is {value}; it {error}", place, "Leave the quotes out." if is_quoted else None
+                    )
         return values
 
     def _misplaced(self, name: str, level: Level | None, place: str) -> None:
@@ -163,7 +169,7 @@ class _DatasetReader:
         self, entry: dict[str, object], dataset: Mapping[str, object], general: Mapping[str, object], place: str
     ) -> SubsetSpec | None:
         own = self._table(entry, place, "subset")
-        if "image_dir" not in entry and "metadata_file" not in entry:
+        if entry.get("image_dir") is None and entry.get("metadata_file") is None:
             self._complain("there is no image_dir", place, "Give the folder of pictures.")
         found = {name: self._value(name, own, dataset, general) for name in SUBSET_KEYS}
         for what in _cache_conflicts(found, self._options):
@@ -186,6 +192,14 @@ class _DatasetReader:
             if name in table:
                 return table[name]
         return _fallback(name, self._options)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a text is a number."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _fallback(name: str, options: Options) -> object:

@@ -367,16 +367,20 @@ class Sums:
     def _lora_parts(self, *, with_gradients: bool) -> list[Part]:
         options, sizes, total = self.options, self.trained.sizes, self.trained.total
         num_moments, is_8bit = moments_of(wanted_optimizer(options))
-        # fp32 master weights; a plain LoRA casts those of one layer for the moment, others have copies under autocast.
+        # fp32 master weights (16 bit in a full run); a plain LoRA casts those of one layer for the moment, others have copies under autocast.
         spec = self.trained.spec
         is_plain = spec.kind == "lora" and not spec.dora and not spec.pissa
-        weight_bytes = 4 if self.value_bytes == 4 or is_plain else 4 + self.value_bytes
+        own_bytes = 2 if options.full_bf16 or options.full_fp16 else 4
+        weight_bytes = own_bytes if self.value_bytes == own_bytes or is_plain else own_bytes + self.value_bytes
         return [
             Part("LoRA weights", total * weight_bytes + 4 * self.trained.frozen, "lora"),
-            Part("LoRA gradients", 4 * total if with_gradients else 0, "gradients"),
+            Part("LoRA gradients", own_bytes * total if with_gradients else 0, "gradients"),
             Part(
                 "optimizer state",
-                sum(optimizer_state_bytes(size, is_8bit=is_8bit, num_moments=num_moments) for size in sizes),
+                sum(
+                    optimizer_state_bytes(size, is_8bit=is_8bit, num_moments=num_moments, value_bytes=own_bytes)
+                    for size in sizes
+                ),
                 "optimizer",
             ),
         ]

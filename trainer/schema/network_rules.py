@@ -125,13 +125,15 @@ def network_advice(options: Options, explicit: frozenset[str]) -> Iterator[str]:
 
 
 def _given_twice(options: Options) -> Iterator[str]:
-    """The line about each key of `network_args` that has two values. As in the reference, the last one counts."""
-    values: dict[str, str] = {}
-    for pair in options.network_args or ():
-        key, _, value = (piece.strip() for piece in pair.partition("="))
-        if values.get(key, value) != value:
-            yield f"{key} of network_args is given twice: {values[key]} has no effect beside {value}, which comes later"
-        values[key] = value
+    """The line about each setting in a list of them that has two values. As in the reference, the last one counts."""
+    for name in ("network_args", "optimizer_args", "lr_scheduler_args"):
+        values: dict[str, str] = {}
+        pairs: tuple[str, ...] | None = getattr(options, name)
+        for pair in pairs or ():
+            key, _, value = (piece.strip() for piece in pair.partition("="))
+            if values.get(key, value) != value:
+                yield f"{key} of {name} is given twice: {values[key]} has no effect beside {value}, which comes later"
+            values[key] = value
 
 
 def _is_given(options: Options, key: str) -> bool:

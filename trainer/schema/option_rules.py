@@ -79,6 +79,13 @@ def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tupl
                 f"resume is {options.resume.as_posix()}, which is no place on the hub: {error}",
                 "Such as your-name/my-lora/cat-step00000100-state.",
             )
+    for name, format_name in (("full_bf16", "bf16"), ("full_fp16", "fp16")):
+        if getattr(options, name) and options.mixed_precision != format_name:
+            yield (
+                (name, "mixed_precision"),
+                f"{name} needs mixed_precision {format_name}, and it is {options.mixed_precision}",
+                f"Add --mixed_precision={format_name}, or leave {name} out.",
+            )
     if options.base_storage not in (None, "fp8") and (options.fp8_base or options.fp8_base_unet):
         name = "fp8_base" if options.fp8_base else "fp8_base_unet"
         yield (

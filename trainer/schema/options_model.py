@@ -98,6 +98,24 @@ class MemoryOptions(OptionGroup):
         Literal["no", "fp16", "bf16"],
         Opt("Number format of the frozen models and of the computation; no means 32 bit.", "Precision", "basic"),
     ] = "no"
+    full_bf16: Annotated[
+        bool,
+        Opt(
+            "Keep the LoRA, its gradients and the optimizer's state in bf16 too: a little memory less, and small changes "
+            "are lost.",
+            "LoRA in bf16",
+            "expert",
+        ),
+    ] = False
+    full_fp16: Annotated[
+        bool,
+        Opt(
+            "Keep the LoRA, its gradients and the optimizer's state in fp16 too: a little memory less, and small numbers "
+            "are lost.",
+            "LoRA in fp16",
+            "expert",
+        ),
+    ] = False
     base_storage: Annotated[
         Literal["fp8", "int8", "nf4"] | None,
         Opt(

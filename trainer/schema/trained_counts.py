@@ -218,8 +218,9 @@ def _block_linears(flux: TransformerParams, spec: LoraSpec) -> Iterator[tuple[st
             yield f"{prefix}linear2", c + m, c
 
 
-def optimizer_state_bytes(num_values: int, *, is_8bit: bool, num_moments: float = 2) -> int:
-    """Bytes of an optimizer's moments (two for AdamW) for one matrix; 8-bit state has one fp32 scale for 256 values."""
+def optimizer_state_bytes(num_values: int, *, is_8bit: bool, num_moments: float = 2, value_bytes: int = 4) -> int:
+    """Bytes of an optimizer's moments (two for AdamW) for one matrix of numbers that take `value_bytes` each; 8-bit state
+    has one fp32 scale for 256 values, and is in fp32 for small matrices."""
     if is_8bit and num_values >= _MIN_8BIT_VALUES:
         return round(num_moments * (num_values + 4 * math.ceil(num_values / _8BIT_BLOCK)))
-    return round(4 * num_moments * num_values) + (_STEP_BYTES if num_moments else 0)
+    return round((4 if is_8bit else value_bytes) * num_moments * num_values) + (_STEP_BYTES if num_moments else 0)

@@ -116,6 +116,8 @@ def attach_network(
     origin = None
     if options.network_weights is not None:
         origin = _load_weights(network, options.network_weights, reporter)
+    if options.full_bf16 or options.full_fp16:
+        network.train_in(torch.bfloat16 if options.full_bf16 else torch.float16)
     return network, origin
 
 

@@ -42,6 +42,7 @@ def _own_settings(options: Options, weight_dtype: str) -> dict[str, object]:
         "base_storage": stored_as(options),
         "blocks_to_swap": chosen_swap(options.blocks_to_swap),
         "weight_dtype": weight_dtype,
+        "full_bf16": options.full_bf16,
         "save_precision": options.save_precision or "float",
         "lora_form": options.lora_form,
         "t5xxl_max_token_length": options.t5xxl_max_token_length,
