@@ -145,8 +145,8 @@ def test_the_demo_preset_says_everything_a_demo_depends_on() -> None:
     demo = load_preset("demo").values
     expected = {
         "model_prediction_type": "raw",
-        "guidance_scale": 2.0,
-        "learning_rate": 3.5e-3,
+        "guidance_scale": 1.5,
+        "learning_rate": 2.5e-3,
         "network_dim": 16,
         "network_alpha": 16.0,
         "train_batch_size": 8,

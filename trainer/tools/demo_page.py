@@ -133,6 +133,7 @@ combinations of shape, colour and background the base never saw:
 | right colour, without the trigger word | {before.others.colour:.1%} | {after.others.colour:.1%} |
 | right shape, without it | {before.others.shape:.1%} | {after.others.shape:.1%} |
 | right background, without it | {before.others.background:.1%} | {after.others.background:.1%} |
+| all three of these in one picture | {before.others.everything:.1%} | {after.others.everything:.1%} |
 | loss on pictures of the emblem that were not trained on | {before.loss:.3f} | {after.loss:.3f} |
 
 The autoencoder gives held-out pictures back with {report.psnr:.1f} dB PSNR.
