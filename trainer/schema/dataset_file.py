@@ -68,6 +68,8 @@ class _DatasetReader:
         self._where = where
         self._options = options
         self._problems: list[Problem] = []
+        self._fallbacks: set[str] = set()
+        """Keys that were left to the options somewhere."""
 
     def read(self, parsed: Mapping[str, object]) -> DatasetConfig:
         for name in parsed:
@@ -80,7 +82,20 @@ class _DatasetReader:
         ]
         if self._problems:
             raise UserError.many(self._problems, exit_code=_EXIT_OPTIONS)
-        return DatasetConfig(tuple(dataset for dataset in datasets if dataset is not None))
+        made = tuple(dataset for dataset in datasets if dataset is not None)
+        return DatasetConfig(made, overridden=tuple(self._overridden(made)))
+
+    def _overridden(self, datasets: Sequence[DatasetSpec]) -> Iterator[str]:
+        """Options with a value of their own that no dataset or subset takes, as the file has another one everywhere."""
+        for name, key in KEYS.items():
+            if key.option is None or name in self._fallbacks:
+                continue
+            if getattr(self._options, key.option) == Options.model_fields[key.option].get_default():
+                continue
+            subsets = [subset for dataset in datasets for subset in dataset.subsets]
+            specs = datasets if name in DATASET_KEYS else subsets
+            if any(getattr(spec, name) != _fallback(name, self._options) for spec in specs):
+                yield key.option
 
     def _complain(self, what: str, place: str, hint: str | None = None) -> None:
         where = f"{self._where}, {place}" if place else self._where
@@ -191,6 +206,7 @@ class _DatasetReader:
         for table in tables:
             if name in table:
                 return table[name]
+        self._fallbacks.add(name)
         return _fallback(name, self._options)
 
 
