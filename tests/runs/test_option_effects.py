@@ -203,6 +203,10 @@ EFFECTS: dict[str, Effect] = {
     "fp8_base_unet": e("weights", "", *BF16),
     "no_half_vae": e("weights", "", *BF16),
     "gradient_checkpointing": e("calls"),
+    "checkpoint_blocks": e("calls", "1", "--gradient_checkpointing"),
+    "cpu_offload_checkpointing": e("lines", "", "--gradient_checkpointing"),
+    "offload_modulation": e("calls", "host"),
+    "torch_compile": e("lines", "", "--dynamo_backend=eager"),
     "blocks_to_swap": e("lines", "2"),
     "split_mode": e("code"),
     # ---- cache
@@ -281,6 +285,7 @@ SHOWN_ELSEWHERE = {
     "resume_from_huggingface": "tests/train/test_hub_state.py",
     "max_data_loader_n_workers": "tests/train/test_reading_ahead.py",
     "skip_cache_check": "tests/data/test_cache.py",
+    "dynamo_backend": "tests/offload/test_levers.py",
     "ddp_timeout": "tests/train/test_engine.py",
     "no_oom_recovery": "tests/runs/test_out_of_memory.py",
     "async_upload": "tests/train/test_hub_upload.py",

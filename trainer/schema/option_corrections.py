@@ -103,6 +103,13 @@ def option_advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
             yield "write_reference_caches writes no text: there is no such file for Chroma"
     if options.base_storage_cache is not None and stored_as(options) == "compute":
         yield "base_storage_cache has no effect: the model is stored as computed (base_storage, fp8_base)"
+    for name in ("checkpoint_blocks", "cpu_offload_checkpointing"):
+        if getattr(options, name) and not options.gradient_checkpointing:
+            yield f"{name} has no effect: gradient_checkpointing is off"
+    if options.offload_modulation is not None and options.model_type == "chroma":
+        yield "offload_modulation has no effect: Chroma's blocks have no modulation weights"
+    if "dynamo_backend" in explicit and not options.torch_compile and options.dynamo_backend != "no":
+        yield "dynamo_backend has no effect: torch_compile is not given"
     if options.model_type == "chroma" and options.guidance_scale != 0:
         yield f"guidance_scale is {options.guidance_scale:g}; Chroma was made with 0"
     if options.huggingface_repo_id is None:
