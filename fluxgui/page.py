@@ -12,7 +12,7 @@ from fluxgui.dataset_wiring import connect_dataset_page
 from fluxgui.demo import start_demo
 from fluxgui.form_parts import html_part
 from fluxgui.language import say
-from fluxgui.library_tab import build_library_tab
+from fluxgui.library_layout import build_library_tab
 from fluxgui.presets import start_values
 from fluxgui.presets_bar import choices
 from fluxgui.presets_tab import build_presets_tab
