@@ -27,6 +27,9 @@ from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec
 
 T = TypeVar("T")
 
+_MOST_DRAWS = 50_000_000
+"""An epoch is made as a list; this many take gigabytes already."""
+
 
 def index_dataset(config: DatasetConfig, *, progress: Progress | None = None) -> DatasetIndex:
     """Finds, decodes and measures every picture of `config`.
@@ -174,6 +177,9 @@ def _make_items(
             problems.append(
                 Problem(f"dataset {position + 1} has only regularisation pictures", hint="Add pictures to train on.")
             )
+    draws = sum(item.num_repeats for item in items)
+    if draws > _MOST_DRAWS:
+        problems.append(Problem(f"an epoch would have {draws} draws of pictures", hint="Lower num_repeats."))
     if not found and not problems:
         problems.append(Problem("the dataset file names no picture folder", hint="Add a subset with an image_dir."))
     return items

@@ -106,7 +106,8 @@ def _files_of_metadata(position: int, subset: SubsetSpec, problems: list[Problem
 def _entries(folder: Path, key: str, noun: str, problems: list[Problem]) -> list[Path] | None:
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
-        problems.append(Problem(f"the {noun} folder {folder} {what}", hint=f"Correct {key}."))
+        hint = f"Correct {key}." if folder.is_absolute() else f"Correct {key}: it was looked for in {Path.cwd()}."
+        problems.append(Problem(f"the {noun} folder {folder} {what}", hint=hint))
         return None
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))

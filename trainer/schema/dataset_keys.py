@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal, cast
 
+from trainer.schema.base import with_home
 from trainer.schema.options_data import SIZE_STEP, parse_face_crop_range, parse_resolution
 
 
@@ -100,9 +101,13 @@ class DatasetSpec:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Everything that training draws pictures from."""
+    """Everything that training draws pictures from.
+
+    `overridden` are options that have a value, and the dataset file another one wherever they would count.
+    """
 
     datasets: tuple[DatasetSpec, ...]
+    overridden: tuple[str, ...] = ()
 
 
 Level = Literal["general", "dataset", "subset"]
@@ -182,7 +187,7 @@ def _resizing(value: object) -> str:
 
 
 def _path(value: object) -> Path:
-    return Path(_filled_text(value))
+    return Path(with_home(_filled_text(value)))
 
 
 def _number(value: object) -> float:
