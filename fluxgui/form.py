@@ -17,6 +17,8 @@ from typing import Final, cast
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
+from fluxgui.dataset_extras import read_masks, read_repeats
+from fluxgui.datasets import MASKS
 from fluxgui.fields import DATASET_NAMES, NOT_IN_PRESETS, Field, make_fields
 from fluxgui.language import say
 from fluxgui.pictures import CAPTION_SUFFIX, PictureFolder, check_folder
@@ -160,13 +162,16 @@ def read_form(values: FormValues) -> Reading:
             problems.append(found)
         else:
             pictures = found
+            problems += _mask_problems(found, is_asked_for=options is not None and options.masked_loss)
 
     problems = [_in_words_of_the_page(problem, fields) for problem in problems]
     reading = Reading(options, None, tuple(problems), missing, pictures, notes)
     if options is None:
         return reading
     config_toml = options_to_toml(options.model_copy(update=dict.fromkeys(_RUN_FOLDER_NAMES)))
-    dataset_toml = dataset_to_toml(dataset_values(typed, pictures)) if pictures is not None else ""
+    dataset_toml = (
+        dataset_to_toml(dataset_values(typed, pictures, has_masks=options.masked_loss)) if pictures is not None else ""
+    )
     reading = replace(reading, command_line=shell_command(options), config_toml=config_toml, dataset_toml=dataset_toml)
     if problems or missing or pictures is None:
         return reading
@@ -225,6 +230,18 @@ def _own_problems(typed: FormValues) -> list[Problem]:
     return problems
 
 
+def _mask_problems(pictures: PictureFolder, *, is_asked_for: bool) -> list[Problem]:
+    """Pictures without a mask in a folder where others have one: the trainer refuses it a little later."""
+    masks = read_masks(pictures.path) if is_asked_for else {}
+    bare = [image.name for image in pictures.images if image.stem not in masks]
+    if not masks or not bare:
+        return []
+    shown = ", ".join(bare[:5]) + (f" and {len(bare) - 5} more" if len(bare) > 5 else "")
+    what = f"these pictures have no mask: {shown}"
+    hint = "Add white masks for them on the Dataset page, or turn off masked_loss."
+    return [Problem(what, str(pictures.path), hint, field="image_dir")]
+
+
 def _more_options(text: object, problems: list[Problem]) -> dict[str, object]:
     if text is None:
         return {}
@@ -263,16 +280,24 @@ def _at_field(problem: Problem, fields: Mapping[str, Field], more: Mapping[str, 
     return problem
 
 
-def dataset_values(typed: FormValues, pictures: PictureFolder) -> dict[str, object]:
+def dataset_values(typed: FormValues, pictures: PictureFolder, *, has_masks: bool = False) -> dict[str, object]:
     """The dataset file's content: one dataset with one subset.
 
-    `typed` must have passed the check of the options. The trigger word goes before every caption. Where no picture has a caption it is the caption (`class_tokens`).
+    `typed` must have passed the check of the options. The trigger word goes before every caption. Where no picture has
+    a caption it is the caption (`class_tokens`). Repeats of single pictures come from the folder, and with `has_masks`
+    its masks too, where it has some.
     """
     subset: dict[str, object] = {"image_dir": str(pictures.path), "num_repeats": typed["num_repeats"] or 1}
     trigger = typed["trigger_word"]
     if trigger is not None:
         has_captions = len(pictures.without_caption) < len(pictures.images)
         subset["caption_prefix" if has_captions else "class_tokens"] = trigger
+    there = {image.name for image in pictures.images}
+    repeats = {name: times for name, times in read_repeats(pictures.path).pictures.items() if name in there}
+    if repeats:
+        subset["picture_repeats"] = repeats
+    if has_masks and read_masks(pictures.path):
+        subset["conditioning_data_dir"] = str(pictures.path / MASKS)
     dataset = {
         key: typed[name]
         for name, key in DATASET_NAMES.items()

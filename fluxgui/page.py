@@ -7,11 +7,12 @@ from typing import Any, Final
 import gradio as gr
 
 from fluxgui.api import add_api, hide_the_rest
-from fluxgui.dataset_layout import build_dataset_tab, connect_dataset_page
+from fluxgui.dataset_layout import build_dataset_tab
+from fluxgui.dataset_wiring import connect_dataset_page
 from fluxgui.demo import start_demo
 from fluxgui.form_parts import html_part
 from fluxgui.language import say
-from fluxgui.library_tab import build_library_tab
+from fluxgui.library_layout import build_library_tab
 from fluxgui.presets_bar import choices
 from fluxgui.presets_tab import build_presets_tab
 from fluxgui.runs import RunWatcher

@@ -131,7 +131,7 @@ def test_missing_captions_give_one_warning_that_counts_and_names_them(tmp_path: 
 def test_captions_with_another_ending_are_pointed_out(tmp_path: Path) -> None:
     subset = replace(folder_with(tmp_path, (64, 64)), caption_extension=".caption")
     (warning,) = index_dataset(one_dataset(subset)).warnings
-    assert warning.endswith(". 1 of them have a .txt or .caption file: is caption_extension right?")
+    assert warning.endswith(". There is 000.txt, for one: is caption_extension right?")
 
 
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:

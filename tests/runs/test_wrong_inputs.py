@@ -194,9 +194,19 @@ CASES: dict[str, tuple[Spoil, int, list[str]]] = {
     "a text for a number": (
         dataset(SUBSET + 'num_repeats = "3"\n'),
         2,
-        ["num_repeats is 3; it must be a whole number"],
+        ['num_repeats is "3"; it must be a whole number', "Leave the quotes out."],
     ),
     "a text for a switch": (dataset(SUBSET + 'flip_aug = "yes"\n'), 2, ["flip_aug is yes; it must be true or false"]),
+    "more draws than a list can hold": (
+        dataset(SUBSET + "num_repeats = 99999999\n"),
+        3,
+        ["draws of pictures", "Lower num_repeats."],
+    ),
+    "a relative folder from elsewhere": (
+        dataset(SUBSET.replace("IMAGES", "no such place")),
+        3,
+        ["the picture folder no such place does not exist", "it was looked for in"],
+    ),
     "a number for a text": (dataset(SUBSET + "caption_prefix = 3\n"), 2, ["caption_prefix is 3; it must be text"]),
     "a key in the wrong table": (
         dataset(SUBSET + "batch_size = 2\n"),

@@ -106,7 +106,8 @@ def _files_of_metadata(position: int, subset: SubsetSpec, problems: list[Problem
 def _entries(folder: Path, key: str, noun: str, problems: list[Problem]) -> list[Path] | None:
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
-        problems.append(Problem(f"the {noun} folder {folder} {what}", hint=f"Correct {key}."))
+        hint = f"Correct {key}." if folder.is_absolute() else f"Correct {key}: it was looked for in {Path.cwd()}."
+        problems.append(Problem(f"the {noun} folder {folder} {what}", hint=hint))
         return None
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -177,6 +178,15 @@ def _only(found: Found, owners: dict[Path, int], place: int) -> Found:
         masks=tuple(found.masks[number] for number in kept) if found.masks else (),
         captions=None if found.captions is None else tuple(found.captions[number] for number in kept),
     )
+
+
+def repeat_warnings(found: Iterable[Found]) -> Iterator[str]:
+    """Pictures that picture_repeats names and that are not there: a name that was mistyped has no effect otherwise."""
+    for subset in found:
+        there = {path.name for path in subset.paths}
+        gone = [name for name, _ in subset.spec.picture_repeats if name not in there]
+        if gone:
+            yield f"picture_repeats of {subset.spec.place} names pictures that are not there: {names(gone)}"
 
 
 def all_masks(found: Iterable[Found]) -> Iterator[Path]:

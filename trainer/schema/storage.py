@@ -63,14 +63,22 @@ def kept_shapes(flux: TransformerParams) -> tuple[tuple[Shape, ...], tuple[Shape
     return ((6 * c, c), (6 * c, c)), ((3 * c, c),)
 
 
-def block_bytes(flux: TransformerParams, storage: Storage, value_bytes: int) -> tuple[int, int]:
+def block_bytes(
+    flux: TransformerParams, storage: Storage, value_bytes: int, *, with_modulation: bool = True
+) -> tuple[int, int]:
     """Bytes of all Linear weights, with scales, of a double and of a single block: what one swap moves."""
     double, single = (
         sum(linear_bytes(shape, storage, value_bytes) for shape in stored)
-        + sum(linear_bytes(shape, "compute", value_bytes) for shape in kept)
+        + sum(linear_bytes(shape, "compute", value_bytes) for shape in kept if with_modulation)
         for stored, kept in zip(stored_shapes(flux), kept_shapes(flux), strict=True)
     )
     return double, single
+
+
+def modulation_bytes(flux: TransformerParams, value_bytes: int) -> tuple[int, int]:
+    """Bytes of all blocks' modulation weights, and of the largest."""
+    double, single = ([rows * columns * value_bytes for rows, columns in shapes] for shapes in kept_shapes(flux))
+    return flux.depth * sum(double) + flux.depth_single_blocks * sum(single), max((*double, *single), default=0)
 
 
 def saved_bytes(flux: TransformerParams, storage: Storage, value_bytes: int) -> int:

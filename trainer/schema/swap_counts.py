@@ -33,7 +33,9 @@ def max_blocks_to_swap(depth: int, depth_single_blocks: int) -> int:
     return count
 
 
-def slab_bytes(flux: TransformerParams, storage: Storage, value_bytes: int) -> tuple[int, int]:
+def slab_bytes(
+    flux: TransformerParams, storage: Storage, value_bytes: int, *, with_modulation: bool = True
+) -> tuple[int, int]:
     """What the Linear weights and scales of a double and of a single block take in a slab or a slot."""
 
     def tensors(shape: Shape) -> tuple[int, ...]:
@@ -46,7 +48,7 @@ def slab_bytes(flux: TransformerParams, storage: Storage, value_bytes: int) -> t
 
     double, single = (
         sum(aligned(size) for shape in stored for size in tensors(shape))
-        + sum(aligned(rows * columns * value_bytes) for rows, columns in kept)
+        + sum(aligned(rows * columns * value_bytes) for rows, columns in kept if with_modulation)
         for stored, kept in zip(stored_shapes(flux), kept_shapes(flux), strict=True)
     )
     return double, single

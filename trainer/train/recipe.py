@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
-from trainer.lora.lycoris import LycorisNetwork
 from trainer.lora.network import LoraNetwork
 from trainer.schema.cli import ParsedCommand
 from trainer.schema.folders import data_home
@@ -39,9 +38,11 @@ from trainer.train.memory_room import NoRoom, SwapRoom
 from trainer.train.network_setup import (
     attach_network,
     block_swap,
+    compile_model,
     describe_network,
     hold_norms,
     load_model,
+    may_swap_more,
     text_encoder_rates,
     unet_rate,
 )
@@ -114,6 +115,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
     clip = text.clip if trains_clip(checked) else None
     network, origin = attach_network(options, checked.spec, model, engine, reporter, seed, clip=clip, t5=text.t5)
     reporter.note(describe_network(network, checked.spec))
+    compile_model(options, model, engine, reporter.note)
     if checked.spec.verbose and isinstance(network, LoraNetwork):
         for name, rank in network.ranks().items():
             reporter.note(f"{name}: rank {rank}")
@@ -186,14 +188,15 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         sample=sample,
         validate=make_validator(checked, model, network, latents, text.source, engine, reporter),
         peak_bytes=MeasuredPeak(checked, engine, reporter, swap),
-        before_step=network.before_step,
+        before_step=partial(
+            network.before_step, measures=options.logging_dir is not None or options.log_with is not None
+        ),
         after_step=partial(hold_norms, network, options.scale_weight_norms),
         start=start.progress,
         save_state=states,
         state_is_due=states.is_due,
         make_room=SwapRoom(
-            # LyCORIS keeps the weights for backward, so that they must not move.
-            None if isinstance(network, LycorisNetwork) else swap,
+            swap if may_swap_more(options, network) else None,
             engine,
             reporter,
             estimated_bytes=estimate_run(checked, engine.total_bytes()).peak_bytes,

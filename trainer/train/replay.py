@@ -35,6 +35,7 @@ from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLo
 from trainer.train.network_setup import (
     attach_network,
     block_swap,
+    compile_model,
     hold_norms,
     load_model,
     text_encoder_rates,
@@ -72,6 +73,7 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
     for line in merge_base_weights({"unet": model}, options):
         reporter.note(line)
     network, _ = attach_network(options, checked.spec, model, engine, reporter, seed)
+    compile_model(options, model, engine, reporter.note)
     num_left_out = load_initial(network, recording.initial, source)
     if num_left_out:
         reporter.note(
