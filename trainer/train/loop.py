@@ -58,7 +58,7 @@ class TrainingLoop:
         peak_bytes: Callable[[], int],
         validate: Callable[[], float] | None = None,
         inspect_gradients: Callable[[int], None] | None = None,
-        before_step: Callable[[], None] = lambda: None,
+        before_step: Callable[[], Mapping[str, float]] = dict[str, float],
         after_step: Callable[[], Mapping[str, float]] = dict,
         start: Progress | None = None,
         save_state: Callable[[Progress, SaveKind], None] = lambda _progress, _kind: None,
@@ -239,10 +239,10 @@ class TrainingLoop:
         more: Mapping[str, float] = {}
         if math.isfinite(norm):
             self._num_skipped_in_a_row = 0
-            self._before_step()
+            measured = self._before_step()
             self._scaler.step(self._optimizer)
             self._scaler.update()
-            more = self._after_weights()
+            more = {**measured, **self._after_weights()}
         else:
             self._skip(position)
         rates = group_rates(self._optimizer)

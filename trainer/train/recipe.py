@@ -191,7 +191,9 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         sample=sample,
         validate=make_validator(checked, model, network, latents, text.source, engine, reporter),
         peak_bytes=MeasuredPeak(checked, engine, reporter, swap),
-        before_step=network.before_step,
+        before_step=partial(
+            network.before_step, measures=options.logging_dir is not None or options.log_with is not None
+        ),
         after_step=partial(hold_norms, network, options.scale_weight_norms),
         start=start.progress,
         save_state=states,
