@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.chroma import Chroma
@@ -44,6 +43,10 @@ from trainer.schema.key_plans import (
 )
 from trainer.schema.stored_scales import fp8_parts
 from trainer.schema.weight_files import read_weights
+
+if TYPE_CHECKING:
+    # Seconds to import, which tools for LoRA files do without.
+    from transformers import CLIPTextModel, T5EncoderModel
 
 PlaceTensor = Callable[[str], torch.device | str]
 ChangeOf = Callable[[str], Callable[[Tensor], Tensor] | None]
@@ -184,6 +187,8 @@ def load_clip_l(
 
 def empty_clip_l(params: ClipParams, activation: str = "quick_gelu") -> CLIPTextModel:
     """A CLIP-L text encoder of these sizes without weights: its parameters are on the meta device."""
+    from transformers import CLIPTextConfig, CLIPTextModel  # noqa: PLC0415 - takes seconds
+
     config = CLIPTextConfig(
         hidden_size=params.hidden_size,
         intermediate_size=params.intermediate_size,
@@ -213,6 +218,8 @@ def load_t5xxl(path: Path, dtype: torch.dtype, device: torch.device | str) -> T5
 
 def empty_t5xxl(params: T5Params) -> T5EncoderModel:
     """A T5 encoder of these sizes without weights: its parameters are on the meta device."""
+    from transformers import T5Config, T5EncoderModel  # noqa: PLC0415 - takes seconds
+
     config = T5Config(
         d_model=params.d_model,
         d_ff=params.d_ff,
