@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.fluxgui.sparse_flux import make_sparse_flux
 from tests.web.page_process import App
+from tests.web.screenshots import shoot
 from trainer.tools.tiny_pictures import make_images
 
 pytestmark = [pytest.mark.web, pytest.mark.timeout(600)]
@@ -65,7 +67,9 @@ def tab_to(page: Page, selector: str) -> list[str]:
     raise AssertionError(f"{selector} is not reached by {MAX_TABS} presses of Tab")
 
 
-def test_a_small_card_swaps_blocks_and_a_smaller_one_says_what_is_impossible(app: App, page: Page) -> None:
+def test_a_small_card_swaps_blocks_and_a_smaller_one_says_what_is_impossible(
+    app: App, page: Page, tmp_path: Path
+) -> None:
     flux = make_sparse_flux(app.home / "models" / "flux1-dev.safetensors")
     make_images(app.home / "cats", 12)
     open_page(page, app)
@@ -88,6 +92,7 @@ def test_a_small_card_swaps_blocks_and_a_smaller_one_says_what_is_impossible(app
     page.locator("#estimate").click()
     expect(result.locator(".box.bad")).to_contain_text("a card of 4.0 GiB leaves 3.8 GiB")
     expect(result.locator(".memory-legend").first).to_contain_text("too much")
+    shoot(page, "story-05-estimate", tmp_path)
     page.locator("#estimate-alternatives label").first.click()
     expect(box(page, "resolution")).to_have_value("768")
     expect(result.locator(".box.good")).to_contain_text("of 4.0 GiB")
@@ -123,7 +128,7 @@ def test_an_empty_page_says_what_to_do_and_start_leads_to_the_first_problem(app:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_from_the_model_to_a_started_run_by_keyboard_alone(app: App, page: Page, width: int) -> None:
+def test_from_the_model_to_a_started_run_by_keyboard_alone(app: App, page: Page, tmp_path: Path, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 900})
     open_page(page, app)
     unseen = tab_to(page, "#use-demo")
@@ -143,4 +148,5 @@ def test_from_the_model_to_a_started_run_by_keyboard_alone(app: App, page: Page,
     page.keyboard.press("Enter")
     expect(page).to_have_url(re.compile(r"tab=runs.*run=2"))
     expect(page.locator("#run-header h2")).to_have_text("by keyboard")
+    shoot(page, f"story-16-by-keyboard-at-{width}", tmp_path)
     assert unseen == []
