@@ -42,6 +42,7 @@ from trainer.schema.key_plans import (
     flux_plan,
     t5_plan,
 )
+from trainer.schema.stored_scales import fp8_parts
 from trainer.schema.weight_files import read_weights
 
 PlaceTensor = Callable[[str], torch.device | str]
@@ -126,8 +127,10 @@ def _fill_transformer(
 ) -> None:
     stored: dict[str, StoredLinear] = {}
     if storage is not None:
+        # What the file has in fp8 stays so; in fewer bits than it has them, modulation layers are not stored.
+        with_modulation = storage == "fp8" and fp8_parts(header)[1] and modulation is None
         for kind in ("double_blocks", "single_blocks"):
-            found = use_storage(model.get_submodule(kind), storage)
+            found = use_storage(model.get_submodule(kind), storage, with_modulation=with_modulation)
             stored |= {f"{kind}.{path}.weight": linear for path, linear in found.items()}
     with contextlib.ExitStack() as stack:
         cached = stack.enter_context(cache.open(header, storage)) if cache is not None and storage is not None else None
@@ -339,7 +342,8 @@ def _fill_stored(
     change: Callable[[Tensor], Tensor] | None,
 ) -> None:
     """The weight in its stored form. Numbers that the file has in that form already are taken over, with their scales."""
-    if change is None and linear.storage == "fp8" and all(_read_as(piece) == "F8_E4M3" for piece in planned.pieces):
+    types = {_read_as(piece) for piece in planned.pieces}
+    if change is None and linear.storage == "fp8" and (types == {"F8_E4M3"} or types == {"F8_E5M2"}):
         raw = dataclasses.replace(planned, pieces=tuple(_without_scale(piece) for piece in planned.pieces))
         scale = torch.ones(linear.out_features)
         start = 0
@@ -349,7 +353,7 @@ def _fill_stored(
             if given is not None:
                 scale[start : start + end - first] = given if len(given) == 1 else given[first:end]
             start += end - first
-        weight = _read_parameter(files, header, raw, torch.float8_e4m3fn, device)
+        weight = _read_parameter(files, header, raw, DTYPES[types.pop()], device)
     else:
         dense = _read_parameter(files, header, planned, torch.float32, packs_on)
         weight, scale = linear.pack(dense if change is None else change(dense))

@@ -19,7 +19,7 @@ from trainer.train.conditioning import TextSource
 from trainer.train.engine import Engine
 from trainer.train.latents_phase import LatentSource, LoadedBatch, loaded_batches
 from trainer.train.level_losses import LevelLosses
-from trainer.train.loop import MicroBatch
+from trainer.train.micro_batch import MicroBatch
 from trainer.train.network_setup import network_off
 from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
 from trainer.train.same_named import same_named
