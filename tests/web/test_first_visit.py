@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(1200)]
 def test_the_demo_from_the_first_visit_to_the_downloaded_file(app: App, page: Page, tmp_path: Path) -> None:
     visit(page, app)
     page.locator("#try-demo").click()
-    expect(page).to_have_url(re.compile(r"tab=runs.*run=2"), timeout=15_000)
+    expect(page).to_have_url(re.compile(r"tab=runs.*run=2"), timeout=START_MS)
     (run,) = app.runs()
     expect(page.locator("#run-header h2")).to_have_text("demo")
     expect(page.locator("#run-header .doing")).to_contain_text("Training, step", timeout=START_MS)
