@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,12 +21,19 @@ MODES: Final = ("missing", "overwrite", "append")
 DEFAULT_MODEL: Final = "florence-community/Florence-2-base"
 
 
-def start_captions(dataset: Dataset, *, model: str, mode: str, prompt: str) -> JobView:
-    """Start a worker that captions the dataset. Raises `UserError` when one is at it already or no model is named."""
+def start_captions(
+    dataset: Dataset, *, model: str, mode: str, prompt: str, only: Sequence[str] | None = None
+) -> JobView:
+    """Start a worker that captions the dataset, or the pictures in it that `only` names.
+
+    Raises `UserError` when one is at it already, no model is named, or `only` is empty.
+    """
     if not model.strip():
         raise UserError(say("dataset.no_captioner"), hint=say("dataset.no_captioner_hint", example=DEFAULT_MODEL))
     if mode not in MODES:
         raise UserError(f"mode is {mode}; it must be one of {', '.join(MODES)}")
+    if only is not None and not only:
+        raise UserError(say("dataset.caption_nothing_selected"), hint=say("dataset.caption_nothing_selected_hint"))
     running = caption_job(dataset)
     if running is not None and running.is_live:
         raise UserError(say("dataset.captioner_busy"))
@@ -37,6 +44,7 @@ def start_captions(dataset: Dataset, *, model: str, mode: str, prompt: str) -> J
         f"--mode={mode}",
         f"--prompt={prompt.strip()}",
         "--job_dir={job}",
+        *(["--pictures={job}/pictures.txt"] if only is not None else []),
     ]
     job = start_job(
         KIND,
@@ -44,6 +52,7 @@ def start_captions(dataset: Dataset, *, model: str, mode: str, prompt: str) -> J
         arguments,
         subject={"folder": str(dataset.path), "mode": mode},
         environment=with_token({}),
+        files={} if only is None else {"pictures.txt": "".join(f"{name}\n" for name in only)},
     )
     return look_at_job(job)
 

@@ -52,6 +52,9 @@ def build_caption_panel(parts: dict[str, Block]) -> dict[str, gr.Button]:
             label=say("dataset.caption_mode"),
             elem_id="caption-mode",
         )
+        parts["caption_selected"] = gr.Checkbox(
+            label=say("dataset.caption_selected"), info=say("dataset.caption_selected_info"), elem_id="caption-selected"
+        )
         with gr.Row():
             start = gr.Button(
                 say("dataset.caption_start"), size="sm", min_width=120, variant="primary", elem_id="caption-start"
@@ -93,6 +96,7 @@ def start(tab: DatasetTab, data: Data) -> Updates:
             model=str(tab.read(data, "captioner") or ""),
             mode=str(tab.read(data, "caption_mode")),
             prompt=str(tab.read(data, "caption_prompt") or ""),
+            only=list(tab.read(data, "selected")) if tab.read(data, "caption_selected") else None,
         )
     except (OSError, UserError) as error:
         raise gr.Error(str(error), print_exception=False) from None

@@ -5,6 +5,7 @@ Each change is a file in the data folder, written before anything else is, so th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from fluxgui.caption_rules import Rule
-from fluxgui.datasets import Dataset, Item, caption_path, picture_path
+from fluxgui.datasets import MASKS, Dataset, Item, caption_path, copy_whole, picture_path
 from fluxgui.language import say
 from fluxgui.pictures import MAX_CAPTION_BYTES, read_folder
 from trainer.schema.base import UserError
@@ -42,12 +43,22 @@ class Moved:
 
 
 @dataclass(frozen=True)
+class Came:
+    """A file that was copied into the dataset; Undo moves it to `target`, an absolute path in the bin."""
+
+    file: str
+    sha256: str
+    target: str
+
+
+@dataclass(frozen=True)
 class Step:
     """One change that Undo takes back; `what` says it in words."""
 
     what: str
     written: tuple[Written, ...] = ()
     moved: tuple[Moved, ...] = ()
+    came: tuple[Came, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,12 +90,17 @@ def write_captions(dataset: Dataset, captions: Mapping[str, str], what: str) -> 
         if (before or "").strip() != text and file.name not in seen:
             written.append(Written(file.name, before, text))
             seen.add(file.name)
+    write_files(dataset, written, what)
+    return len(written)
+
+
+def write_files(dataset: Dataset, written: Sequence[Written], what: str) -> None:
+    """Write small texts, as one change."""
     if not written:
-        return 0
+        return
     _record(dataset, Step(what, written=tuple(written)))
     for each in written:
         write_atomic(dataset.path / each.file, _bytes(each.after or ""), durable=len(written) == 1)
-    return len(written)
 
 
 def record_written(dataset: Dataset, written: Sequence[Written], what: str) -> None:
@@ -101,7 +117,10 @@ def change_captions(dataset: Dataset, items: Sequence[Item], rule: Rule, what: s
 
 
 def delete_pictures(dataset: Dataset, names: Sequence[str], what: str) -> int:
-    """Move pictures, with captions that no other picture shares, to the bin as one change. Raises `UserError`."""
+    """Move pictures, with captions and masks that no other picture shares, to the bin as one change.
+
+    Raises `UserError` when a file cannot be moved.
+    """
     going = [path for name in dict.fromkeys(names) if (path := picture_path(dataset, name)) is not None]
     if not going:
         return 0
@@ -115,20 +134,45 @@ def delete_pictures(dataset: Dataset, names: Sequence[str], what: str) -> int:
             if caption_path(path).is_file() and caption_path(path).name not in needed
         }
     )
+    stems = {path.stem for path in going} - {Path(name).stem for name in needed}
+    files += sorted(f"{MASKS}/{mask.name}" for mask in _files_in(dataset.path / MASKS) if mask.stem in stems)
+    keep_files(dataset, files, {}, what)
+    return len(going)
+
+
+def keep_files(dataset: Dataset, going: Sequence[str], coming: Mapping[str, Path], what: str) -> None:
+    """Move files of the dataset to the bin and copy others in, as one change.
+
+    Both are named as seen from the dataset's folder. Raises `UserError` when a file cannot be moved, and `OSError`.
+    """
+    if not going and not coming:
+        return
+    folder = bin_folder(dataset)
+    folder.mkdir(parents=True)
+    moved = tuple(Moved(name, str(folder / name)) for name in going)
+    came = tuple(
+        Came(name, hashlib.sha256(file.read_bytes()).hexdigest(), str(folder / "new" / name))
+        for name, file in coming.items()
+    )
+    _record(dataset, Step(what, moved=moved, came=came))
+    for each in moved:
+        try:
+            Path(each.target).parent.mkdir(exist_ok=True)
+            shutil.move(dataset.path / each.file, each.target)
+        except OSError as error:
+            raise UserError(say("dataset.cannot_move", name=each.file, reason=error.strerror or error)) from error
+    for name, file in coming.items():
+        copy_whole(file, dataset.path / name)
+
+
+def bin_folder(dataset: Dataset) -> Path:
+    """A folder of the bin that does not exist yet, for what leaves the dataset now."""
     folder = _bin(dataset) / time.strftime("%Y%m%d-%H%M%S")
     number = 1
     while folder.exists():
         number += 1
         folder = folder.with_name(f"{folder.name.partition('_')[0]}_{number}")
-    folder.mkdir(parents=True)
-    moved = tuple(Moved(name, str(folder / name)) for name in files)
-    _record(dataset, Step(what, moved=moved))
-    for each in moved:
-        try:
-            shutil.move(dataset.path / each.file, each.target)
-        except OSError as error:
-            raise UserError(say("dataset.cannot_move", name=each.file, reason=error.strerror or error)) from error
-    return len(going)
+    return folder
 
 
 def undo(dataset: Dataset) -> Undone | None:
@@ -152,12 +196,23 @@ def undo(dataset: Dataset) -> Undone | None:
         else:
             write_atomic(file, _bytes(each.before), durable=False)
             num_files += 1
+    for each in step.came:
+        target, file = Path(each.target), dataset.path / each.file
+        if not file.exists():
+            continue
+        if hashlib.sha256(file.read_bytes()).hexdigest() != each.sha256:
+            left_alone.append(f"{each.file}: {say('dataset.changed_since')}")
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(file, target)
+        num_files += 1
     for each in step.moved:
         target, file = Path(each.target), dataset.path / each.file
         if file.exists():
             if target.exists():
                 left_alone.append(f"{each.file}: {say('dataset.name_in_use')}")
         elif target.exists():
+            file.parent.mkdir(exist_ok=True)
             shutil.move(target, file)
             num_files += 1
         else:
@@ -190,9 +245,21 @@ def restore(dataset: Dataset, entries: Sequence[str]) -> list[str]:
             continue
         if target.exists():
             kept.append(source.name)
-        else:
-            shutil.move(source, target)
+            continue
+        shutil.move(source, target)
+        for mask in _files_in(source.parent / MASKS):
+            # It went with its picture, and comes back with it.
+            if mask.stem == source.stem and not (dataset.path / MASKS / mask.name).exists():
+                (dataset.path / MASKS).mkdir(exist_ok=True)
+                shutil.move(mask, dataset.path / MASKS / mask.name)
     return kept
+
+
+def _files_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError:
+        return []
 
 
 def _bin(dataset: Dataset) -> Path:
@@ -236,6 +303,7 @@ def _load(entry: Path) -> Step | None:
             stored["what"],
             tuple(Written(**each) for each in stored["written"]),
             tuple(Moved(**each) for each in stored["moved"]),
+            tuple(Came(**each) for each in stored.get("came", ())),
         )
     except (OSError, ValueError, KeyError, TypeError):
         entry.unlink(missing_ok=True)  # a damaged entry must not stand before the older ones for ever

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, TypedDict
 
 import gradio as gr
 from gradio.blocks import Block
 from gradio.components import Component
 
-from fluxgui import caption_rules, dataset_view, doctor_view
-from fluxgui.dataset_doctor import Bucketing, Report, bucketing_of, crop_of, examine, token_counts
+from fluxgui import dataset_view, doctor_view
+from fluxgui.dataset_doctor import Bucketing, bucketing_of, crop_of
+from fluxgui.dataset_extras import Extras, read_extras
 from fluxgui.dataset_history import (
     binned,
-    change_captions,
-    delete_pictures,
     next_undo,
-    restore,
-    undo,
-    write_captions,
 )
-from fluxgui.dataset_zip import add_files
 from fluxgui.datasets import (
     Dataset,
     Item,
-    add_folder,
     count_tags,
-    create_dataset,
     find_dataset,
     is_added,
     list_datasets,
     matching,
     read_items,
-    remove_folder,
 )
 from fluxgui.fields import TOKENIZERS
 from fluxgui.form import typed_value
@@ -156,6 +146,7 @@ class DatasetTab:
         """What the folder holds now, through the filters. Without `grid` the cards stay, where somebody is typing."""
         parts = self.parts
         items = read_items(dataset)
+        extras = read_extras(dataset)
         shown = matching(items, search=search, tag=view["tag"], only_missing=view["only_missing"])
         there = {item.name for item in items}
         chosen = [name for name in selected if name in there]
@@ -179,17 +170,26 @@ class DatasetTab:
             parts["page_back"]: gr.update(interactive=page > 0),
             parts["page_on"]: gr.update(interactive=page < num_pages - 1),
             parts["bin"]: gr.update(choices=binned(dataset), value=[]),
+            parts["folder_times"]: extras.repeats.folder,
+            parts["masks"]: dataset_view.masks_state(extras, [item.name for item in items]),
         }
         if grid:
             on_page = shown[page * NUM_ON_PAGE : (page + 1) * NUM_ON_PAGE]
             nothing = say("dataset.nothing_found") if items else say("dataset.no_pictures")
             updates[parts["grid"]] = (
-                dataset_view.grid(dataset, on_page, set(chosen)) if on_page else dataset_view.lines("warn", nothing)
+                dataset_view.grid(dataset, on_page, set(chosen), extras)
+                if on_page
+                else dataset_view.lines("warn", nothing)
             )
-        return updates | self._show_large(dataset, shown, opened, bucketing)
+        return updates | self._show_large(dataset, shown, opened, bucketing, extras)
 
     def _show_large(
-        self, dataset: Dataset, shown: Sequence[Item], opened: str | None, bucketing: Bucketing | None
+        self,
+        dataset: Dataset,
+        shown: Sequence[Item],
+        opened: str | None,
+        bucketing: Bucketing | None,
+        extras: Extras,
     ) -> Updates:
         parts = self.parts
         index = next((index for index, item in enumerate(shown) if item.name == opened), None)
@@ -205,7 +205,13 @@ class DatasetTab:
             overlay, words = doctor_view.crop(kept)
             updates |= {
                 parts["large"]: dataset_view.large(
-                    dataset, item.name, index + 1, len(shown), overlay=overlay, words=words
+                    dataset,
+                    item.name,
+                    index + 1,
+                    len(shown),
+                    mask=extras.mask_of(item.name),
+                    overlay=overlay,
+                    words=words,
                 ),
                 parts["caption"]: gr.update(value=item.caption or "", label=say("dataset.caption_of", name=item.name)),
                 parts["previous"]: gr.update(interactive=index > 0),
@@ -246,221 +252,10 @@ class DatasetTab:
         search = self.read(data, "search")
         return matching(items, search=search, tag=view["tag"], only_missing=view["only_missing"])
 
-    # ------------------------------------------------------------------------------------------- datasets
 
-    def create(self, data: Data) -> Updates:
-        made = _try(lambda: create_dataset(str(self.read(data, "new_name") or "")))
-        return {
-            **self.choose(made),
-            self.parts["new_name"]: "",
-            self.parts["said"]: dataset_view.done(say("dataset.created", name=made.name)),
-        }
-
-    def add(self, data: Data) -> Updates:
-        added = _try(lambda: add_folder(str(self.read(data, "new_path") or "")))
-        return {
-            **self.choose(added),
-            self.parts["new_path"]: "",
-            self.parts["said"]: dataset_view.done(say("dataset.added", name=added.name)),
-        }
-
-    def open_folder(self, path: str) -> Updates:
-        """Show the folder at a path; it becomes a dataset where it is none."""
-        dataset = _try(lambda: add_folder(path))
-        return {**self.choose(dataset), self.parts["doctor_box"]: gr.update(visible=True, open=True)}
-
-    def forget(self, data: Data) -> Updates:
-        dataset = self.dataset(data)
-        if dataset is None:
-            return self.arrive(None)
-        remove_folder(dataset)
-        return {
-            **self.arrive(None),
-            self.parts["said"]: dataset_view.done(say("dataset.forgotten", name=dataset.name)),
-        }
-
-    def upload(self, data: Data) -> Updates:
-        files = [Path(path) for path in self.read(data, "drop") or []]
-        if not files:
-            return {}
-        dataset = self.dataset(data) or _try(lambda: create_dataset(_free_dataset_name()))
-        added = _try(lambda: add_files(dataset, files))
-        heading = say("dataset.taken_in", pictures=len(added.images), captions=added.num_captions)
-        refused = dataset_view.lines("warn", say("dataset.left_out"), added.refused) if added.refused else ""
-        return {
-            **self.choose(dataset),
-            self.parts["drop"]: None,
-            self.parts["said"]: dataset_view.done(heading) + refused,
-        }
-
-    # ------------------------------------------------------------------------------------------- captions
-
-    def edit_in_grid(self, data: Data, event: gr.EventData) -> Updates:
-        return self._save(data, str(event.name), str(event.text), grid=False)
-
-    def edit_found(self, data: Data, event: gr.EventData) -> Updates:
-        """A caption written beside a finding: the grid shows it too."""
-        return self._save(data, str(event.name), str(event.text), grid=True)
-
-    def save_large(self, data: Data) -> Updates:
-        name = str(self.read(data, "opened") or "")
-        if not name:
-            return {}
-        return self._save(data, name, str(self.read(data, "caption") or ""), grid=True)
-
-    def _save(self, data: Data, name: str, text: str, *, grid: bool) -> Updates:
-        dataset = self.dataset(data)
-        if dataset is None:
-            return self.arrive(None)
-        num = _try(lambda: write_captions(dataset, {name: text}, say("dataset.step_edit", name=name)))
-        updates = self.again(data, say("dataset.saved", name=name) if num else "", grid=grid)
-        # The box holds what is being typed.
-        return {part: value for part, value in updates.items() if part is not self.parts["caption"]}
-
-    def turn(self, data: Data, by: int) -> Updates:
-        """The next or previous picture of those shown; the caption is saved first."""
-        saved = self.save_large(data)
-        dataset = self.dataset(data)
-        opened = str(self.read(data, "opened") or "")
-        if dataset is None or not opened:
-            return saved
-        view: View = self.read(data, "view")
-        search = self.read(data, "search")
-        shown = matching(read_items(dataset), search=search, tag=view["tag"], only_missing=view["only_missing"])
-        names = [item.name for item in shown]
-        # A picture that its new caption takes out of the filter is left for the one now in its place.
-        index = names.index(opened) + by if opened in names else 0
-        target = names[min(max(index, 0), len(names) - 1)] if names else None
-        page = names.index(target) // NUM_ON_PAGE if target is not None else 0
-        said = saved.get(self.parts["said"], "")
-        return {**self.again(data, opened=target, view={**view, "page": page}), self.parts["said"]: said}
-
-    def bulk(self, data: Data, make_rule: Callable[[], caption_rules.Rule], what: str) -> Updates:
-        dataset = self.dataset(data)
-        if dataset is None:
-            return self.arrive(None)
-        items = self.targets(data, dataset)
-        num = _try(lambda: change_captions(dataset, items, make_rule(), what))
-        return {**self.again(data, say("dataset.changed", count=num)), self.parts["preview"]: ""}
-
-    def add_text(self, data: Data, kind: str) -> Updates:
-        text = str(self.read(data, "text") or "").strip()
-        if not text:
-            raise gr.Error(say("dataset.no_text"), print_exception=False)
-        rules = {
-            "trigger": (caption_rules.with_trigger, say("dataset.step_trigger", text=text)),
-            "prefix": (caption_rules.with_prefix, say("dataset.step_prefix", text=text)),
-            "suffix": (caption_rules.with_suffix, say("dataset.step_suffix", text=text)),
-        }
-        rule, what = rules[kind]
-        return self.bulk(data, lambda: rule(text), what)
-
-    def _replacing(self, data: Data) -> caption_rules.Rule:
-        return caption_rules.replacing(
-            str(self.read(data, "find") or ""),
-            str(self.read(data, "replace") or ""),
-            is_regex=bool(self.read(data, "is_regex")),
-        )
-
-    def preview(self, data: Data) -> Updates:
-        dataset = self.dataset(data)
-        if dataset is None or not self.read(data, "find"):
-            return {self.parts["preview"]: ""}
-        items = self.targets(data, dataset)
-        try:
-            rule = self._replacing(data)
-            changes = [(item.name, item.caption or "", rule(item.caption or "")) for item in items]
-        except UserError as error:
-            return {self.parts["preview"]: dataset_view.lines("bad", str(error))}
-        changes = [change for change in changes if change[1] != change[2]]
-        return {self.parts["preview"]: dataset_view.preview(changes, len(items))}
-
-    def replace(self, data: Data) -> Updates:
-        find = str(self.read(data, "find") or "")
-        if not find:
-            raise gr.Error(say("dataset.no_find"), print_exception=False)
-        return self.bulk(data, lambda: self._replacing(data), say("dataset.step_replace", text=find))
-
-    # ------------------------------------------------------------------------------------------- check
-
-    def check(self, data: Data) -> Iterator[Updates]:
-        """Look at all pictures, with progress while it lasts."""
-        dataset = self.dataset(data)
-        if dataset is None:
-            yield self.arrive(None)
-            return
-        values = self.form_values(data)
-        tokenizers = [path if isinstance(path, Path) else None for path in (values[name] for name in TOKENIZERS)]
-        parts = self.parts
-        yield {
-            parts["checking"]: doctor_view.progress(0, 1),
-            parts["check"]: gr.update(interactive=False),
-            parts["stop_check"]: gr.update(visible=True),
-        }
-        shown_at = time.monotonic()
-        updates: Updates = {}
-        try:
-            for step in examine(dataset, bucketing_of(values), token_counts(*tokenizers)):
-                if isinstance(step, Report):
-                    items = {item.name: item for item in read_items(dataset)}
-                    updates = {
-                        parts["doctor"]: doctor_view.report(dataset, step, items),
-                        parts["buckets"]: doctor_view.buckets(step),
-                    }
-                elif time.monotonic() - shown_at > PROGRESS_SECONDS:
-                    shown_at = time.monotonic()
-                    yield {parts["checking"]: doctor_view.progress(*step)}
-        except OSError as error:
-            updates = {parts["doctor"]: dataset_view.lines("bad", str(error))}
-        yield {**updates, **self.check_is_over()}
-
-    def check_is_over(self, text: str = "") -> Updates:
-        return {
-            self.parts["checking"]: dataset_view.done(text),
-            self.parts["check"]: gr.update(interactive=True),
-            self.parts["stop_check"]: gr.update(visible=False),
-        }
-
-    # ------------------------------------------------------------------------------------------- bin and undo
-
-    def delete(self, data: Data, names: Sequence[str]) -> Updates:
-        dataset = self.dataset(data)
-        if dataset is None:
-            return self.arrive(None)
-        what = say("dataset.step_delete", count=len(names))
-        num = _try(lambda: delete_pictures(dataset, names, what))
-        return self.again(data, say("dataset.deleted", count=num), selected=[], opened=None)
-
-    def undo(self, data: Data) -> Updates:
-        dataset = self.dataset(data)
-        undone = undo(dataset) if dataset is not None else None
-        if undone is None:
-            return self.again(data)
-        updates = self.again(data, say("dataset.undone", what=undone.what, count=undone.num_files))
-        if undone.left_alone:
-            updates[self.parts["said"]] += dataset_view.lines("warn", say("dataset.left_alone"), undone.left_alone)
-        return updates
-
-    def restore(self, data: Data) -> Updates:
-        dataset = self.dataset(data)
-        wanted = list(self.read(data, "bin") or [])
-        if dataset is None or not wanted:
-            return {}
-        kept = restore(dataset, wanted)
-        updates = self.again(data, say("dataset.restored", count=len(wanted) - len(kept)))
-        if kept:
-            updates[self.parts["said"]] += dataset_view.lines("warn", say("dataset.not_restored"), kept)
-        return updates
-
-
-def _try(work: Callable[[], Any]) -> Any:
+def attempt(work: Callable[[], Any]) -> Any:
     """The result, or the failure as a message on the page."""
     try:
         return work()
     except (OSError, UserError) as error:
         raise gr.Error(str(error), print_exception=False) from None
-
-
-def _free_dataset_name() -> str:
-    taken = {dataset.name for dataset in list_datasets()}
-    return next(name for number in range(1, len(taken) + 2) if (name := f"pictures-{number}") not in taken)

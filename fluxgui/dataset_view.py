@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from html import escape
+from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
+from fluxgui.dataset_extras import Extras
 from fluxgui.datasets import Dataset, Item
 from fluxgui.language import say
 
@@ -38,31 +40,48 @@ def picture_url(dataset: Dataset, name: str, size: str, *, stamp: object = "") -
     return f"/pictures/{quote(dataset.name, safe='')}/{size}/{quote(name, safe='')}?v={quote(str(stamp))}"
 
 
-def grid(dataset: Dataset, items: Sequence[Item], selected: Collection[str]) -> str:
-    """A card for each picture: tick, picture (opens it large), name, caption to edit in place."""
-    cards = "".join(_card(dataset, item, item.name in selected) for item in items)
+def mask_url(dataset: Dataset, name: str, size: str, *, stamp: object = "") -> str:
+    """The address of the mask of the picture of that name."""
+    return f"{picture_url(dataset, name, size, stamp=stamp)}&mask=1"
+
+
+def grid(dataset: Dataset, items: Sequence[Item], selected: Collection[str], extras: Extras) -> str:
+    """A card for each picture: tick, picture (opens it large) with its mask and repeats, name, caption to edit in place."""
+    cards = "".join(_card(dataset, item, item.name in selected, extras) for item in items)
     return f'<div class="picture-grid">{cards}</div>'
 
 
-def _card(dataset: Dataset, item: Item, is_selected: bool) -> str:
+def _card(dataset: Dataset, item: Item, is_selected: bool, extras: Extras) -> str:
     name = escape(item.name)
     missing = f'<span class="mark">{escape(say("dataset.no_caption_mark"))}</span>' if not item.caption else ""
+    times = extras.repeats.of(item.name)
+    often = f'<span class="often" title="{escape(say("dataset.repeated", times=times))}">×{times}</span>'
     return (
         f'<div class="picture-card" data-name="{name}">'
         f'<label class="pick"><input type="checkbox" data-pick="{name}" {"checked" if is_selected else ""} '
         f'aria-label="{escape(say("dataset.select_one", name=item.name))}"><span title="{name}">{name}</span></label>'
         f'<button type="button" data-open="{name}" aria-label="{escape(say("dataset.open_one", name=item.name))}">'
         f'<img loading="lazy" alt="{escape(item.caption or item.name)}" '
-        f'src="{picture_url(dataset, item.name, "small", stamp=_stamp(dataset, item.name))}"></button>'
+        f'src="{picture_url(dataset, item.name, "small", stamp=_stamp(dataset.path / item.name))}">'
+        f"{_small_mask(dataset, item.name, extras)}{often if times > 1 else ''}</button>"
         f'<textarea data-caption="{name}" rows="3" spellcheck="false" '
         f'aria-label="{escape(say("dataset.caption_of", name=item.name))}" '
         f'placeholder="{escape(say("dataset.write_caption"))}">{escape(item.caption or "")}</textarea>{missing}</div>'
     )
 
 
-def _stamp(dataset: Dataset, name: str) -> int:
+def _small_mask(dataset: Dataset, name: str, extras: Extras) -> str:
+    """The mask in a corner of its picture, in words for screen readers."""
+    mask = extras.mask_of(name)
+    if mask is None:
+        return ""
+    source = mask_url(dataset, name, "small", stamp=_stamp(mask))
+    return f'<img class="mask" loading="lazy" alt="{escape(say("dataset.mask"))}" src="{source}">'
+
+
+def _stamp(file: Path) -> int:
     try:
-        return (dataset.path / name).stat().st_mtime_ns
+        return file.stat().st_mtime_ns
     except OSError:
         return 0
 
@@ -95,14 +114,39 @@ def tags(counts: Sequence[tuple[str, int]], chosen: str) -> str:
     return f'<div class="tags" role="group" aria-label="{escape(say("dataset.tags"))}">{buttons}{rest}</div>'
 
 
-def large(dataset: Dataset, name: str, position: int, num_shown: int, *, overlay: str = "", words: str = "") -> str:
-    """One picture as large as there is room, with `overlay` lying on it and `words` below, both HTML."""
+def large(
+    dataset: Dataset,
+    name: str,
+    position: int,
+    num_shown: int,
+    *,
+    mask: Path | None = None,
+    overlay: str = "",
+    words: str = "",
+) -> str:
+    """One picture as large as there is room, its mask and `overlay` lying on it and `words` below, both HTML."""
     place = escape(say("dataset.place", position=position, count=num_shown))
-    source = picture_url(dataset, name, "large", stamp=_stamp(dataset, name))
+    source = picture_url(dataset, name, "large", stamp=_stamp(dataset.path / name))
+    over, told = "", ""
+    if mask is not None:
+        over = f'<img class="mask-over" alt="" src="{mask_url(dataset, name, "large", stamp=_stamp(mask))}">'
+        told = f'<p id="picture-mask">{escape(say("dataset.mask_shown"))}</p>'
     return (
         f'<div class="large-picture"><p><strong>{escape(name)}</strong> <span class="empty">{place}</span></p>'
-        f'<div class="stage"><img alt="{escape(name)}" src="{source}">{overlay}</div>{words}</div>'
+        f'<div class="stage"><img alt="{escape(name)}" src="{source}">{over}{overlay}</div>{told}{words}</div>'
     )
+
+
+def masks_state(extras: Extras, names: Sequence[str]) -> str:
+    """How many pictures have a mask, and what that means for training."""
+    num = sum(extras.mask_of(name) is not None for name in names)
+    if not num:
+        text = say("dataset.masks_none")
+    elif num < len(names):
+        text = say("dataset.masks_some", count=num, all=len(names))
+    else:
+        text = say("dataset.masks_all", count=num)
+    return f"<p>{escape(text)}</p>"
 
 
 def preview(changes: Sequence[tuple[str, str, str]], num_looked_at: int) -> str:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from fluxgui.language import say
 from fluxgui.pictures import (
@@ -29,6 +30,9 @@ from trainer.schema.base import UserError
 from trainer.schema.folders import data_home, datasets_dir
 from trainer.schema.run_folder import write_atomic
 from trainer.schema.settings import is_allowed
+
+MASKS: Final = "masks"
+"""The folder of masks inside a dataset's folder."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,7 @@ def add_pictures(dataset: Dataset, files: Sequence[Path]) -> Added:
         stem = _free_name(safe_name(file.stem), taken)
         taken.add(stem.casefold())
         renamed.setdefault(file.stem, stem)
-        _copy(file, dataset.path / f"{stem}{suffix}")
+        copy_whole(file, dataset.path / f"{stem}{suffix}")
         images.append(f"{stem}{suffix}")
     num_captions = 0
     for file in captions:
@@ -232,7 +236,7 @@ def add_pictures(dataset: Dataset, files: Sequence[Path]) -> Added:
         if reason is None and target.exists():
             reason = say("dataset.has_caption")
         if reason is None:
-            _copy(file, target)
+            copy_whole(file, target)
             num_captions += 1
         else:
             refused.append(f"{file.name}: {reason}")
@@ -241,7 +245,7 @@ def add_pictures(dataset: Dataset, files: Sequence[Path]) -> Added:
     return Added(tuple(images), num_captions, tuple(refused))
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_whole(source: Path, target: Path) -> None:
     """Copy so that a half-written file never has the final name."""
     temporary = target.with_name(f".{target.name}.tmp")
     try:

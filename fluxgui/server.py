@@ -26,6 +26,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fluxgui.dataset_extras import mask_path
 from fluxgui.dataset_zip import write_zip
 from fluxgui.datasets import find_dataset, picture_path
 from fluxgui.jobs import find_job, look_at_job
@@ -162,10 +163,11 @@ UNREADABLE: Final = (
 )
 
 
-def dataset_picture(dataset: str, size: str, name: str) -> Response:
-    """A dataset's picture made small; a cross where it cannot be decoded."""
+def dataset_picture(dataset: str, size: str, name: str, mask: bool = False) -> Response:
+    """A dataset's picture, or its mask, made small; a cross where it cannot be decoded."""
     found = find_dataset(dataset)
-    path = picture_path(found, name) if found is not None and size in SIZES else None
+    find = mask_path if mask else picture_path
+    path = find(found, name) if found is not None and size in SIZES else None
     if path is None:
         raise HTTPException(status_code=404, detail="There is no such picture.")
     return _small_picture(path, size)

@@ -391,6 +391,28 @@ def test_two_processes_build_one_cache_at_the_same_time(tmp_path: Path) -> None:
         assert torch.equal(entry["value"], torch.full((1000,), float(number)))
 
 
+def test_the_processes_of_one_training_divide_the_work(tmp_path: Path) -> None:
+    requests = [CacheRequest(f"{number:040x}", tmp_path, (), partial(int, number)) for number in range(30)]
+    caches = [disk_cache(), disk_cache()]
+    encoded: list[list[int]] = [[], []]
+
+    def fill(rank: int) -> None:
+        def encode(_keys: list[str], numbers: list[int]) -> Sequence[Entry]:
+            time.sleep(0.005)
+            encoded[rank].extend(numbers)
+            return [{"value": torch.tensor(float(number))} for number in numbers]
+
+        caches[rank].fill(requests, encode, share=(rank, 2))
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(fill, range(2)))
+    assert [numbers[0] for numbers in encoded] == [0, 15]
+    # Only what both were at in the same moment is made twice.
+    assert 30 <= sum(map(len, encoded)) <= 34
+    for cache in caches:
+        assert [float(cache[request.key]["value"]) for request in requests] == list(range(30))
+
+
 def test_the_time_of_a_file_says_when_it_was_last_used(tmp_path: Path) -> None:
     requests = latent_requests(index_of(tmp_path), encoder="ae")
     disk_cache().fill(requests, Encoder())

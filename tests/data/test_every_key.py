@@ -88,6 +88,7 @@ CASES: Mapping[str, tuple[object, dict[str, object]]] = {
     "alpha_mask": (True, {}),
     "custom_attributes": ({"diff_output_preservation": True}, {}),
     "resize_interpolation": ("nearest", {}),
+    "picture_repeats": ({"a.png": 3}, {}),
 }
 """Key -> another value than the usual one, and what else must be set for it to matter. Names of files are in `pictures`."""
 

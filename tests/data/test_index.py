@@ -131,7 +131,7 @@ def test_missing_captions_give_one_warning_that_counts_and_names_them(tmp_path: 
 def test_captions_with_another_ending_are_pointed_out(tmp_path: Path) -> None:
     subset = replace(folder_with(tmp_path, (64, 64)), caption_extension=".caption")
     (warning,) = index_dataset(one_dataset(subset)).warnings
-    assert warning.endswith(". 1 of them have a .txt or .caption file: is caption_extension right?")
+    assert warning.endswith(". There is 000.txt, for one: is caption_extension right?")
 
 
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
@@ -254,3 +254,11 @@ def test_pictures_to_encode_beforehand_are_mirrored_where_the_subset_flips(tmp_p
     assert (plain.is_flipped, mirrored.is_flipped) == (False, True)
     assert plain.crop == mirrored.crop == (0, 8)
     assert plain.resized == (48, 96)
+
+
+def test_folders_and_broken_links_called_like_pictures_are_named(tmp_path: Path) -> None:
+    subset = folder_with(tmp_path, (64, 64))
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    warnings = index_dataset(one_dataset(subset)).warnings
+    assert f"{tmp_path}: 2 folders or broken links are called like pictures: folder.png, gone.jpg" in warnings

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.runs.commands import train
+from tests.runs.in_process import answer as train
 from tests.tiny import TinyModels, make_tiny_dataset
 from trainer.schema.checkpoint_header import read_header
 from trainer.tools.tiny_models import make_chroma

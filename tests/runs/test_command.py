@@ -1,4 +1,7 @@
-"""The command line of existing training commands, in a process of its own, on tiny files in the real formats."""
+"""The command line of existing training commands on tiny files in the real formats.
+
+What is about the command as a process starts one; the other trainings call the same function here.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from tests.diffusers_flux import diffusers_lora, in_diffusers
 from tests.runs.commands import Finished, run_command, train
+from tests.runs.in_process import Answer, answer
 from tests.tiny import TinyModels, make_full_depth_flux, make_tiny_dataset
 from trainer.lora.network import LoraNetwork
 from trainer.model.packing import image_ids, text_ids
@@ -54,7 +58,7 @@ def usual(models: TinyModels, dataset: Path, output_dir: Path, *more: str) -> li
     ]
 
 
-def assert_succeeded(finished: Finished) -> None:
+def assert_succeeded(finished: Finished | Answer) -> None:
     assert finished.code == 0, finished.output
 
 
@@ -195,7 +199,7 @@ def test_block_swap_trains_exactly_the_same_lora(tiny_models: TinyModels, datase
         ("swapped", ["--blocks_to_swap=3"]),
         ("checkpointed", ["--blocks_to_swap=4", "--gradient_checkpointing"]),
     ):
-        assert_succeeded(train(*usual(tiny_models, dataset, tmp_path / name, *more)))
+        assert_succeeded(answer(*usual(tiny_models, dataset, tmp_path / name, *more)))
     reference = load_file(tmp_path / "all" / "lora.safetensors")
     for name in ("swapped", "checkpointed"):
         other = load_file(tmp_path / name / "lora.safetensors")
@@ -209,21 +213,21 @@ def test_cached_and_uncached_text_train_alike_and_the_disk_cache_is_used_again(
 ) -> None:
     on_disk = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
     for name in ("first", "second"):
-        assert_succeeded(train(*usual(tiny_models, dataset, tmp_path / name, *on_disk)))
+        assert_succeeded(answer(*usual(tiny_models, dataset, tmp_path / name, *on_disk)))
     cached = {
         path.name: path.stat().st_mtime_ns
         for path in (dataset.parent / "images" / ".flux_cache").rglob("*")
         if path.is_file()
     }
     assert cached
-    assert_succeeded(train(*usual(tiny_models, dataset, tmp_path / "third", *on_disk)))
+    assert_succeeded(answer(*usual(tiny_models, dataset, tmp_path / "third", *on_disk)))
     again = {
         path.name: path.stat().st_mtime_ns
         for path in (dataset.parent / "images" / ".flux_cache").rglob("*")
         if path.is_file()
     }
     assert again == cached, "nothing was encoded again"
-    assert_succeeded(train(*usual(tiny_models, dataset, tmp_path / "memory")))
+    assert_succeeded(answer(*usual(tiny_models, dataset, tmp_path / "memory")))
     first = load_file(tmp_path / "first" / "lora.safetensors")
     for name in ("second", "third", "memory"):
         other = load_file(tmp_path / name / "lora.safetensors")
@@ -236,7 +240,7 @@ def test_schnell_trains_in_half_precision_with_accumulation_and_a_schedule(
     tiny_models: TinyModels, dataset: Path, tmp_path: Path, precision: str
 ) -> None:
     arguments = usual(tiny_models, dataset, tmp_path)[len(tiny_models.arguments()) :]
-    finished = train(
+    finished = answer(
         *tiny_models.arguments(schnell=True),
         *arguments,
         f"--mixed_precision={precision}",
@@ -259,15 +263,15 @@ def test_schnell_trains_in_half_precision_with_accumulation_and_a_schedule(
 def test_uncached_training_with_clip_lora_learns_and_repeats(
     tiny_models: TinyModels, dataset: Path, tmp_path: Path
 ) -> None:
-    """Encoders and autoencoder in every step; the same seed gives the same file."""
+    """Encoders and autoencoder in every step; the same seed gives the same file, whatever the process did before."""
     arguments = [
         argument
         for argument in usual(tiny_models, dataset, tmp_path)
         if argument not in ("--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only")
         and not argument.startswith("--output_dir")
     ]
-    for name in ("first", "second"):
-        assert_succeeded(train(*arguments, f"--output_dir={tmp_path / name}"))
+    assert_succeeded(train(*arguments, f"--output_dir={tmp_path / 'first'}"))
+    assert_succeeded(answer(*arguments, f"--output_dir={tmp_path / 'second'}"))
     first, second = (load_file(tmp_path / name / "lora.safetensors") for name in ("first", "second"))
     assert first.keys() == second.keys()
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
@@ -278,7 +282,7 @@ def test_missing_captions_are_one_warning_that_counts_and_names_them(tiny_models
     for caption in sorted((tmp_path / "images").glob("*.txt"))[:2]:
         caption.unlink()
     pictures = sorted(path.name for path in (tmp_path / "images").glob("*.png"))
-    finished = train(*usual(tiny_models, config, tmp_path / "out"))
+    finished = answer(*usual(tiny_models, config, tmp_path / "out"))
     assert_succeeded(finished)
     (line,) = [line for line in finished.output.splitlines() if "caption" in line.lower() and "WARNING" in line]
     assert "2" in line

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.lora.random_lora import assert_same_tensors
-from tests.runs.commands import train
+from tests.runs.in_process import answer as train
 from tests.tiny import TinyModels, make_tiny_dataset
 from trainer.schema.checkpoint_header import read_header
 

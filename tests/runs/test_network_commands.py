@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.runs.commands import Finished, train
+from tests.runs.in_process import Answer
+from tests.runs.in_process import answer as train
 from tests.tiny import TinyModels, make_tiny_dataset
 from trainer.lora.split import SPLIT_ALPHA_KEY, part_slices, unmerge_up
 
@@ -26,7 +27,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_dataset(tmp_path_factory.mktemp("dataset"), count=2)
 
 
-def run(models: TinyModels, dataset: Path, output_dir: Path, *more: str) -> Finished:
+def run(models: TinyModels, dataset: Path, output_dir: Path, *more: str) -> Answer:
     return train(
         *models.arguments(),
         f"--dataset_config={dataset}",

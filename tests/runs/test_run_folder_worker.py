@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,16 @@ from safetensors.torch import load_file
 
 from fluxgui.run_state import NUM_LEVELS, RunState, fold
 from tests.runs.commands import start_run_folder, wait_until
+from tests.runs.in_process import answer
 from tests.tiny import TinyModels, make_tiny_dataset
 from trainer.schema.events import EventReader
 from trainer.schema.run_folder import RunFolder
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]
+
+
+def events_of(run: RunFolder, kind: str) -> list[dict[str, Any]]:
+    return [event for event in EventReader(run.events_jsonl).read_new() if event["kind"] == kind]
 
 
 class Worker:
@@ -30,7 +34,7 @@ class Worker:
         self.process = start_run_folder(run.path)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in EventReader(self.run.events_jsonl).read_new() if event["kind"] == kind]
+        return events_of(self.run, kind)
 
     def wait_for(self, kind: str, count: int = 1) -> dict[str, Any]:
         wait_until(lambda: len(self.events(kind)) >= count or self.process.poll() is not None, what=f"{count} x {kind}")
@@ -110,8 +114,17 @@ def test_save_sample_pause_resume_and_stop(worker: Worker) -> None:
     assert not [path for path in run.control_dir.iterdir() if path.suffix == ".json"], "commands are moved to done/"
 
 
-def test_a_signal_stops_like_the_command(worker: Worker) -> None:
+def test_a_worker_has_its_own_group_keeps_a_second_out_and_stops_at_a_signal_like_at_the_command(
+    worker: Worker,
+) -> None:
     worker.wait_for("step", 2)
+    if os.name != "nt":  # process groups are POSIX
+        assert os.getpgid(worker.process.pid) != os.getpgid(0), "it outlives the group that started it"
+    refused = answer("run", str(worker.run.path))
+    assert refused.code == 3
+    assert "another worker" in refused.output
+    assert worker.process.poll() is None
+
     worker.process.send_signal(signal.SIGTERM)
     assert worker.finish() == 0, worker.log()
     (finished,) = worker.events("run_finished")
@@ -143,14 +156,6 @@ def test_a_killed_worker_leaves_no_half_file_and_frees_the_lock(worker: Worker) 
         again.process.wait()
 
 
-def test_a_second_worker_in_the_same_folder_is_refused(worker: Worker) -> None:
-    worker.wait_for("step")
-    second = start_run_folder(worker.run.path)
-    assert second.wait(timeout=60) == 3
-    assert worker.process.poll() is None
-    assert "another worker" in worker.log()
-
-
 def test_events_follow_the_contract(tiny_models: TinyModels, tmp_path: Path) -> None:
     run = make_run(
         tiny_models,
@@ -160,21 +165,21 @@ def test_events_follow_the_contract(tiny_models: TinyModels, tmp_path: Path) -> 
         sample_every_n_epochs=1,
         save_every_n_epochs=1,
     )
-    worker = Worker(run)
-    assert worker.finish() == 0, worker.log()
+    done = answer("run", str(run.path))
+    assert done.code == 0, done.output
     events = EventReader(run.events_jsonl).read_new()
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
     kinds = [str(event["kind"]) for event in events]
     assert kinds[0] == "run_started"
     assert kinds[-1] == "run_finished"
     assert events[-1]["outcome"] == "completed"
-    (plan,) = worker.events("plan")
+    (plan,) = events_of(run, "plan")
     assert plan["num_steps"] == 4
     assert plan["num_images"] == 2
-    phases = [event["name"] for event in worker.events("phase")]
+    phases = [event["name"] for event in events_of(run, "phase")]
     for earlier, later in (("check", "text"), ("text", "latents"), ("latents", "model"), ("model", "training")):
         assert phases.index(earlier) < phases.index(later)
-    steps = worker.events("step")
+    steps = events_of(run, "step")
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     for step in steps:
         assert step["loss"] > 0
@@ -183,8 +188,8 @@ def test_events_follow_the_contract(tiny_models: TinyModels, tmp_path: Path) -> 
         assert len(step["level_losses"]) == NUM_LEVELS
         assert step["step_seconds"] > 0
         assert step["lr"] == pytest.approx(1e-3)
-    assert len(worker.events("sample")) == 3, "before the first step and after two epochs"
-    checkpoints = worker.events("checkpoint")
+    assert len(events_of(run, "sample")) == 3, "before the first step and after two epochs"
+    checkpoints = events_of(run, "checkpoint")
     assert [checkpoint["is_final"] for checkpoint in checkpoints] == [False, True]
     for checkpoint in checkpoints:
         path = run.path / str(checkpoint["path"])
@@ -194,11 +199,11 @@ def test_events_follow_the_contract(tiny_models: TinyModels, tmp_path: Path) -> 
 
 def test_a_failed_run_says_so_in_its_events(tiny_models: TinyModels, tmp_path: Path) -> None:
     run = make_run(tiny_models, tmp_path, ae=str(tmp_path / "nowhere.safetensors"))
-    worker = Worker(run)
-    assert worker.finish() == 3, worker.log()
-    (error,) = worker.events("error")
+    done = answer("run", str(run.path))
+    assert done.code == 3, done.output
+    (error,) = events_of(run, "error")
     assert "does not exist" in str(error["message"])
-    assert worker.events("run_finished")[0]["outcome"] == "failed"
+    assert events_of(run, "run_finished")[0]["outcome"] == "failed"
 
 
 def test_two_runs_on_one_device_take_turns(tiny_models: TinyModels, tmp_path: Path) -> None:
@@ -219,19 +224,6 @@ def test_two_runs_on_one_device_take_turns(tiny_models: TinyModels, tmp_path: Pa
                 process.kill()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="process groups are POSIX")
-def test_the_worker_outlives_the_group_that_started_it(tiny_models: TinyModels, tmp_path: Path) -> None:
-    run = make_run(tiny_models, tmp_path)
-    worker = Worker(run)
-    try:
-        worker.wait_for("step")
-        assert os.getpgid(worker.process.pid) != os.getpgid(0)
-    finally:
-        worker.process.kill()
-        worker.process.wait()
-
-
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    process: subprocess.Popen[bytes] = start_run_folder(tmp_path / "empty")
-    assert process.wait(timeout=60) in (2, 3)
+    assert answer("run", str(tmp_path / "empty")).code in (2, 3)

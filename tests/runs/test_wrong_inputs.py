@@ -154,6 +154,11 @@ CASES: dict[str, tuple[Spoil, int, list[str]]] = {
         2,
         ["min_bucket_reso 512 is above max_bucket_reso 256"],
     ),
+    "bucket steps larger than the resolution": (
+        dataset(SUBSET.replace("64", "64\nenable_bucket = true\nbucket_reso_steps = 128\nmin_bucket_reso = 16")),
+        3,
+        ["resolution 64x64 is smaller than bucket_reso_steps 128", "Lower bucket_reso_steps"],
+    ),
     "bucket steps of 24": (option(bucket_reso_steps="24"), 2, ["must be a multiple of 16", "64 is usual."]),
     "more blocks than FLUX has": (option(blocks_to_swap="99"), 2, ["blocks_to_swap is 99; it must be 0 to"]),
     "more blocks than this model has": (option(blocks_to_swap="18"), 2, ["2 double and 4 single", "allowed is 4"]),
@@ -189,9 +194,19 @@ CASES: dict[str, tuple[Spoil, int, list[str]]] = {
     "a text for a number": (
         dataset(SUBSET + 'num_repeats = "3"\n'),
         2,
-        ["num_repeats is 3; it must be a whole number"],
+        ['num_repeats is "3"; it must be a whole number', "Leave the quotes out."],
     ),
     "a text for a switch": (dataset(SUBSET + 'flip_aug = "yes"\n'), 2, ["flip_aug is yes; it must be true or false"]),
+    "more draws than a list can hold": (
+        dataset(SUBSET + "num_repeats = 99999999\n"),
+        3,
+        ["draws of pictures", "Lower num_repeats."],
+    ),
+    "a relative folder from elsewhere": (
+        dataset(SUBSET.replace("IMAGES", "no such place")),
+        3,
+        ["the picture folder no such place does not exist", "it was looked for in"],
+    ),
     "a number for a text": (dataset(SUBSET + "caption_prefix = 3\n"), 2, ["caption_prefix is 3; it must be text"]),
     "a key in the wrong table": (
         dataset(SUBSET + "batch_size = 2\n"),

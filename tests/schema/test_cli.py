@@ -348,3 +348,17 @@ def test_right_values_beside_wrong_ones_are_kept_for_further_checks() -> None:
     assert (command.options.network_dim, command.options.seed) == (8, None)
     with pytest.raises(UserError, match="nonsense"):
         command.without_problems()
+
+
+def test_of_what_is_given_twice_the_last_counts_and_that_is_said(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("[a]\nseed = 1\n[b]\nseed = 2\n", encoding="utf-8")
+    command = f"--config_file={config} --network_dim=4 --network_dim=8 --network_dim=8 --seed=3"
+    command += " --optimizer_args weight_decay=1 weight_decay=2"
+    parsed = parse_command_line(command.split())
+    assert (parsed.options.network_dim, parsed.options.seed) == (8, 3)
+    assert [note for note in parsed.notes if "twice" in note] == [
+        "network_dim is given twice: 4 has no effect beside 8, which comes later",
+        "seed is given twice: 1 has no effect beside 2, which comes later",
+        "weight_decay of optimizer_args is given twice: 1 has no effect beside 2, which comes later",
+    ]

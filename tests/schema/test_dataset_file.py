@@ -13,6 +13,7 @@ import tomlkit
 from tests.data.specs import SUBSET
 from trainer.schema.base import Problem, UserError
 from trainer.schema.cli import parse_command_line, validate_options
+from trainer.schema.dataset_advice import dataset_advice
 from trainer.schema.dataset_file import dataset_config, dataset_to_toml, read_dataset_config
 from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec
 from trainer.schema.option_files import options_to_toml, read_config_file
@@ -169,7 +170,12 @@ def test_a_json_file_is_read_the_same(tmp_path: Path) -> None:
         (one_subset(dataset="resolution = 500"), "resolution is 500; it must be a multiple of 16; 496 is near", None),
         (one_subset(dataset="resolution = [512, 500]"), "resolution is 512 500; it must be a multiple of 16", None),
         (one_subset(dataset=""), "there is no resolution", "resolution = 512"),
-        (one_subset("num_repeats = '2'"), "num_repeats is 2; it must be a whole number, 0 or more", None),
+        (
+            one_subset("num_repeats = '2'"),
+            'num_repeats is "2"; it must be a whole number, 0 or more',
+            "Leave the quotes out.",
+        ),
+        (one_subset("flip_aug = 'false'"), 'flip_aug is "false"; it must be true or false', "Leave the quotes out."),
         (one_subset("num_repeats = true"), "num_repeats is true; it must be a whole number", None),
         (one_subset("num_repeats = -1"), "num_repeats is -1; it must be a whole number", None),
         (one_subset("flip_aug = 1"), "flip_aug is 1; it must be true or false", None),
@@ -203,6 +209,12 @@ def test_a_json_file_is_read_the_same(tmp_path: Path) -> None:
         ),
         (one_subset("face_crop_aug_range = 3"), "face_crop_aug_range is 3; it must be two numbers such as 2,4", None),
         (one_subset("custom_attributes = 1"), "custom_attributes is 1; it must be a table", None),
+        (one_subset("picture_repeats = 2"), "picture_repeats is 2; it must be a table", None),
+        (
+            one_subset('picture_repeats = {"a.png" = 0}'),
+            "picture_repeats is {'a.png': 0}; it must be a whole number, 1 or more, for each picture",
+            None,
+        ),
         (
             one_subset("custom_attributes = {diff_output_preservation = 1}"),
             "custom_attributes is {'diff_output_preservation': 1}; it must say true or false",
@@ -213,7 +225,11 @@ def test_a_json_file_is_read_the_same(tmp_path: Path) -> None:
             "alpha_mask cannot stand here",
             "It belongs to [[datasets.subsets]].",
         ),
-        (one_subset(general="network_multiplier = '1'"), "network_multiplier is 1; it must be a number", None),
+        (
+            one_subset(general="network_multiplier = '1'"),
+            'network_multiplier is "1"; it must be a number',
+            "Leave the quotes out.",
+        ),
         (one_subset("in_json = 'a.json'"), "in_json is not a known key", "Did you mean metadata_file?"),
         (
             one_subset("metadata_file = 'a.json'\nclass_tokens = 'cat'"),
@@ -297,8 +313,26 @@ def test_a_dataset_file_that_cannot_be_read_is_explained(tmp_path: Path) -> None
         assert piece in caught.value.problems[0].what
         assert caught.value.problems[0].where == str(path)
     (tmp_path / "latin.toml").write_bytes(b'a = "\xe4"')
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"is not UTF-8 text .*Save it as UTF-8"):
         read_dataset_config(tmp_path / "latin.toml", options())
+    with pytest.raises(UserError, match="no comma"):
+        read_dataset_config(write(tmp_path, '{"datasets": [],}', "comma.json"), options())
+    nothing = '{"datasets": [{"resolution": 64, "subsets": [{"image_dir": null}]}]}'
+    with pytest.raises(UserError, match="there is no image_dir"):
+        read_dataset_config(write(tmp_path, nothing, "null.json"), options())
+
+
+def test_a_tilde_stands_for_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (subset,) = read(tmp_path, one_subset().replace('"cats"', '"~/cats"')).datasets[0].subsets
+    assert subset.image_dir == tmp_path / "cats"
+    found = options("--output_dir=~/loras --base_weights ~/a.safetensors b.safetensors --train_data_dir=~other/x")
+    assert found.output_dir == tmp_path / "loras"
+    assert found.base_weights == (tmp_path / "a.safetensors", Path("b.safetensors"))
+    assert found.train_data_dir == Path("~other/x")
+    write(tmp_path, "seed = 7\n", "config.toml")
+    assert options("--config_file=~/config.toml").seed == 7
 
 
 def test_a_written_dataset_file_is_read_back(tmp_path: Path) -> None:
@@ -362,3 +396,23 @@ def test_folders_that_cannot_be_used_are_explained(
     (found,) = caught.value.problems
     assert (caught.value.exit_code, found.field) == (code, field)
     assert found.what.startswith(what)
+
+
+def test_options_that_the_file_overrides_everywhere_are_known(tmp_path: Path) -> None:
+    command = "--resolution=768 --keep_tokens=2 --train_batch_size=4 --flip_aug --caption_extension=.txt"
+    own = one_subset("keep_tokens = 3\nflip_aug = true", dataset="resolution = 512\nbatch_size = 4")
+    found = read(tmp_path, own, command)
+    # The same value is no news, and what one subset leaves open counts.
+    assert found.overridden == ("resolution", "keep_tokens")
+    more = own + '[[datasets.subsets]]\nimage_dir = "dogs"\n'
+    assert read(tmp_path, more, command).overridden == ("resolution",)
+    lines = list(dataset_advice(found, options(command)))
+    assert "resolution 768 has no effect: the dataset file says otherwise everywhere" in lines
+
+
+def test_pictures_beside_the_folders_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "2_cat").mkdir()
+    (tmp_path / "loose.JPG").touch()
+    with caplog.at_level(logging.WARNING, "trainer"):
+        dataset_config(options(f"--train_data_dir={tmp_path} --resolution=64"))
+    assert "pictures beside the folders are not used: loose.JPG" in caplog.text

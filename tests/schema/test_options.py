@@ -227,8 +227,13 @@ def test_every_refused_option_is_a_problem_that_names_it(name: str) -> None:
     [
         ("save_model_as", "ckpt", "save_model_as ckpt is not written: such files can hold code", "Use safetensors."),
         ("network_module", "networks.dylora", "network_module networks.dylora does not fit FLUX", "networks.lora_flux"),
-        ("full_bf16", True, "full_bf16 is not supported yet", "Use --mixed_precision=bf16."),
-        ("deepspeed", True, "deepspeed cannot be used: DeepSpeed is not supported yet", "--blocks_to_swap"),
+        ("deepspeed", True, "deepspeed cannot be used: DeepSpeed shares what trains among devices", "--blocks_to_swap"),
+        (
+            "dataset_class",
+            "a.B",
+            "dataset_class cannot be used: such a class is made of sd-scripts' own",
+            "dataset_config",
+        ),
     ],
 )
 def test_what_is_not_supported_names_the_alternative(name: str, value: object, what: str, hint: str) -> None:
@@ -257,6 +262,8 @@ def test_a_refused_option_of_the_wrong_type_says_so() -> None:
         ({"min_bucket_reso": 512, "max_bucket_reso": 256}, "min_bucket_reso", "above max_bucket_reso 256"),
         ({"bucket_reso_steps": 24}, "bucket_reso_steps", "24; it must be a multiple of 16"),
         ({"blocks_to_swap": 39}, "blocks_to_swap", "39; it must be 0 to 38"),
+        ({"full_bf16": True}, "full_bf16", "full_bf16 needs mixed_precision bf16, and it is no"),
+        ({"full_fp16": True, "mixed_precision": "bf16"}, "full_fp16", "needs mixed_precision fp16, and it is bf16"),
         ({"base_storage": "nf4", "fp8_base": True}, "base_storage", "nf4, but fp8_base asks for fp8"),
         ({"base_storage": "int8", "fp8_base_unet": True}, "base_storage", "int8, but fp8_base"),
         ({"output_name": "a/b"}, "output_name", "without a folder"),

@@ -62,7 +62,12 @@ def test_only_missing_captions_are_written(florence: Path, pictures: Path, tmp_p
     assert not list(pictures.glob(".*"))
 
 
-def test_captions_are_overwritten_or_continued(florence: Path, pictures: Path) -> None:
+def test_captions_are_overwritten_or_continued(florence: Path, pictures: Path, tmp_path: Path) -> None:
+    wanted = tmp_path / "wanted.txt"
+    wanted.write_text("b.jpg\n", encoding="utf-8")
+    assert caption(florence, pictures, "--mode=overwrite", f"--pictures={wanted}") == 0
+    assert text(pictures, "b") != "kept"
+    assert not (pictures / "a.txt").exists(), "only the named pictures are touched"
     assert caption(florence, pictures, "--mode=overwrite") == 0
     said = text(pictures, "b")
     assert said
@@ -105,6 +110,12 @@ def test_a_prompt_of_ones_own(florence: Path, pictures: Path, prompt: str) -> No
 def test_what_cannot_be_used_is_named(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="folder cannot be read"):
         caption("nothing", tmp_path / "gone")
+    wanted = tmp_path / "wanted.txt"
+    with pytest.raises(UserError, match="list of pictures cannot be read"):
+        caption("nothing", pictures, f"--pictures={wanted}")
+    wanted.write_text("z.png\na.png\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"not in the folder: z\.png"):
+        caption("nothing", pictures, f"--pictures={wanted}")
     empty = tmp_path / "model"
     empty.mkdir()
     (empty / "config.json").write_text(json.dumps({"model_type": "bert"}), encoding="utf-8")

@@ -58,6 +58,7 @@ NEW: dict[str, str] = {
             ),
             *(f"new_{model}_hash" for model in ("ae", "clip_l", "t5xxl")),
             "base_storage",
+            "full_bf16",
             "blocks_to_swap",
             "weight_dtype",
             "save_precision",

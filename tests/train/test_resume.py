@@ -21,8 +21,8 @@ from trainer.schema.base import UserError
 from trainer.schema.cli import parse_command_line
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.options import Options
+from trainer.tools.tiny_models import make_flux
 from trainer.train.check import CheckedRun, check_run
-from trainer.train.loop import StepPosition
 from trainer.train.progress import Progress
 from trainer.train.recipe import train
 from trainer.train.reporting import Reporter, StopRequested
@@ -30,6 +30,7 @@ from trainer.train.resume import describe_options, differences
 from trainer.train.schedule import epochs_between_saves
 from trainer.train.state_saver import StateSaver, Trainables
 from trainer.train.state_tree import unpack
+from trainer.train.step_position import StepPosition
 
 NOT_REPEATABLE = {"ss_training_finished_at", "modelspec.date", "ss_session_id", "ss_training_started_at"}
 
@@ -116,6 +117,8 @@ LIVE = (
     "--scale_weight_norms=0.5",
 )
 CACHED = ("--cache_latents", "--cache_text_encoder_outputs")
+IN_BF16 = ("--mixed_precision=bf16", "--network_dim=2", "--network_args", "train_blocks=single")
+"""A smaller model serves here: a processor without the format's instructions takes long for every product."""
 
 
 @pytest.mark.parametrize(
@@ -127,15 +130,21 @@ CACHED = ("--cache_latents", "--cache_text_encoder_outputs")
         ((*CACHED, "--network_args", "pissa=True"), 3),
         ((*CACHED, "--network_args", "ggpo_sigma=0.03", "ggpo_beta=0.01", "--mixed_precision=fp16"), 2),
         ((*CACHED, "--network_module=networks.oft_flux", "--network_dim=4", "--network_alpha=0.001"), 3),
+        ((*CACHED, *IN_BF16), 2),
+        ((*CACHED, *IN_BF16, "--full_bf16"), 2),
     ],
-    ids=["live", "8bit", "pissa", "ggpo-fp16", "oft"],
+    ids=["live", "8bit", "pissa", "ggpo-fp16", "oft", "bf16", "full-bf16"],
 )
 def test_a_run_stopped_amid_an_accumulation_goes_on_to_the_same_bits(
     tiny_models: TinyModels, tmp_path: Path, settings: tuple[str, ...], num_epochs: int
 ) -> None:
     if any("8bit" in word for word in settings):
         pytest.importorskip("bitsandbytes")
-    dataset = make_tiny_dataset(tmp_path / "data", count=5)
+    is_small = "--mixed_precision=bf16" in settings
+    dataset = make_tiny_dataset(tmp_path / "data", count=5, resolution=64)
+    if is_small:
+        model = make_flux(tmp_path / "flux.safetensors", hidden=64, heads=2, depth=1, depth_single=1)
+        settings = (*settings, f"--pretrained_model_name_or_path={model}")
     # Five batches make steps of 2, 2 and 1 micro-steps: step 5 is the second one of the second epoch.
     course = (
         "--gradient_accumulation_steps=2",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -15,19 +15,32 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.web.page_process import App
 
 
-@pytest.fixture
-def app(tmp_path: Path) -> Iterator[App]:
+@pytest.fixture(scope="module")
+def shared_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    app = App(tmp_path / "home", port)
-    app.start()
+    app = App(tmp_path_factory.mktemp("page") / "home", port)
     yield app
-    for process in app.processes:
-        process.kill()
-        process.communicate()
+    app.end()
+
+
+@pytest.fixture
+def app(shared_app: App) -> Iterator[App]:
+    """The page with an empty data folder. Its process is shared by a file's tests, unless one of them ends it."""
+    app = shared_app
+    if not app.is_as_started:
+        app.end()
+        app.start()
+        app.is_as_started = True
+    yield app
     for pid in app.worker_pids():
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
+    if not app.is_as_started:
+        app.end()
+    for path in app.home.iterdir() if app.home.exists() else ():
+        # A killed worker may write its last file while its folder is removed.
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,8 @@ class App:
     home: Path
     port: int
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    is_as_started: bool = False
+    """No test has ended this process, which another one may use then."""
 
     @property
     def url(self) -> str:
@@ -46,9 +48,14 @@ class App:
         assert "FluxGUI is at" in process.stdout.readline()
 
     def kill(self) -> None:
+        self.is_as_started = False
         process = self.processes.pop()
         process.kill()
         process.communicate()
+
+    def end(self) -> None:
+        while self.processes:
+            self.kill()
 
     def runs(self) -> list[Path]:
         return sorted((self.home / "runs").glob("2*"))
@@ -61,6 +68,15 @@ class App:
         started = [event for run in self.runs() for event in self.events(run) if event["kind"] == "run_started"]
         # Never 0, which would mean the test's own process group.
         return [pid for event in started if (pid := int(str(event["pid"]))) > 0]
+
+
+def visit(page: Page, app: App | None = None, query: str = "") -> None:
+    """Open the page, or load it anew, and wait until it has arrived: before, it may undo what a test does with it."""
+    if app is None:
+        page.reload()
+    else:
+        page.goto(app.url + query)
+    page.wait_for_function("window.fluxguiArrived")
 
 
 def chip(page: Page) -> Locator:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.web.page_process import App
+from tests.web.page_process import App, visit
+from tests.web.screenshots import shoot
 
 pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -23,8 +25,8 @@ CHANGED = {
 }
 
 
-def test_changed_options_are_found_reset_saved_and_loaded(app: App, page: Page) -> None:
-    page.goto(app.url)
+def test_changed_options_are_found_reset_saved_and_loaded(app: App, page: Page, tmp_path: Path) -> None:
+    visit(page, app)
     page.locator("#all-options > button, #all-options .label-wrap").first.click()
     rows = page.locator(".all-options .option")
     expect(rows.first).to_be_attached()
@@ -64,7 +66,7 @@ def test_changed_options_are_found_reset_saved_and_loaded(app: App, page: Page) 
     expect(page.locator("#preset-own input")).to_have_value("mine")
     lines.fill("")
     expect(page.locator("#options-status")).to_have_text("Changed: 0")
-    page.reload()
+    visit(page)
     page.get_by_role("button", name="My presets").click()
     page.locator("#preset-own input").click()
     page.get_by_role("option", name="mine", exact=True).click()
@@ -74,3 +76,7 @@ def test_changed_options_are_found_reset_saved_and_loaded(app: App, page: Page) 
     expect(page.locator("#option-keep_tokens")).to_have_value("1")
     expect(page.locator("#option-network_args")).to_have_value("rank_dropout=0.1\nloraplus_lr_ratio=4")
     expect(page.locator("#option-color_aug")).to_be_checked()
+    if not page.locator("#options-changed").is_visible():
+        page.locator("#all-options > button, #all-options .label-wrap").first.click()
+    page.locator("#options-changed").check()
+    shoot(page, "story-06-changed-options", tmp_path)

@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 from playwright.sync_api import Locator, Page, expect
 
 from tests.tools.tiny_captioners import make_tiny_florence
-from tests.web.page_process import App, wait_until
+from tests.web.page_process import App, visit, wait_until
+from tests.web.screenshots import shoot
 
 pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -38,7 +39,7 @@ def captions(folder: Path) -> dict[str, str]:
 
 
 def open_dataset(page: Page, app: App) -> None:
-    page.goto(f"{app.url}?tab=dataset&dataset=my-cat")
+    visit(page, app, "?tab=dataset&dataset=my-cat")
     expect(page.locator(".picture-card").first).to_be_visible()
 
 
@@ -50,7 +51,7 @@ def in_place(page: Page, name: str) -> Locator:
     return page.locator(f'.picture-card[data-name="{name}"] textarea')
 
 
-def test_captions_are_edited_replaced_and_undone_and_the_files_agree(app: App, page: Page) -> None:
+def test_captions_are_edited_replaced_and_undone_and_the_files_agree(app: App, page: Page, tmp_path: Path) -> None:
     folder = make_dataset(app)
     before = captions(folder)
     open_dataset(page, app)
@@ -92,9 +93,11 @@ def test_captions_are_edited_replaced_and_undone_and_the_files_agree(app: App, p
     assert captions(folder) == {name: text.replace("red cat", "zwx dog") for name, text in edited.items()}
     expect(in_place(page, "05.png")).to_have_value("a zwx dog, sofa")
 
+    shoot(page, "story-14-captions", tmp_path)
+
     # Undo, one change after the other, back to the first; it is still there after a reload.
     expect(page.locator("#dataset-undo")).to_contain_text('replace "red cat"')
-    page.reload()
+    visit(page)
     expect(page.locator(".picture-card")).to_have_count(24)
     page.locator("#dataset-undo").click()
     expect(in_place(page, "05.png")).to_have_value("a red cat, sofa")
@@ -136,7 +139,7 @@ def test_pictures_are_dropped_into_a_new_dataset(app: App, page: Page, tmp_path:
         draw(tmp_path / f"cat {number}.png", number)
     (tmp_path / "cat 0.txt").write_text("a cat", encoding="utf-8")
     (tmp_path / "bad.png").write_bytes((tmp_path / "cat 0.png").read_bytes()[:90])
-    page.goto(f"{app.url}?tab=dataset")
+    visit(page, app, "?tab=dataset")
     text_box(page, "dataset-new-name").fill("My cats")
     page.locator("#dataset-create").click()
     expect(page.locator("#dataset-said")).to_contain_text("My_cats is ready")
@@ -173,7 +176,7 @@ def test_a_broken_picture_and_a_missing_caption_are_named_and_fixed_on_the_spot(
     (folder / "2.txt").unlink()
     broken = (folder / "3.png").read_bytes()
     (folder / "3.png").write_bytes(broken[: len(broken) // 2])
-    page.goto(app.url)
+    visit(page, app)
     expect(text_box(page, "field-resolution")).not_to_have_value("")
     text_box(page, "field-image_dir").fill(str(folder))
     expect(page.locator("#pictures .bad")).to_contain_text("3.png")
@@ -185,6 +188,7 @@ def test_a_broken_picture_and_a_missing_caption_are_named_and_fixed_on_the_spot(
     expect(missing).to_contain_text("2.png")
     expect(page.locator('#doctor-report [data-kind="corrupt"]')).to_contain_text("3.png")
     expect(page.locator("#doctor-buckets")).to_contain_text("576 x 448")
+    shoot(page, "story-03-doctor", tmp_path)
     caption = missing.locator("textarea")
     caption.fill("a cat on a wall")
     page.locator('#doctor-report button[data-remove="3.png"]').click()
@@ -212,17 +216,67 @@ def test_captions_are_written_by_a_worker_and_undone(app: App, page: Page, tmp_p
     for number in range(3):
         draw(folder / f"{number}.png", 9 * number)
     model = make_tiny_florence(tmp_path / "model")
-    page.goto(f"{app.url}?tab=dataset&dataset=cats")
+    visit(page, app, "?tab=dataset&dataset=cats")
     page.get_by_text("Automatic captions", exact=True).click()
     text_box(page, "caption-model").fill(str(tmp_path / "nothing"))
     page.locator("#caption-start").click()
     expect(page.locator("#caption-status .bad")).to_contain_text("cannot be loaded")
     text_box(page, "caption-model").fill(str(model))
+    page.locator("#caption-selected input").check()
     page.locator("#caption-start").click()
-    expect(page.locator("#caption-status .good")).to_contain_text("3 captions written")
+    expect(page.get_by_text("no picture is selected").first).to_be_visible()
+    for name in ("0.png", "1.png"):
+        page.locator(f'input[data-pick="{name}"]').check()
+    expect(page.locator("#bulk-target")).to_contain_text("2 selected")
+    page.locator("#caption-start").click()
+    expect(page.locator("#caption-status .good")).to_contain_text("2 captions written")
     expect(in_place(page, "1.png")).not_to_have_value("")
-    assert sorted(captions(folder)) == ["0", "1", "2"]
+    assert sorted(captions(folder)) == ["0", "1"]
     expect(page.locator("#dataset-undo")).to_contain_text("automatic captions")
     page.locator("#dataset-undo").click()
     expect(in_place(page, "1.png")).to_have_value("")
     assert captions(folder) == {}
+
+
+def test_masks_and_repeats_are_set_shown_and_go_into_training(app: App, page: Page, tmp_path: Path) -> None:
+    folder = app.home / "datasets" / "cats"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        draw(folder / f"{number}.png", 9 * number)
+    Image.new("L", (96, 64), 0).save(tmp_path / "1_mask.png")
+    Image.new("L", (96, 64), 0).save(tmp_path / "dog.png")
+    visit(page, app, "?tab=dataset&dataset=cats")
+    page.locator('input[data-pick="1.png"]').check()
+    expect(page.locator("#bulk-target")).to_contain_text("1 selected")
+    page.locator("#dataset-repeats").get_by_role("button", name="Repeats").first.click()
+    text_box(page, "repeats-times").fill("3")
+    page.locator("#repeats-set").click()
+    card = page.locator('.picture-card[data-name="1.png"]')
+    expect(card.locator(".often")).to_have_text("×3")
+    text_box(page, "repeats-folder").fill("4")
+    page.locator("#repeats-set-folder").click()
+    expect(page.locator("#dataset-said")).to_contain_text("repeated 4 times")
+
+    page.locator("#dataset-masks").get_by_role("button", name="Masks").first.click()
+    expect(page.locator("#masks-state")).to_contain_text("No masks.")
+    page.locator("#masks-drop input[type=file]").set_input_files([tmp_path / "1_mask.png", tmp_path / "dog.png"])
+    expect(page.locator("#dataset-said")).to_contain_text("dog.png: there is no picture of this name")
+    expect(page.locator("#masks-state")).to_contain_text("1 of 3 pictures")
+    mask = card.locator("img.mask")
+    mask.scroll_into_view_if_needed()
+    wait_until(lambda: bool(mask.evaluate("i => i.naturalWidth > 0")))
+    page.locator("#masks-white").click()
+    expect(page.locator("#masks-state")).to_contain_text("Each of the 3")
+    shoot(page, "masks-and-repeats", tmp_path)
+    page.locator('button[data-open="1.png"]').click()
+    expect(page.locator("#picture-mask")).to_be_visible()
+    over = page.locator("#picture-stage img.mask-over")
+    wait_until(lambda: bool(over.evaluate("i => i.naturalWidth > 0")))
+    page.locator("#picture-close").click()
+
+    page.locator("#dataset-use").click()
+    expect(text_box(page, "field-num_repeats")).to_have_value("4")
+    page.get_by_text("Files and command line", exact=True).click()
+    preview = page.locator("#preview-dataset textarea")
+    expect(preview).to_have_value(re.compile("conditioning_data_dir"))
+    expect(preview).to_have_value(re.compile(r'picture_repeats[^\n]*\s*"?1\.png"? = 3'))

@@ -10,7 +10,8 @@ from playwright.sync_api import Page, expect
 from safetensors import safe_open
 
 from tests.shared_demo import DemoFiles, SharedDemo
-from tests.web.page_process import RUN_SECONDS, START_MS, App, chip, steps_done, wait_until
+from tests.web.page_process import RUN_SECONDS, START_MS, App, chip, steps_done, visit, wait_until
+from tests.web.screenshots import shoot
 from trainer.tools.demo_page import samples_by_moment
 from trainer.tools.emblem import RECOGNISED, emblem_likeness
 
@@ -20,9 +21,9 @@ pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(1200)]
 def test_the_demo_from_the_first_visit_to_the_downloaded_file(
     app: App, page: Page, tmp_path: Path, shared_demo: SharedDemo
 ) -> None:
-    page.goto(app.url)
+    visit(page, app)
     page.locator("#try-demo").click()
-    expect(page).to_have_url(re.compile(r"tab=runs.*run=2"), timeout=15_000)
+    expect(page).to_have_url(re.compile(r"tab=runs.*run=2"), timeout=START_MS)
     (run,) = app.runs()
     expect(page.locator("#run-header h2")).to_have_text("demo")
     expect(page.locator("#run-header .doing")).to_contain_text("Training, step", timeout=START_MS)
@@ -37,6 +38,7 @@ def test_the_demo_from_the_first_visit_to_the_downloaded_file(
     expect(page.locator("#run-checkpoints a.download").first).to_be_visible()
     page.locator("#run-sample").click()
     expect(page.locator("#run-samples img").first).to_be_visible(timeout=START_MS)
+    shoot(page, "story-12-saved-and-sampled", tmp_path)
 
     # The page dies; training does not, and a new page shows it again.
     before, address = steps_done(app, run), page.url
@@ -44,9 +46,10 @@ def test_the_demo_from_the_first_visit_to_the_downloaded_file(
     app.kill()
     wait_until(lambda: steps_done(app, run) > before + 2, 60)
     app.start()
-    page.goto(address)
+    visit(page, app, "?" + address.partition("?")[2])
     expect(page.locator("#run-header h2")).to_have_text("demo")
     expect(chip(page)).to_have_text(re.compile("running|completed"))
+    shoot(page, "story-10-program-restarted", tmp_path)
 
     expect(chip(page)).to_have_text("completed", timeout=RUN_SECONDS * 1000)
     plan = next(event for event in app.events(run) if event["kind"] == "plan")
@@ -64,6 +67,8 @@ def test_the_demo_from_the_first_visit_to_the_downloaded_file(
     assert max(at_first) < RECOGNISED
     assert min(at_last[:2]) > RECOGNISED
     assert max(at_last[2:]) < RECOGNISED
+
+    shoot(page, "story-01-demo-completed", tmp_path)
 
     final = page.locator("#run-checkpoints li", has_text="final").locator("a.download")
     with page.expect_download() as waiting:

@@ -10,12 +10,15 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.lora.random_lora import random_lora
 from tests.runs.in_process import answer
 from tests.tiny import TinyModels
-from tests.web.page_process import App
-from tests.web.test_presets_page import check_accessibility, choose, shoot
+from tests.web.axe import EXCEPT_MESSAGES, serious_faults_in_both_schemes
+from tests.web.page_process import App, visit
+from tests.web.screenshots import shoot
+from tests.web.test_presets_page import choose
 from trainer.schema.run_folder import RunFolder
 from trainer.train.checkpoint import save_lora
 
@@ -56,11 +59,10 @@ def pixels(page: Page, address: str) -> bytes:
 def test_a_strength_grid_of_a_finished_lora_where_0_is_the_base(
     app: App, page: Page, run: RunFolder, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
-    page.goto(f"{app.url}?tab=library")
+    visit(page, app, "?tab=library")
     card = page.locator("#library-cards .lora-card")
     expect(card).to_have_count(1)
     expect(card).to_contain_text("kelvo")
-    shoot(page, "library-cards")
     card.focus()
     page.keyboard.press("Enter")
     expect(page.locator("#library-facts h2")).to_have_text("emblem")
@@ -87,11 +89,11 @@ def test_a_strength_grid_of_a_finished_lora_where_0_is_the_base(
     (base,) = tmp_path.glob("*.png")
     assert pictures[0] == pictures[4] == Image.open(base).convert("RGB").tobytes()
     assert len(set(pictures)) == 7
-    check_accessibility(page)
-    shoot(page, "library-try")
+    assert serious_faults_in_both_schemes(page, EXCEPT_MESSAGES) == []
+    shoot(page, "story-15-strength-grid", tmp_path)
 
     # A reload shows the same, from the job's folder.
-    page.reload()
+    visit(page)
     expect(page.locator("#try-grid img")).to_have_count(8)
 
     # A tool writes a new file, which appears as a card of its own.
@@ -101,7 +103,7 @@ def test_a_strength_grid_of_a_finished_lora_where_0_is_the_base(
     page.locator("#tool-run").click()
     expect(page.locator("#tool-result .tool-text")).to_contain_text("rank 2 to 2", timeout=DONE_MS)
     expect(card).to_have_count(2)
-    shoot(page, "library-tool")
+    shoot(page, "library-tool", tmp_path)
     page.locator("#library-search input, #library-search textarea").fill("small")
     expect(card).to_have_count(1)
     expect(card).to_contain_text("rank 2")
@@ -117,6 +119,28 @@ def test_a_strength_grid_of_a_finished_lora_where_0_is_the_base(
     page.locator("#library-rename").click()
     expect(page.locator("#library-facts h2")).to_have_text("tiny emblem")
     assert (app.home / "loras" / "tiny_emblem.safetensors").is_file()
+
+    # A LoRA of two models, which needs no LoRA to begin with.
+    state = load_file(tiny_models.flux_dev)
+    state["double_blocks.0.img_attn.proj.weight"] += 1
+    save_file(state, tmp_path / "tuned.safetensors")
+    page.get_by_role("button", name="Make a LoRA of two models").click()
+    expect(page.locator("#extract-start")).to_be_visible()
+    extract = {"tuned": tmp_path / "none.safetensors", "rank": 2, "original": tiny_models.flux_dev}
+    for name, value in extract.items():
+        field = page.locator(f"#extract-{name} input, #extract-{name} textarea")
+        expect(field).to_have_value("16" if name == "rank" else "")  # the fold is laid out when it opens
+        field.fill(str(value))
+        expect(field).to_have_value(str(value))
+    page.locator("#extract-start").click()
+    expect(page.get_by_text("Changed model file: there is no such file").first).to_be_visible()
+    page.locator("#extract-tuned input, #extract-tuned textarea").fill(str(tmp_path / "tuned.safetensors"))
+    page.locator("#extract-start").click()
+    expect(page.locator("#extract-result .good")).to_be_visible(timeout=DONE_MS)
+    page.locator("#library-search input, #library-search textarea").fill("")
+    expect(card).to_have_count(3)
+    assert (app.home / "loras" / "tuned-extract.safetensors").is_file()
+
     page.locator("#library-delete").click()
     page.locator("#library-delete-yes").click()
     expect(page.locator("#library-details")).to_be_hidden()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from tests.fluxgui.test_importing import EXAMPLE
 from tests.tiny import TinyModels
 from tests.tools.fake_hub import FakeHub
 from tests.tools.test_get_models import DEV, published
-from tests.web.page_process import App, wait_until
+from tests.web.axe import EXCEPT_MESSAGES, serious_faults_in_both_schemes
+from tests.web.page_process import App, visit, wait_until
+from tests.web.screenshots import shoot
 from trainer.schema.cli import parse_command_line
 from trainer.schema.events import EventWriter
 from trainer.schema.import_project import import_project
@@ -24,37 +24,6 @@ from trainer.schema.shell_words import read_training_command
 from trainer.tools.tiny_models import make_images
 
 pytestmark = [pytest.mark.web, pytest.mark.timeout(300)]
-
-SHOTS = os.environ.get("FLUXGUI_SCREENSHOTS")
-
-
-def shoot(page: Page, name: str) -> None:
-    """A picture of the page, where FLUXGUI_SCREENSHOTS names a folder, wide and narrow, light and dark."""
-    if not SHOTS:
-        return
-    for scheme in ("light", "dark"):
-        page.evaluate("(dark) => document.body.classList.toggle('dark', dark)", scheme == "dark")
-        for width in (1280, 390):
-            page.set_viewport_size({"width": width, "height": 1000})
-            page.wait_for_timeout(200)
-            page.screenshot(path=str(Path(SHOTS) / f"{name}-{width}-{scheme}.png"), full_page=True)
-    page.evaluate("document.body.classList.remove('dark')")
-    page.set_viewport_size({"width": 1280, "height": 1000})
-
-
-def check_accessibility(page: Page) -> None:
-    """axe finds no serious fault, in light and in dark. Messages that pass by are gradio's own."""
-    for is_dark in (False, True):
-        page.evaluate("(dark) => document.body.classList.toggle('dark', dark)", is_dark)
-        page.wait_for_timeout(300)  # colours change over a moment
-        violations = Axe().run(page, context={"exclude": [".toast-wrap"]}).response["violations"]
-        faults = [
-            f"{each['id']}: {each['nodes'][0]['html']}"
-            for each in violations
-            if each["impact"] in ("serious", "critical")
-        ]
-        assert faults == []
-    page.evaluate("document.body.classList.remove('dark')")
 
 
 def choose(page: Page, field: str, option: str) -> None:
@@ -71,14 +40,14 @@ def test_story_7_a_pasted_command_is_shown_and_goes_out_as_an_equal_one(page: Pa
         encoding="utf-8",
     )
     command = EXAMPLE.replace("my_flux_dataset_config.toml", str(dataset)).rstrip() + "\n  --unheard_of=3\n"
-    page.goto(app.url + "?tab=presets")
+    visit(page, app, "?tab=presets")
     page.locator("#import-text textarea").fill(command)
     page.locator("#import-read").click()
     result = page.locator("#import-result")
     expect(result).to_contain_text("--unheard_of=3: there is no such option.")
     expect(result).to_contain_text("network_dim")
-    shoot(page, "presets-import")
-    check_accessibility(page)
+    shoot(page, "story-07-pasted-command", tmp_path)
+    assert serious_faults_in_both_schemes(page, EXCEPT_MESSAGES) == []
 
     choose(page, "export-format", "Command line (bash)")
     page.locator("#export-write").click()
@@ -100,8 +69,8 @@ def test_story_7_a_pasted_command_is_shown_and_goes_out_as_an_equal_one(page: Pa
         expect(page.locator(f"#field-{name}").locator("input, textarea").first).to_have_value(value)
 
 
-def test_a_preset_is_copied_renamed_deleted_and_taken_back(page: Page, app: App) -> None:
-    page.goto(app.url + "?tab=presets")
+def test_a_preset_is_copied_renamed_deleted_and_taken_back(page: Page, app: App, tmp_path: Path) -> None:
+    visit(page, app, "?tab=presets")
     choose(page, "presets-list", "Built in, purpose: Style")
     expect(page.locator("#presets-details")).to_contain_text("network_dim")
     page.locator("#presets-rename").click()
@@ -116,7 +85,7 @@ def test_a_preset_is_copied_renamed_deleted_and_taken_back(page: Page, app: App)
     with page.expect_download() as download:
         page.locator("#presets-export").click()
     assert download.value.suggested_filename == "oils.toml"
-    shoot(page, "presets")
+    shoot(page, "presets", tmp_path)
     page.locator("#presets-delete").click()
     expect(page.locator("#presets-undo")).to_be_visible()
     assert not (app.home / "presets" / "oils.toml").exists()
@@ -127,8 +96,10 @@ def test_a_preset_is_copied_renamed_deleted_and_taken_back(page: Page, app: App)
     expect(page.get_by_role("tab", name="Train")).to_have_attribute("aria-selected", "true")
 
 
-def test_settings_are_kept_the_token_never_shown_and_the_language_changes_with_a_restart(page: Page, app: App) -> None:
-    page.goto(app.url + "?tab=settings")
+def test_settings_are_kept_the_token_never_shown_and_the_language_changes_with_a_restart(
+    page: Page, app: App, tmp_path: Path
+) -> None:
+    visit(page, app, "?tab=settings")
     expect(page.locator("#settings-about")).to_contain_text("gradio")
     expect(page.locator("#settings-token-status")).to_contain_text("There is no token.")
     page.locator("#settings-token input").fill("hf_very_secret")
@@ -148,20 +119,19 @@ def test_settings_are_kept_the_token_never_shown_and_the_language_changes_with_a
     expect(page.get_by_text("Saved.").first).to_be_visible()
     page.locator("#settings-doctor").click()
     expect(page.locator("#settings-findings")).to_contain_text("All packages are there")
-    shoot(page, "settings")
-    check_accessibility(page)
+    shoot(page, "settings", tmp_path)
+    assert serious_faults_in_both_schemes(page, EXCEPT_MESSAGES) == []
     choose(page, "settings-language", "中文")
     wait_until(lambda: 'language = "zh"' in (app.home / "settings.toml").read_text("utf-8"))
 
     app.kill()
     app.start()
-    page.goto(app.url + "?tab=settings")
+    visit(page, app, "?tab=settings")
     expect(page.get_by_role("tab", name="设置")).to_be_visible()
     expect(page.locator("#settings-models_dir").locator("input, textarea").first).to_have_value(
         str(app.home / "elsewhere")
     )
     expect(page.locator("body")).to_have_class(re.compile(r"\bdark\b"))
-    shoot(page, "settings-zh")
     assert "hf_very_secret" not in page.content()
     assert "hf_very_secret" not in (app.home / "settings.toml").read_text("utf-8")
 
@@ -176,7 +146,7 @@ def test_the_browser_tells_when_a_run_ends(page: Page, app: App) -> None:
     )
     lock = WorkerLock(run)
     lock.acquire()  # a trainer is at work, as far as the page can see
-    page.goto(app.url + "?tab=settings")
+    visit(page, app, "?tab=settings")
     expect(page.locator("#settings-about")).to_contain_text("gradio")  # what is set has arrived
     with page.expect_response(lambda answer: answer.url.endswith("/run-states")):
         page.locator("#settings-notify input").check()
@@ -188,15 +158,15 @@ def test_the_browser_tells_when_a_run_ends(page: Page, app: App) -> None:
 
 
 def test_the_models_are_downloaded_found_and_put_into_the_form(
-    page: Page, app: App, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+    page: Page, app: App, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with FakeHub(published(tiny_models), frozenset({DEV}), pace=0.05) as hub:
+    with FakeHub(published(tiny_models), frozenset({DEV}), pace=5.0) as hub:
         app.kill()
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
         monkeypatch.delenv("HF_TOKEN", raising=False)
         app.start()
-        page.goto(app.url)
+        visit(page, app)
         page.locator("#to-models").click()
         progress = page.locator("#models-progress")
         page.locator("#models-get").click()
@@ -211,7 +181,7 @@ def test_the_models_are_downloaded_found_and_put_into_the_form(
         page.locator("#models-get").click()
         expect(progress).to_contain_text("All four files are there.")
         expect(page.locator("#models-ae input")).to_have_value(re.compile("ae.safetensors"))
-        shoot(page, "settings-models")
+        shoot(page, "models-downloaded", tmp_path)
         page.locator("#models-use").click()
     shown = page.locator("#field-ae").locator("input, textarea").first
     expect(shown).to_have_value(str(app.home / "models" / "ae.safetensors"))

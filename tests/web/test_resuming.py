@@ -12,7 +12,8 @@ from playwright.sync_api import Page, expect
 from fluxgui.run_state import RunState, fold
 from tests.runs.test_run_folder_worker import make_run
 from tests.tiny import TinyModels
-from tests.web.page_process import RUN_SECONDS, App, chip, steps_done, wait_until
+from tests.web.page_process import RUN_SECONDS, App, chip, steps_done, visit, wait_until
+from tests.web.screenshots import shoot
 from trainer.schema.events import EventWriter
 from trainer.schema.run_folder import RunFolder
 
@@ -24,7 +25,7 @@ WAIT_MS = RUN_SECONDS * 1000
 def train(app: App, models: TinyModels, page: Page) -> Path:
     """A run of far too many steps, shown on the page while it trains."""
     run = make_run(models, app.home)
-    page.goto(f"{app.url}?tab=runs&run={run.path.name}")
+    visit(page, app, f"?tab=runs&run={run.path.name}")
     expect(page.locator("#run-header .doing")).to_contain_text("Training, step", timeout=WAIT_MS)
     return run.path
 
@@ -40,7 +41,7 @@ def steps_drawn(app: App, run: Path) -> list[int]:
     return [point.step for point in fold(RunState(), app.events(run)).points]
 
 
-def test_a_run_is_stopped_resumed_and_completed(app: App, page: Page, tiny_models: TinyModels) -> None:
+def test_a_run_is_stopped_resumed_and_completed(app: App, page: Page, tiny_models: TinyModels, tmp_path: Path) -> None:
     run = train(app, tiny_models, page)
     page.locator("#run-stop").click()
     expect(page.locator("#run-stop-question")).to_contain_text("Stop a test at step")
@@ -64,6 +65,7 @@ def test_a_run_is_stopped_resumed_and_completed(app: App, page: Page, tiny_model
     expect(page.locator("#run-plot polyline.raw")).to_be_attached()
     expect(page.locator("#run-resume")).to_be_hidden()
     expect(page.locator("#run-checkpoints li", has_text="final")).to_contain_text("lora.safetensors")
+    shoot(page, "story-08-stopped-and-resumed", tmp_path)
 
 
 def test_a_run_is_deleted_after_a_question_that_names_what_is_lost(app: App, page: Page) -> None:
@@ -75,7 +77,7 @@ def test_a_run_is_deleted_after_a_question_that_names_what_is_lost(app: App, pag
     events = EventWriter(made.events_jsonl, attempt=1)
     events.write("run_started", pid=0, device="cpu")
     events.write("run_finished", outcome="stopped", steps=7)
-    page.goto(f"{app.url}?tab=runs&run={made.path.name}")
+    visit(page, app, f"?tab=runs&run={made.path.name}")
     expect(chip(page)).to_have_text("stopped")
     expect(page.locator("#run-waiting")).to_contain_text("Resume goes on in this run after step 7")
     page.locator("#run-delete").click()
@@ -92,13 +94,20 @@ def test_a_run_is_deleted_after_a_question_that_names_what_is_lost(app: App, pag
     assert (app.home / "bin" / made.path.name / "checkpoints" / "cat.safetensors").stat().st_size == 2_000_000
 
 
-def test_a_killed_run_is_resumed_from_what_was_kept_of_it(app: App, page: Page, tiny_models: TinyModels) -> None:
+def test_a_killed_run_is_resumed_from_what_was_kept_of_it(
+    app: App, page: Page, tiny_models: TinyModels, tmp_path: Path
+) -> None:
     run = train(app, tiny_models, page)
     wait_until(lambda: any((run / "state").glob("step-*")), RUN_SECONDS)
     (pid,) = app.worker_pids()
     os.kill(pid, signal.SIGKILL)
     expect(chip(page)).to_have_text("crashed")
     expect(page.locator("#run-messages .log-tail")).to_contain_text("step")
+    expect(page.locator("#run-again")).to_be_visible()
+    expect(page.locator("#run-stop")).to_be_hidden()
+    shoot(page, "story-09-crashed", tmp_path)
+    visit(page)
+    expect(chip(page)).to_have_text("crashed")
     last_step = steps_done(app, run)
     shorten(run, last_step + 5)
     page.locator("#run-resume").click()

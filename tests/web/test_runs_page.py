@@ -14,7 +14,8 @@ from fluxgui.runs import RunWatcher
 from tests.fluxgui.ended_run import make_ended_run
 from tests.runs.test_run_folder_worker import make_run
 from tests.tiny import TinyModels
-from tests.web.page_process import RUN_SECONDS, App, chip, wait_until
+from tests.web.page_process import RUN_SECONDS, App, chip, visit, wait_until
+from tests.web.screenshots import shoot
 from trainer.schema.run_folder import RunFolder
 
 pytestmark = [pytest.mark.web, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -31,10 +32,10 @@ def card(page: Page, run: RunFolder) -> str:
 
 
 def test_the_second_run_waits_is_moved_taken_out_and_starts_when_the_first_ends(
-    app: App, page: Page, tiny_models: TinyModels
+    app: App, page: Page, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
     first, second, third = (make_run(tiny_models, app.home) for _ in range(3))
-    page.goto(f"{app.url}?tab=runs&run={second.path.name}")
+    visit(page, app, f"?tab=runs&run={second.path.name}")
     expect(page.locator("#run-queue li")).to_have_count(2, timeout=WAIT_MS)
     expect(chip(page)).to_have_text("queued")
     expect(page.locator("#run-queue")).to_contain_text("At work: a test.")
@@ -45,8 +46,9 @@ def test_the_second_run_waits_is_moved_taken_out_and_starts_when_the_first_ends(
     # By keyboard, and the focus stays on the moved run.
     page.locator(f'#run-queue button[data-action="up"][data-run="{third.path.name}"]').press("Enter")
     expect(order.first).to_have_attribute("data-run", third.path.name)
-    page.reload()
+    visit(page)
     expect(order.first).to_have_attribute("data-run", third.path.name)
+    shoot(page, "story-11-queue", tmp_path)
     page.locator(f'#run-queue button[data-action="cancel"][data-run="{third.path.name}"]').click()
     expect(page.locator("#run-queue li")).to_have_count(1)
     page.locator(card(page, third)).click()
@@ -58,7 +60,7 @@ def test_the_second_run_waits_is_moved_taken_out_and_starts_when_the_first_ends(
     app.kill()
     app.start()
     assert (state(first), state(second)) == ("running", "queued")
-    page.goto(f"{app.url}?tab=runs&run={first.path.name}")
+    visit(page, app, f"?tab=runs&run={first.path.name}")
     expect(page.locator("#run-header .doing")).to_contain_text("Training, step", timeout=WAIT_MS)
     expect(page.locator("#run-system")).to_contain_text("Memory")
     page.locator("#run-stop").click()
@@ -76,7 +78,7 @@ def test_ended_runs_are_found_looked_at_compared_taken_away_and_used_again(
 ) -> None:
     small = make_ended_run(app.home / "runs", "cat-small", learning_rate=1e-4)
     large = make_ended_run(app.home / "runs", "cat-large", learning_rate=2e-4)
-    page.goto(f"{app.url}?tab=runs&run={small.path.name}")
+    visit(page, app, f"?tab=runs&run={small.path.name}")
     expect(page.locator(".run-card")).to_have_count(2)
     expect(page.locator(card(page, small))).to_have_attribute("aria-current", "true")
     pictures = page.locator(".run-card img")
@@ -130,6 +132,8 @@ def test_ended_runs_are_found_looked_at_compared_taken_away_and_used_again(
     expect(compared.locator("tbody tr", has_text="learning_rate")).to_contain_text("0.0002")
     expect(compared.locator("tbody tr")).to_have_count(1)
     expect(compared.locator(".samples section").first.locator("img")).to_have_count(2)
+
+    shoot(page, "story-13-comparison", tmp_path)
 
     page.get_by_text("Log", exact=True).click()
     page.get_by_label("Warnings and errors").check()

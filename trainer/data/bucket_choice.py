@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 from trainer.data import buckets
@@ -16,6 +17,11 @@ def limit_problems(dataset: DatasetSpec) -> list[Problem]:
         return []
     shortest, longest = _limits(dataset)
     problems: list[Problem] = []
+    width, height = dataset.resolution
+    if math.isqrt(width * height) < dataset.bucket_reso_steps:
+        what = f"resolution {width}x{height} is smaller than bucket_reso_steps {dataset.bucket_reso_steps}"
+        hint = "Lower bucket_reso_steps, to 16 or 32, or raise the resolution."
+        return [Problem(what, hint=hint, field="bucket_reso_steps")]
     if shortest > min(dataset.resolution):
         problems.append(
             Problem(

@@ -219,22 +219,33 @@ class TensorCache:
         batch_size: int = 1,
         progress: Progress | None = None,
         check_commands: Callable[[], object] | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         """Encodes what is missing of `requests`, up to `batch_size` of one group at once.
+
+        With `share` (process, number of processes) each of several that fill one folder begins at another place and takes
+        over what the others have done by the time that it gets there.
 
         `encode(keys, inputs)` gives one entry of named tensors for each input; they are copied to the host. Inputs are
         loaded in threads ahead of it. `check_commands` is called before each batch and may raise to interrupt; what
         was encoded before is kept.
         """
-        missing = sorted(self.missing(requests), key=lambda request: request.group)
+        batches = list(_batched(sorted(self.missing(requests), key=lambda request: request.group), batch_size))
+        begin = len(batches) * share[0] // share[1]
+        batches = batches[begin:] + batches[:begin]
+        missing = [request for batch in batches for request in batch]
         done = 0
-        with contextlib.closing(map_ahead(_load, missing)) as inputs:
-            for batch in _batched(missing, batch_size):
+        with contextlib.closing(map_ahead(self._load_missing, missing)) as inputs:
+            for batch in batches:
                 if check_commands is not None:
                     check_commands()
                 loaded = [(request, next(inputs)) for request in batch]
                 # Another process that fills the same folder may have been faster.
-                wanted = [(request, value) for request, value in loaded if not self._takes_over(request)]
+                wanted = [
+                    (request, given[0])
+                    for request, given in loaded
+                    if given is not None and not self._takes_over(request)
+                ]
                 if wanted:
                     entries = encode([request.key for request, _ in wanted], [value for _, value in wanted])
                     for (request, _), entry in zip(wanted, entries, strict=True):
@@ -274,6 +285,10 @@ class TensorCache:
         )
         recover([key, *gone])
 
+    def _load_missing(self, request: CacheRequest[T]) -> tuple[T] | None:
+        """The encoder's input; None where another process has made the entry meanwhile."""
+        return None if self._takes_over(request) else (request.load(),)
+
     def _takes_over(self, request: CacheRequest[T]) -> bool:
         path = self._usable_file(request) if self._on_disk else None
         if path is not None:
@@ -288,10 +303,6 @@ class TensorCache:
             return None
         mark_used(path)
         return path
-
-
-def _load(request: CacheRequest[T]) -> T:
-    return request.load()
 
 
 def _batched(requests: Sequence[CacheRequest[T]], batch_size: int) -> Iterable[list[CacheRequest[T]]]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from trainer.data.listing import Found, names, system_reason
 from trainer.schema.base import Problem
+
+_USUAL_ENDINGS: Final = (".txt", ".caption", ".TXT", ".CAPTION")
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,11 @@ def caption_warnings(
             f"{len(missing)} of {num_paths} pictures have no caption file ({', '.join(extensions)}) and train with "
             f"their class tokens, or with an empty caption where there are none: {names([p.name for p in missing])}"
         )
-        num_other = sum(1 for path in missing if any(path.with_suffix(end).is_file() for end in (".txt", ".caption")))
-        if num_other:
-            text += f". {num_other} of them have a .txt or .caption file: is caption_extension right?"
+        others = [
+            path.with_suffix(end) for path in missing for end in _USUAL_ENDINGS if path.with_suffix(end).is_file()
+        ]
+        if others:
+            text += f". There is {others[0].name}, for one: is caption_extension right?"
         warnings.append(text)
     empty = list(dict.fromkeys(path.name for path, caption in pairs if caption.is_empty_file))
     if empty:

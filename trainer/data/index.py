@@ -18,7 +18,7 @@ from trainer.data.caption_files import Caption, caption_warnings, missing_captio
 from trainer.data.captions import tag_frequency
 from trainer.data.decoding import DECODE_ERRORS, ImageFacts, UnfitPicture, check_image, decode_failure, load_red
 from trainer.data.items import DatasetIndex, DatasetSummary, Item, MaskFile, Progress, SubsetSummary
-from trainer.data.listing import Found, all_masks, find_pictures
+from trainer.data.listing import Found, all_masks, find_pictures, repeat_warnings
 from trainer.data.picture_notes import picture_notes
 from trainer.data.pictures import has_shape_of
 from trainer.data.validation_split import split_validation
@@ -26,6 +26,9 @@ from trainer.schema.base import Problem, UserError
 from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec
 
 T = TypeVar("T")
+
+_MOST_DRAWS = 50_000_000
+"""An epoch is made as a list; this many take gigabytes already."""
 
 
 def index_dataset(config: DatasetConfig, *, progress: Progress | None = None) -> DatasetIndex:
@@ -37,12 +40,17 @@ def index_dataset(config: DatasetConfig, *, progress: Progress | None = None) ->
     problems: list[Problem] = []
     warnings: list[str] = []
     found: list[Found] = []
+    without_buckets: set[int] = set()
     for position, dataset in enumerate(config.datasets):
-        problems.extend(limit_problems(dataset))
+        wrong_limits = limit_problems(dataset)
+        if wrong_limits:
+            without_buckets.add(position)
+            problems.extend(wrong_limits)
         found.extend(find_pictures(position, dataset, problems, warnings))
     facts, masks = _check_files(found, problems, progress)
     captions = {subset: read_captions(subset, problems) for subset in found}
-    items = _make_items(config, found, facts, masks, captions, problems)
+    fitting = [subset for subset in found if subset.dataset not in without_buckets]
+    items = _make_items(config, fitting, facts, masks, captions, problems)
     if problems:
         raise UserError.many(problems, exit_code=3)
     split = split_validation(items, config)
@@ -51,6 +59,7 @@ def index_dataset(config: DatasetConfig, *, progress: Progress | None = None) ->
     drawn = [_balance(position, items, warnings) for position in range(len(config.datasets))]
     missing = tuple(dict.fromkeys(path for subset in found for path in missing_captions(subset, captions[subset])))
     warnings.extend(caption_warnings(found, captions, missing))
+    warnings.extend(repeat_warnings(found))
     warnings.extend(picture_notes(items, facts, config.datasets))
     return DatasetIndex(
         items=tuple(item for dataset in drawn for item in dataset),
@@ -126,6 +135,7 @@ def _make_items(
     fitters = [bucket_fitter(dataset) for dataset in config.datasets]
     items: list[Item] = []
     for subset in found:
+        repeats = dict(subset.spec.picture_repeats)
         has_buckets = config.datasets[subset.dataset].enable_bucket
         mask_paths = subset.masks or [None] * len(subset.paths)
         for path, caption, mask_path in zip(subset.paths, captions[subset], mask_paths, strict=True):
@@ -152,7 +162,7 @@ def _make_items(
                     height=fact.height,
                     caption=text,
                     subset=subset.spec,
-                    num_repeats=subset.spec.num_repeats,
+                    num_repeats=subset.spec.num_repeats * repeats.get(path.name, 1),
                     is_reg=subset.spec.is_reg,
                     dataset=subset.dataset,
                     fit=fit,
@@ -167,6 +177,9 @@ def _make_items(
             problems.append(
                 Problem(f"dataset {position + 1} has only regularisation pictures", hint="Add pictures to train on.")
             )
+    draws = sum(item.num_repeats for item in items)
+    if draws > _MOST_DRAWS:
+        problems.append(Problem(f"an epoch would have {draws} draws of pictures", hint="Lower num_repeats."))
     if not found and not problems:
         problems.append(Problem("the dataset file names no picture folder", hint="Add a subset with an image_dir."))
     return items
@@ -211,16 +224,23 @@ def _summarise(
         counts[item.bucket] += item.num_repeats
     errors = [abs(item.bucket[0] / item.bucket[1] - item.width / item.height) for item in drawn]
 
+    def of(subset: Found) -> list[Item]:
+        return [item for item in items if item.subset is subset.spec and item.dataset == subset.dataset]
+
     def captions(subset: Found) -> list[str]:
-        return [item.caption for item in items if item.subset is subset.spec and item.dataset == subset.dataset]
+        return [item.caption for item in of(subset)]
+
+    def num_draws(*, is_reg: bool) -> int:
+        # Before the regularisation pictures are balanced.
+        return sum(item.num_repeats for subset in found if subset.spec.is_reg is is_reg for item in of(subset))
 
     return DatasetSummary(
         spec=spec,
         subsets=tuple(
             SubsetSummary(subset.spec, len(captions(subset)), tag_frequency(captions(subset))) for subset in found
         ),
-        num_train_images=sum(len(captions(s)) * s.spec.num_repeats for s in found if not s.spec.is_reg),
-        num_reg_images=sum(len(captions(s)) * s.spec.num_repeats for s in found if s.spec.is_reg),
+        num_train_images=num_draws(is_reg=False),
+        num_reg_images=num_draws(is_reg=True),
         bucket_counts={size: counts[size] for size in sorted(counts)},
         mean_aspect_error=sum(errors) / len(errors) if errors else 0.0,
     )

@@ -90,6 +90,11 @@ def _files_of_folder(
     unread = [path.name for path in others if path.suffix.lower() != _JPEG_XL]
     if unread:
         warnings.append(f"{folder}: {len(unread)} pictures of other formats are left out: {names(unread)}")
+    no_files = [path.name for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_file()]
+    if no_files:
+        warnings.append(
+            f"{folder}: {len(no_files)} folders or broken links are called like pictures: {names(no_files)}"
+        )
     if paths:
         return Found(position, subset, tuple(paths))
     problems.append(_no_pictures(folder, [path for path in entries if path.is_dir()]))
@@ -106,7 +111,8 @@ def _files_of_metadata(position: int, subset: SubsetSpec, problems: list[Problem
 def _entries(folder: Path, key: str, noun: str, problems: list[Problem]) -> list[Path] | None:
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
-        problems.append(Problem(f"the {noun} folder {folder} {what}", hint=f"Correct {key}."))
+        hint = f"Correct {key}." if folder.is_absolute() else f"Correct {key}: it was looked for in {Path.cwd()}."
+        problems.append(Problem(f"the {noun} folder {folder} {what}", hint=hint))
         return None
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -177,6 +183,15 @@ def _only(found: Found, owners: dict[Path, int], place: int) -> Found:
         masks=tuple(found.masks[number] for number in kept) if found.masks else (),
         captions=None if found.captions is None else tuple(found.captions[number] for number in kept),
     )
+
+
+def repeat_warnings(found: Iterable[Found]) -> Iterator[str]:
+    """Pictures that picture_repeats names and that are not there: a name that was mistyped has no effect otherwise."""
+    for subset in found:
+        there = {path.name for path in subset.paths}
+        gone = [name for name, _ in subset.spec.picture_repeats if name not in there]
+        if gone:
+            yield f"picture_repeats of {subset.spec.place} names pictures that are not there: {names(gone)}"
 
 
 def all_masks(found: Iterable[Found]) -> Iterator[Path]:

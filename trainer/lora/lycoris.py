@@ -117,6 +117,10 @@ class LycorisNetwork(nn.Module):
         network.requires_grad_(True)
         return cls(network, spec)
 
+    def train_in(self, dtype: torch.dtype) -> None:
+        """Keeps everything that trains in `dtype`, gradients and optimizer state with it."""
+        self._network.to(dtype)
+
     @property
     def num_modules(self) -> int:
         return len(self._modules_of("text_encoder_loras")) + len(self._modules_of("unet_loras"))
@@ -160,8 +164,9 @@ class LycorisNetwork(nn.Module):
         has_ratio = spec.loraplus_unet_ratio is not None or spec.loraplus_text_encoder_ratio is not None
         return has_ratio and not any(_UP in key for key, _ in self._network.named_parameters())
 
-    def before_step(self) -> None:
-        """Nothing is to be done."""
+    def before_step(self, *, measures: bool = False) -> dict[str, float]:
+        """Nothing is to be done, and nothing is known of the package's weights."""
+        return {}
 
     def hold_norms(self, limit: float) -> NormReport:
         raise ValueError("the options rule this out")

@@ -118,7 +118,8 @@ def rotated_weight(weight: Tensor, blocks: Sequence[Tensor], alpha: float, parts
 
 def _cayley_change(blocks: Tensor, limit: float) -> Tensor:
     """R - I = 2 Q (I - Q)^-1 for Q = P - P' with its norm held below `limit`."""
-    q = blocks - blocks.transpose(1, 2)
+    # No format of 16 bit has a solver, or would keep the blocks orthogonal.
+    q = (blocks - blocks.transpose(1, 2)).float()
     norm = q.norm()
     q = q * ((norm.clamp(max=limit) + _TINY) / (norm + _TINY))
     identity = torch.eye(q.shape[-1], device=q.device)

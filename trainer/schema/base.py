@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal, cast
 
@@ -132,6 +133,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` was most likely meant to be, or None when nothing is close."""
     close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
     return close[0] if close else None
+
+
+def with_home(text: str) -> str:
+    """A path with a `~` at its beginning replaced by the user's folder, as shells do it between spaces only."""
+    return str(Path(text).expanduser()) if text == "~" or text.startswith(("~/", "~\\")) else text
 
 
 def shown(value: object) -> str:

@@ -30,12 +30,12 @@ def side_limits(min_side: int, max_side: int, step: int) -> Size:
 def bucket_sizes(resolution: Size, min_side: int, max_side: int, step: int) -> tuple[Size, ...]:
     """All bucket sizes whose area is at most that of `resolution`, sorted.
 
-    `min_side` and `max_side` are multiples of `step`. A small `max_side` limits the area of elongated buckets too: at
+    None where a side of `resolution` is below `step`. `min_side` and `max_side` are multiples of `step`. A small `max_side` limits the area of elongated buckets too: at
     1024 x 1024 with a longest side of 1024, every bucket but the square has a smaller area.
     """
     area = resolution[0] * resolution[1]
     square = int(math.sqrt(area) // step) * step
-    sizes = {(square, square)}
+    sizes = {(square, square)} if square else set[Size]()
     for width in range(max(min_side, step), max_side + 1, step):
         height = min(max_side, area // width // step * step)
         if height >= max(min_side, step):
@@ -46,8 +46,10 @@ def bucket_sizes(resolution: Size, min_side: int, max_side: int, step: int) -> t
 def fit_to_nearest(size: Size, sizes: Sequence[Size]) -> Fit:
     """The bucket for a picture of `size`: the same size, else the nearest width / height (the first one on ties).
 
-    The picture is scaled, up or down, until it covers the bucket.
+    The picture is scaled, up or down, until it covers the bucket. Raises `ValueError` when there is no bucket.
     """
+    if not sizes:
+        raise ValueError("the resolution is smaller than a step between buckets")
     width, height = size
     aspect = width / height
     bucket = size if size in sizes else min(sizes, key=lambda each: abs(each[0] / each[1] - aspect))

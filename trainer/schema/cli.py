@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
-from trainer.schema.base import Problem, UserError, nearest, shown
+from trainer.schema.base import Problem, UserError, nearest, shown, with_home
 from trainer.schema.cli_help import help_text
 from trainer.schema.file_checks import check_files as check_files
 from trainer.schema.option_files import non_default_values, options_path, options_to_toml, read_config_sections
@@ -54,11 +54,11 @@ def read_command_line(argv: Sequence[str]) -> ParsedCommand:
     """The same with the problems inside, so that more can be checked before they are reported."""
     words = list(argv)
     problems: list[Problem] = []
-    given, asks_for_help = _split_words(words, problems)
+    notes: list[str] = []
+    given, asks_for_help = _split_words(words, problems, notes)
     if asks_for_help:
         sys.stdout.write(help_text())
         raise SystemExit(0)
-    notes: list[str] = []
     config_file = given.get("config_file")
     if config_file is None or config_file.value == "":
         if "output_config" in given:
@@ -66,7 +66,7 @@ def read_command_line(argv: Sequence[str]) -> ParsedCommand:
             problems.append(Problem(what, "--output_config", hint, "output_config"))
     elif "output_config" not in given:
         del given["config_file"]
-        given = {**_config_values(Path(str(config_file.value)), problems, notes), **given}
+        given = {**_config_values(Path(with_home(str(config_file.value))), problems, notes), **given}
     return _finished(given, problems, notes)
 
 
@@ -151,10 +151,13 @@ def _config_values(path: Path, problems: list[Problem], notes: list[str]) -> dic
             if name in ("config_file", "output_config"):
                 notes.append(f"{name} in {where} has no effect: it belongs on the command line")
             elif name in STATUS:
+                _note_second_value(given, name, value, notes)
                 given[name] = Given(value, where)
             else:
                 near = nearest(name, STATUS)
                 asks = f"; did you mean {near}?" if near else ""
+                if name in ("datasets", "subsets"):
+                    asks = "; a dataset file is given as --dataset_config"
                 notes.append(f"{name} in {where} is not a known option and has no effect{asks}")
     return given
 
@@ -162,7 +165,14 @@ def _config_values(path: Path, problems: list[Problem], notes: list[str]) -> dic
 # ----------------------------------------------------------------------------------------------------------- words
 
 
-def _split_words(words: Sequence[str], problems: list[Problem]) -> tuple[dict[str, Given], bool]:
+def _note_second_value(given: Mapping[str, Given], name: str, value: object, notes: list[str]) -> None:
+    """As in the reference, the last one counts."""
+    if name in given and given[name].value != value:
+        before = shown(given[name].value)
+        notes.append(f"{name} is given twice: {before} has no effect beside {shown(value)}, which comes later")
+
+
+def _split_words(words: Sequence[str], problems: list[Problem], notes: list[str]) -> tuple[dict[str, Given], bool]:
     """Options by full name from the words, and whether help is asked for."""
     given: dict[str, Given] = {}
     position = 0
@@ -198,10 +208,12 @@ def _split_words(words: Sequence[str], problems: list[Problem]) -> tuple[dict[st
                 problems.append(Problem(what, typed, f"Write --{name} to turn it on, or leave it out.", name))
             given[name] = Given(True, typed)
         elif status.is_list:
+            _note_second_value(given, name, tuple(values), notes)
             given[name] = Given(tuple(values), f"--{name}")
         elif not values:
             problems.append(Problem(f"{name} needs a value", f"--{name}", f"Write --{name}=...", name))
         else:
+            _note_second_value(given, name, values[0], notes)
             given[name] = Given(values[0], f"--{name}")
     return given, False
 

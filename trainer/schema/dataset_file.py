@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
@@ -32,6 +33,7 @@ from trainer.schema.toml_table import read_table
 logger = logging.getLogger("trainer")
 
 _EXIT_OPTIONS: Final = 2
+_PICTURE_ENDINGS: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 _EXIT_FIXABLE: Final = 3
 
 
@@ -67,6 +69,8 @@ class _DatasetReader:
         self._where = where
         self._options = options
         self._problems: list[Problem] = []
+        self._fallbacks: set[str] = set()
+        """Keys that were left to the options somewhere."""
 
     def read(self, parsed: Mapping[str, object]) -> DatasetConfig:
         for name in parsed:
@@ -79,7 +83,20 @@ class _DatasetReader:
         ]
         if self._problems:
             raise UserError.many(self._problems, exit_code=_EXIT_OPTIONS)
-        return DatasetConfig(tuple(dataset for dataset in datasets if dataset is not None))
+        made = tuple(dataset for dataset in datasets if dataset is not None)
+        return DatasetConfig(made, overridden=tuple(self._overridden(made)))
+
+    def _overridden(self, datasets: Sequence[DatasetSpec]) -> Iterator[str]:
+        """Options with a value of their own that no dataset or subset takes, as the file has another one everywhere."""
+        for name, key in KEYS.items():
+            if key.option is None or name in self._fallbacks:
+                continue
+            if getattr(self._options, key.option) == Options.model_fields[key.option].get_default():
+                continue
+            subsets = [subset for dataset in datasets for subset in dataset.subsets]
+            specs = datasets if name in DATASET_KEYS else subsets
+            if any(getattr(spec, name) != _fallback(name, self._options) for spec in specs):
+                yield key.option
 
     def _complain(self, what: str, place: str, hint: str | None = None) -> None:
         where = f"{self._where}, {place}" if place else self._where
@@ -116,7 +133,12 @@ class _DatasetReader:
                 try:
                     values[name] = key.read(raw)
                 except ValueError as error:
-                    self._complain(f"{name} is {shown(raw)}; it {error}", place)
+                    # Without its quotes such a text would be taken for what is asked for.
+                    is_quoted = isinstance(raw, str) and (raw.lower() in ("true", "false") or _is_number(raw))
+                    value = f'"{raw}"' if is_quoted else shown(raw)
+                    self._complain(
+                        f"{name} is {value}; it {error}", place, "Leave the quotes out." if is_quoted else None
+                    )
         return values
 
     def _misplaced(self, name: str, level: Level | None, place: str) -> None:
@@ -163,7 +185,7 @@ class _DatasetReader:
         self, entry: dict[str, object], dataset: Mapping[str, object], general: Mapping[str, object], place: str
     ) -> SubsetSpec | None:
         own = self._table(entry, place, "subset")
-        if "image_dir" not in entry and "metadata_file" not in entry:
+        if entry.get("image_dir") is None and entry.get("metadata_file") is None:
             self._complain("there is no image_dir", place, "Give the folder of pictures.")
         found = {name: self._value(name, own, dataset, general) for name in SUBSET_KEYS}
         for what in _cache_conflicts(found, self._options):
@@ -185,7 +207,16 @@ class _DatasetReader:
         for table in tables:
             if name in table:
                 return table[name]
+        self._fallbacks.add(name)
         return _fallback(name, self._options)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a text is a number."""
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _fallback(name: str, options: Options) -> object:
@@ -225,10 +256,14 @@ def dataset_config_from_folders(options: Options) -> DatasetConfig:
         if folder is None:
             continue
         try:
-            children = sorted(child for child in folder.iterdir() if child.is_dir())
+            entries = sorted(folder.iterdir())
         except (OSError, ValueError):
             problems.append(missing_folder(folder, field))
             continue
+        children = [child for child in entries if child.is_dir() and not child.name.startswith(".")]
+        loose = [path.name for path in entries if path.suffix.lower() in _PICTURE_ENDINGS]
+        if loose and children:
+            logger.warning("%s: pictures beside the folders are not used: %s, ...", folder, loose[0])
         found = [spec for child in children if (spec := _folder_subset(child, is_reg, options)) is not None]
         if not found:
             hint = "Put the pictures into a folder whose name is repeats, _ and words, such as 10_mycat."

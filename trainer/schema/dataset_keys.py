@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal, cast
 
+from trainer.schema.base import with_home
 from trainer.schema.options_data import SIZE_STEP, parse_face_crop_range, parse_resolution
 
 
@@ -31,6 +32,7 @@ class SubsetSpec:
     `image_dir` is None only beside a `metadata_file` that holds whole paths. `conditioning_data_dir` holds a mask for
     each picture. `class_tokens` is the caption of pictures without one; `resize_interpolation` None means area to shrink
     and lanczos to enlarge; `face_crop_aug_range` is how many times longer than the face the crop's short side is.
+    `picture_repeats` are file names with what multiplies `num_repeats` for them.
     """
 
     image_dir: Path | None
@@ -61,6 +63,7 @@ class SubsetSpec:
     alpha_mask: bool
     custom_attributes: CustomAttributes
     resize_interpolation: str | None
+    picture_repeats: tuple[tuple[str, int], ...] = ()
 
     @property
     def place(self) -> Path:
@@ -98,9 +101,13 @@ class DatasetSpec:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Everything that training draws pictures from."""
+    """Everything that training draws pictures from.
+
+    `overridden` are options that have a value, and the dataset file another one wherever they would count.
+    """
 
     datasets: tuple[DatasetSpec, ...]
+    overridden: tuple[str, ...] = ()
 
 
 Level = Literal["general", "dataset", "subset"]
@@ -180,13 +187,23 @@ def _resizing(value: object) -> str:
 
 
 def _path(value: object) -> Path:
-    return Path(_filled_text(value))
+    return Path(with_home(_filled_text(value)))
 
 
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError("must be a number")
     return float(value)
+
+
+def _repeats_by_name(value: object) -> tuple[tuple[str, int], ...]:
+    read = _whole(1)
+    if not isinstance(value, dict):
+        raise ValueError('must be a table, such as {"a.png" = 3}')
+    try:
+        return tuple((name, read(times)) for name, times in cast("dict[str, object]", value).items())
+    except ValueError as error:
+        raise ValueError(f"{error}, for each picture") from None
 
 
 def _attributes(value: object) -> CustomAttributes:
@@ -259,6 +276,7 @@ SUBSET_KEYS: Final[Mapping[str, Key]] = MappingProxyType(
         "alpha_mask": Key(("subset",), _switch, "alpha_mask"),
         "custom_attributes": Key(_ALL, _attributes, default=CustomAttributes()),
         "resize_interpolation": Key(_ALL, _resizing, "resize_interpolation"),
+        "picture_repeats": Key(("subset",), _repeats_by_name, default=()),
     }
 )
 KEYS: Final[Mapping[str, Key]] = MappingProxyType({**DATASET_KEYS, **SUBSET_KEYS})

@@ -9,7 +9,7 @@ from typing import cast
 
 from pydantic import ValidationError
 
-from trainer.schema.base import OptionStatus, Problem, nearest, shown
+from trainer.schema.base import OptionStatus, Problem, nearest, shown, with_home
 from trainer.schema.option_corrections import corrected, option_advice
 from trainer.schema.option_rules import broken_rules
 from trainer.schema.option_status import STATUS, bounds_text, kind_of_value, literals, refusal, sentence
@@ -87,11 +87,13 @@ def read_options(given: Mapping[str, Given]) -> Reading:
 
 def _plain(status: OptionStatus, value: object) -> object:
     """The value, None for an empty text where that means that nothing was given."""
+    if status.value_type == "path" and isinstance(value, (list, tuple)):
+        return tuple(with_home(item) if isinstance(item, str) else item for item in cast("Sequence[object]", value))
     if not isinstance(value, str):
         return value
     if not value.strip() and (status.default is None or status.value_type in ("number", "integer", "steps")):
         return None
-    return value
+    return with_home(value) if status.value_type == "path" else value
 
 
 def _refused_value(name: str, status: OptionStatus, value: object, where: str) -> Problem | None:

@@ -48,7 +48,10 @@ def _refused(
 _ATTENTION: Final = "attention always runs through torch's scaled dot product attention"
 _NOISE: Final = "it does not apply to FLUX's noise"
 _OTHER_LOSS: Final = "it does not apply to FLUX's loss"
-_DEEPSPEED: Final = "DeepSpeed is not supported yet; --blocks_to_swap saves memory on one device"
+_DEEPSPEED: Final = (
+    "DeepSpeed shares what trains among devices, of which a LoRA has little; use --blocks_to_swap or --base_storage, which "
+    "save memory on every device"
+)
 _DDP: Final = "devices average their gradients once a step, without the wrapper of torch that it sets up"
 
 SAMPLERS: Final = (
@@ -69,21 +72,6 @@ SAMPLERS: Final = (
     "k_dpm_2",
     "k_dpm_2_a",
 )
-DYNAMO_BACKENDS: Final = (
-    "eager",
-    "aot_eager",
-    "inductor",
-    "aot_ts_nvfuser",
-    "nvprims_nvfuser",
-    "cudagraphs",
-    "ofi",
-    "fx2trt",
-    "onnxrt",
-    "tensort",
-    "ipex",
-    "tvm",
-)
-
 NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
     {
         # Meaningless for FLUX, in the reference too.
@@ -157,15 +145,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "Read model files without mapping them into memory.",
             "how model files are read is chosen by the program",
         ),
-        "dynamo_backend": _inert(
-            "memory",
-            "What torch_compile compiles with.",
-            "it belongs to --torch_compile, which is not supported yet",
-            "text",
-            default="inductor",
-            # "no" is what kohya_ss writes into its files; the reference checks no choices there.
-            choices=(*DYNAMO_BACKENDS, "no"),
-        ),
         # Data.
         "cache_info": _inert(
             "dataset",
@@ -175,11 +154,14 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
         "dataset_class": _refused(
             "dataset",
             "A Python class that makes the dataset.",
-            "it runs code of another program and is not supported; use --dataset_config",
+            "such a class is made of sd-scripts' own parts, which do not exist here; put its pictures and captions into "
+            "folders and use --dataset_config",
             "text",
         ),
-        "weighted_captions": _refused(
-            "dataset", "Weigh words that are in (brackets).", "FLUX's text encoders have no weighted form; leave it out"
+        "weighted_captions": _inert(
+            "dataset",
+            "Weigh words that are in (brackets).",
+            "FLUX's text encoders have no weighted form, in sd-scripts either: brackets and numbers are read as text",
         ),
         # Output.
         "skip_until_initial_step": _inert(
@@ -188,16 +170,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "training always goes on with the batch at which it left off",
         ),
         # Hardware and number formats.
-        "torch_compile": _refused("memory", "Compile the model with torch.", "it is not supported yet; leave it out"),
-        "full_fp16": _refused(
-            "memory", "Train the LoRA in fp16.", "it is not supported yet; use --mixed_precision=fp16"
-        ),
-        "full_bf16": _refused(
-            "memory", "Train the LoRA in bf16.", "it is not supported yet; use --mixed_precision=bf16"
-        ),
-        "cpu_offload_checkpointing": _refused(
-            "memory", "Keep saved activations in main memory.", "it is not supported yet; use --blocks_to_swap"
-        ),
         "ddp_gradient_as_bucket_view": _inert("memory", "Save memory for gradients with several devices.", _DDP),
         "ddp_static_graph": _inert("memory", "Promise torch that every step uses the same layers.", _DDP),
         "deepspeed": _refused("devices", "Train with DeepSpeed.", _DEEPSPEED),
@@ -239,6 +211,20 @@ _NETWORK_SD: Final = "does not fit FLUX; use networks.lora_flux"
 REFUSED_VALUES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     {
         "save_model_as": dict.fromkeys(("ckpt", "pt"), _PICKLE),
+        "dynamo_backend": dict.fromkeys(
+            (
+                "aot_ts_nvfuser",
+                "nvprims_nvfuser",
+                "cudagraphs",
+                "ofi",
+                "fx2trt",
+                "onnxrt",
+                "tensort",
+                "ipex",
+                "tvm",
+            ),
+            "does not run a training of blocks whose weights move; use inductor",
+        ),
         "network_module": {
             **dict.fromkeys(
                 ("networks.lora_fa", "networks.dylora", "networks.oft", "networks.lora_sd3", "networks.loha"),

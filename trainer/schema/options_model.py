@@ -98,11 +98,30 @@ class MemoryOptions(OptionGroup):
         Literal["no", "fp16", "bf16"],
         Opt("Number format of the frozen models and of the computation; no means 32 bit.", "Precision", "basic"),
     ] = "no"
+    full_bf16: Annotated[
+        bool,
+        Opt(
+            "Keep the LoRA, its gradients and the optimizer's state in bf16 too: a little memory less, and small changes "
+            "are lost.",
+            "LoRA in bf16",
+            "expert",
+        ),
+    ] = False
+    full_fp16: Annotated[
+        bool,
+        Opt(
+            "Keep the LoRA, its gradients and the optimizer's state in fp16 too: a little memory less, and small numbers "
+            "are lost.",
+            "LoRA in fp16",
+            "expert",
+        ),
+    ] = False
     base_storage: Annotated[
-        Literal["fp8", "int8", "nf4"] | None,
+        Literal["compute", "fp8", "int8", "nf4"] | None,
         Opt(
             "Store the frozen transformer's blocks in fewer bits: fp8 and int8 halve them, nf4 makes them a quarter. "
-            "Empty: as computed.",
+            "Empty: an fp8 file stays as it is, everything else is stored in the type that is computed in; compute: that "
+            "for fp8 files, too, which takes twice their memory and is a little faster.",
             "Storage of the model",
             "basic",
         ),
@@ -129,6 +148,40 @@ class MemoryOptions(OptionGroup):
     gradient_checkpointing: Annotated[
         bool, Opt("Compute activations twice instead of keeping them: slower, much less memory.", "Save activations")
     ] = False
+    checkpoint_blocks: Annotated[
+        Annotated[int, Field(ge=0)] | None,
+        Opt(
+            "With gradient_checkpointing, so many blocks compute their activations twice; the others keep them. Empty: all.",
+            "Blocks that save activations",
+            "advanced",
+            "blocks",
+        ),
+    ] = None
+    cpu_offload_checkpointing: Annotated[
+        bool,
+        Opt(
+            "With gradient_checkpointing, keep what each block is given in main memory until it is needed.",
+            "Saved activations in main memory",
+            "advanced",
+        ),
+    ] = False
+    offload_modulation: Annotated[
+        Literal["host", "file"] | None,
+        Opt(
+            "Keep the modulation weights, a quarter of FLUX.1, off the device and bring each once a step: from main memory "
+            "(host), or from the model's file, which takes no memory (file). Empty: they stay with their blocks.",
+            "Modulation off the device",
+            "advanced",
+        ),
+    ] = None
+    torch_compile: Annotated[
+        bool,
+        Opt("Compile each block with torch: faster steps after a start that takes minutes.", "Compile", "advanced"),
+    ] = False
+    dynamo_backend: Annotated[
+        Literal["eager", "aot_eager", "inductor", "no"],
+        Opt("What torch_compile compiles with; inductor makes kernels, the others find faults.", "Compiler", "expert"),
+    ] = "inductor"
     blocks_to_swap: Annotated[
         Annotated[int, Field(ge=0)] | Literal["auto"] | None,
         Opt(

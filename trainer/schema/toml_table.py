@@ -23,6 +23,9 @@ def read_table(path: Path, noun: str, field: str) -> dict[str, object]:
     except FileNotFoundError:
         what, hint = f"this {noun} does not exist", f"Check --{field} for a typing error."
         raise UserError(what, where, hint, field=field, exit_code=_EXIT_OPTIONS) from None
+    except UnicodeDecodeError:
+        what, hint = f"this {noun} is not UTF-8 text", "Save it as UTF-8."
+        raise UserError(what, where, hint, field=field, exit_code=_EXIT_OPTIONS) from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         what = f"this {noun} cannot be read ({reason})"
@@ -31,7 +34,11 @@ def read_table(path: Path, noun: str, field: str) -> dict[str, object]:
         parsed = cast("object", json.loads(text) if is_json else tomlkit.parse(text).unwrap())
     except (TOMLKitError, ValueError, RecursionError) as error:
         what = f"this {noun} is not valid {'JSON' if is_json else 'TOML'}: {error}"
-        hint = None if is_json else "Texts stand in \"double quotes\", Windows paths in 'single quotes'."
+        hint = (
+            "Nothing but spaces may stand after the last entry of a list or table: no comma."
+            if is_json
+            else "Texts stand in \"double quotes\", Windows paths in 'single quotes'."
+        )
         raise UserError(what, where, hint, field=field, exit_code=_EXIT_OPTIONS) from None
     if not isinstance(parsed, dict):
         raise UserError(f"this {noun} holds no table", where, field=field, exit_code=_EXIT_OPTIONS)

@@ -61,11 +61,20 @@ class Trained:
     """Values that all downs together give for a token of the image's stream, of the text's, of both in the single blocks,
     and for a sample."""
 
-    def inner_bytes(self, batch: int, num_image: int, num_text: int, value_bytes: int) -> int:
-        """What autograd keeps of the LoRAs' thin insides, without checkpointing."""
+    def inner_bytes(
+        self,
+        batch: int,
+        num_image: int,
+        num_text: int,
+        value_bytes: int,
+        *,
+        double_share: float = 1.0,
+        single_share: float = 1.0,
+    ) -> int:
+        """What autograd keeps of the LoRAs' thin insides in the double and single blocks that are not checkpointed."""
         image, text, joint, sample = self.inner
-        per_sample = image * num_image + text * num_text + joint * (num_image + num_text) + sample
-        return batch * per_sample * value_bytes
+        double, single = image * num_image + text * num_text, joint * (num_image + num_text)
+        return round(batch * (double_share * double + single_share * single + sample) * value_bytes)
 
     @property
     def total(self) -> int:
@@ -209,8 +218,9 @@ def _block_linears(flux: TransformerParams, spec: LoraSpec) -> Iterator[tuple[st
             yield f"{prefix}linear2", c + m, c
 
 
-def optimizer_state_bytes(num_values: int, *, is_8bit: bool, num_moments: float = 2) -> int:
-    """Bytes of an optimizer's moments (two for AdamW) for one matrix; 8-bit state has one fp32 scale for 256 values."""
+def optimizer_state_bytes(num_values: int, *, is_8bit: bool, num_moments: float = 2, value_bytes: int = 4) -> int:
+    """Bytes of an optimizer's moments (two for AdamW) for one matrix of numbers that take `value_bytes` each; 8-bit state
+    has one fp32 scale for 256 values, and is in fp32 for small matrices."""
     if is_8bit and num_values >= _MIN_8BIT_VALUES:
         return round(num_moments * (num_values + 4 * math.ceil(num_values / _8BIT_BLOCK)))
-    return round(4 * num_moments * num_values) + (_STEP_BYTES if num_moments else 0)
+    return round((4 if is_8bit else value_bytes) * num_moments * num_values) + (_STEP_BYTES if num_moments else 0)

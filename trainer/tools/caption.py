@@ -45,6 +45,8 @@ class Request:
     max_tokens: int
     device: str
     suffix: str
+    only: frozenset[str] | None = None
+    """Names of the pictures that it is about; None for all of the folder."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -63,6 +65,9 @@ def _read_arguments(arguments: Sequence[str]) -> tuple[Request, Path | None]:
     parser.add_argument(
         "--mode", choices=MODES, default="missing", help="where a picture has a caption: leave, overwrite or append"
     )
+    parser.add_argument(
+        "--pictures", type=Path, help="text file with the names of the pictures to look at, one a line; without, all"
+    )
     parser.add_argument("--prompt", default="", help="what to ask the model; for Florence-2 a task such as <CAPTION>")
     parser.add_argument("--max_tokens", type=int, default=MAX_TOKENS, help="length of a caption, in tokens at most")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -75,9 +80,17 @@ def _read_arguments(arguments: Sequence[str]) -> tuple[Request, Path | None]:
         raise UserError(f"max_tokens is {known.max_tokens}; it must be 1 or more", "--max_tokens", exit_code=2)
     request = Request(
         known.model, known.image_dir, known.mode, known.prompt.strip(), known.max_tokens, known.device,
-        known.caption_extension,
+        known.caption_extension, None if known.pictures is None else _read_names(known.pictures),
     )  # fmt: skip
     return request, known.job_dir
+
+
+def _read_names(path: Path) -> frozenset[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("this list of pictures cannot be read", str(path), str(error), exit_code=2) from None
+    return frozenset(line for line in text.splitlines() if line.strip())
 
 
 def caption_folder(request: Request, reporter: JobReporter) -> None:
@@ -104,7 +117,8 @@ def caption_folder(request: Request, reporter: JobReporter) -> None:
 
 
 def pictures_to_caption(request: Request) -> list[Path]:
-    """By name; with mode "missing" only those without a caption, or with an empty one. Raises `UserError`."""
+    """By name; with mode "missing" only those without a caption, or with an empty one. Raises `UserError`, also when
+    pictures are named that are not there."""
     try:
         files = [
             path for path in request.image_dir.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
@@ -112,6 +126,12 @@ def pictures_to_caption(request: Request) -> list[Path]:
     except OSError as error:
         what = f"this folder cannot be read ({error.strerror})"
         raise UserError(what, str(request.image_dir), "Give the folder of pictures.") from None
+    if request.only is not None:
+        gone = sorted(request.only - {path.name for path in files})
+        if gone:
+            what = f"these pictures are not in the folder: {', '.join(gone[:5])}"
+            raise UserError(what, str(request.image_dir), "Check the list given as --pictures.")
+        files = [path for path in files if path.name in request.only]
     chosen: list[Path] = []
     captions: set[Path] = set()
     for path in sorted(files):

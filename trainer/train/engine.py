@@ -24,6 +24,15 @@ _DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 _NOT_CARRIED_OUT: Final = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
 
+class HalfGradScaler(torch.amp.GradScaler):
+    """A scaler that takes gradients in fp16 too, which `full_fp16` has; torch's own refuses to unscale them."""
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
+
+
 @dataclass(frozen=True)
 class Engine:
     """One process's view of the machine.
@@ -102,7 +111,7 @@ class Engine:
 
     def scaler(self) -> torch.amp.GradScaler:
         """Keeps small float16 gradients from vanishing; does nothing in the other formats."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        return HalfGradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def share(self, value: int) -> int:
         """Rank 0's value on every rank."""

@@ -178,6 +178,7 @@ def prepare_latents(checked: CheckedRun, engine: Engine, reporter: Reporter) -> 
             batch_size=options.vae_batch_size,
             progress=reporter.progress,
             check_commands=reporter.check_stop,
+            share=(engine.rank, engine.num_processes),
         )
         autoencoder = autoencoder.to("cpu") if checked.prompts else None
         engine.free_cached_memory()

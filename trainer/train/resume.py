@@ -40,6 +40,8 @@ REFUSED: Final = (
     "network_train_unet_only",
     "network_train_text_encoder_only",
     "optimizer_type",
+    "full_bf16",
+    "full_fp16",
 )
 
 FREE: Final = frozenset(
@@ -50,6 +52,11 @@ FREE: Final = frozenset(
         "blocks_to_swap",
         "split_mode",
         "gradient_checkpointing",
+        "checkpoint_blocks",
+        "cpu_offload_checkpointing",
+        "offload_modulation",
+        "torch_compile",
+        "dynamo_backend",
         # Files, which may have moved: what is in them is compared.
         "pretrained_model_name_or_path",
         "clip_l",
@@ -124,7 +131,8 @@ def find_state(options: Options, reporter: Reporter) -> StateHead | ForeignState
 
 
 def _fitting(head: StateHead, options: Options) -> StateHead:
-    saved = head.content["options"]
+    # States of earlier versions, which knew no other, have a LoRA in 32 bit.
+    saved = {"full_bf16": False, "full_fp16": False, **head.content["options"]}
     now = describe_options(options)
     problems = [
         Problem(

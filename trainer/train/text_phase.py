@@ -111,6 +111,7 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
             batch_size=_batch_size(options),
             progress=reporter.progress,
             check_commands=reporter.check_stop,
+            share=(engine.rank, engine.num_processes),
         )
     else:
         reporter.note("all captions and prompts are cached: the text encoders are not needed")

@@ -1,0 +1,223 @@
+"""What a dataset's folder holds beside pictures and captions: masks of the loss, and how often pictures are repeated.
+
+Masks lie in the folder `masks` inside, each named like its picture; the trainer reads them as `conditioning_data_dir`.
+Repeats are a small JSON file in the folder, so that they go where it goes. No gradio.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from PIL import Image
+
+from fluxgui.dataset_history import Written, keep_files, write_files
+from fluxgui.datasets import MASKS, Dataset, Item, picture_path
+from fluxgui.language import say
+from fluxgui.pictures import DECODE_ERRORS, IMAGE_SUFFIXES, MAX_FILES, read_folder, safe_name, why_unreadable
+from trainer.schema.base import UserError
+from trainer.schema.settings import is_allowed
+
+REPEATS_FILE: Final = ".fluxgui-repeats.json"
+MAX_REPEATS: Final = 1000
+SAME_SHAPE: Final = 0.01
+"""How much the shapes of picture and mask may differ, as the trainer has it."""
+_MASK_ENDINGS: Final = ("_mask", "-mask", ".mask")
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """How often the folder is repeated in an epoch, and single pictures beyond that, by file name."""
+
+    folder: int = 1
+    pictures: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    def of(self, name: str) -> int:
+        return self.pictures.get(name, 1)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """`masks` are mask files by the stem of their pictures."""
+
+    masks: Mapping[str, Path]
+    repeats: Repeats
+
+    def mask_of(self, name: str) -> Path | None:
+        return self.masks.get(Path(name).stem)
+
+
+@dataclass(frozen=True)
+class AddedMasks:
+    """The pictures that got a mask, and one line for each file that was left out."""
+
+    pictures: tuple[str, ...]
+    refused: tuple[str, ...]
+
+
+def read_extras(dataset: Dataset) -> Extras:
+    return Extras(read_masks(dataset.path), read_repeats(dataset.path))
+
+
+# ------------------------------------------------------------------------------------------------------------ masks
+
+
+def read_masks(folder: Path) -> dict[str, Path]:
+    """The mask files of a dataset folder by stem; empty where there is no folder of them."""
+    try:
+        files = sorted((folder / MASKS).iterdir())
+    except OSError:
+        return {}
+    return {path.stem: path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()}
+
+
+def mask_path(dataset: Dataset, name: str) -> Path | None:
+    """The mask of the picture of that name, or None; never a file behind a link that leads out of the allowed folders."""
+    path = read_masks(dataset.path).get(Path(name).stem) if picture_path(dataset, name) is not None else None
+    return path if path is not None and is_allowed(path) else None
+
+
+def add_masks(dataset: Dataset, files: Sequence[Path]) -> AddedMasks:
+    """Take in masks, each for the picture of its name, with or without an ending such as "_mask", as one change.
+
+    A mask that is replaced goes to the bin. Raises `OSError` when the folder cannot be written.
+    """
+    by_stem = {path.stem: path for path in reversed(read_folder(dataset.path).images)}
+    chosen: dict[str, Path] = {}
+    refused: list[str] = []
+    for file in files[:MAX_FILES]:
+        stem = _stem_of_picture(file.stem, by_stem)
+        if stem is None:
+            refused.append(f"{file.name}: {say('dataset.mask_of_nothing')}")
+        elif stem in chosen:
+            refused.append(f"{file.name}: {say('dataset.mask_twice', name=by_stem[stem].name)}")
+        elif (reason := _why_no_mask(file, by_stem[stem])) is not None:
+            refused.append(f"{file.name}: {reason}")
+        else:
+            chosen[stem] = file
+    if len(files) > MAX_FILES:
+        refused.append(say("dataset.too_many", more=len(files) - MAX_FILES, most=MAX_FILES))
+    _put(dataset, chosen, say("dataset.step_masks", count=len(chosen)))
+    return AddedMasks(tuple(by_stem[stem].name for stem in chosen), tuple(refused))
+
+
+def add_white_masks(dataset: Dataset) -> int:
+    """A mask that teaches everything for each picture without one, as one change: the trainer wants one for each.
+
+    Returns how many that is. Raises `OSError`; pictures that cannot be read get none.
+    """
+    there = read_masks(dataset.path)
+    made: dict[str, Path] = {}
+    with tempfile.TemporaryDirectory(prefix="fluxgui-masks-") as folder:
+        for image in read_folder(dataset.path).images:
+            size = _size(image)
+            if image.stem in there or image.stem in made or size is None:
+                continue
+            made[image.stem] = Path(folder) / f"{len(made)}.png"
+            Image.new("L", size, 255).save(made[image.stem])
+        _put(dataset, made, say("dataset.step_white_masks", count=len(made)))
+    return len(made)
+
+
+def delete_masks(dataset: Dataset, items: Sequence[Item]) -> int:
+    """Move the masks of these pictures to the bin, as one change."""
+    masks = read_masks(dataset.path)
+    going = [f"{MASKS}/{masks[stem].name}" for stem in {Path(item.name).stem: None for item in items} if stem in masks]
+    keep_files(dataset, going, {}, say("dataset.step_delete_masks", count=len(going)))
+    return len(going)
+
+
+def _put(dataset: Dataset, chosen: Mapping[str, Path], what: str) -> None:
+    if not chosen:
+        return
+    masks = read_masks(dataset.path)
+    (dataset.path / MASKS).mkdir(exist_ok=True)
+    going = [f"{MASKS}/{masks[stem].name}" for stem in chosen if stem in masks]
+    coming = {f"{MASKS}/{stem}{file.suffix.lower()}": file for stem, file in chosen.items()}
+    keep_files(dataset, going, coming, what)
+
+
+def _stem_of_picture(stem: str, pictures: Mapping[str, Path]) -> str | None:
+    names = [stem, *(stem.removesuffix(ending) for ending in _MASK_ENDINGS if stem.endswith(ending))]
+    return next((name for each in names for name in (each, safe_name(each)) if name in pictures), None)
+
+
+def _why_no_mask(file: Path, image: Path) -> str | None:
+    if file.suffix.lower() not in IMAGE_SUFFIXES:
+        return say("dataset.no_mask_file")
+    reason = why_unreadable(file)
+    if reason is not None:
+        return reason
+    mask, picture = _size(file), _size(image)
+    if mask is None or picture is None:
+        return say("dataset.mask_unreadable", name=image.name)
+    if abs(mask[0] * picture[1] / (mask[1] * picture[0]) - 1) > SAME_SHAPE:
+        return say("dataset.mask_shape", mask=f"{mask[0]} x {mask[1]}", picture=f"{picture[0]} x {picture[1]}")
+    return None
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    """Width and height, turned as the camera says; None when that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if turned else image.size
+    except DECODE_ERRORS:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------- repeats
+
+
+def read_repeats(folder: Path) -> Repeats:
+    """What is set for the folder; once for everything where nothing is, or where the file is damaged."""
+    try:
+        stored = json.loads((folder / REPEATS_FILE).read_text(encoding="utf-8"))
+        pictures = {str(name): _checked(times) for name, times in dict(stored.get("pictures", {})).items()}
+        return Repeats(_checked(stored.get("folder", 1)), pictures)
+    except (OSError, ValueError, TypeError, AttributeError, UserError):
+        return Repeats()
+
+
+def set_repeats(dataset: Dataset, items: Sequence[Item], times: object) -> int:
+    """Repeat these pictures so many times as often as the others, as one change. Returns for how many it is new.
+
+    Raises `UserError` for what is no whole number from 1 to `MAX_REPEATS`.
+    """
+    number = _checked(times)
+    repeats = read_repeats(dataset.path)
+    changed = [item.name for item in items if repeats.of(item.name) != number]
+    pictures = {**repeats.pictures, **dict.fromkeys(changed, number)}
+    new = replace(repeats, pictures={name: count for name, count in sorted(pictures.items()) if count != 1})
+    if changed:
+        _write(dataset, new, say("dataset.step_repeats", times=number, count=len(changed)))
+    return len(changed)
+
+
+def set_folder_repeats(dataset: Dataset, times: object) -> bool:
+    """How often the whole folder is repeated, as one change; whether that is new. Raises `UserError` as above."""
+    number = _checked(times)
+    repeats = read_repeats(dataset.path)
+    if repeats.folder == number:
+        return False
+    _write(dataset, replace(repeats, folder=number), say("dataset.step_folder_repeats", times=number))
+    return True
+
+
+def _checked(times: object) -> int:
+    whole = int(times) if isinstance(times, (int, float)) and times == int(times) else None
+    if whole is None or isinstance(times, bool) or not 1 <= whole <= MAX_REPEATS:
+        raise UserError(say("dataset.bad_repeats", most=MAX_REPEATS))
+    return whole
+
+
+def _write(dataset: Dataset, repeats: Repeats, what: str) -> None:
+    before = None
+    if (dataset.path / REPEATS_FILE).is_file():
+        before = (dataset.path / REPEATS_FILE).read_text(encoding="utf-8", errors="surrogateescape")
+    text = json.dumps({"folder": repeats.folder, "pictures": dict(repeats.pictures)}, ensure_ascii=False, indent=1)
+    write_files(dataset, [Written(REPEATS_FILE, before, text)], what)
