@@ -10,11 +10,11 @@ from typing import cast
 import pytest
 import tomlkit
 
-from fluxgui import train_view
+from fluxgui import memory_view
 from fluxgui.fields import ALL_NAMES, DATASET_NAMES, NOT_IN_PRESETS, make_fields
 from fluxgui.form import preset_values, read_form, typed_value
 from fluxgui.form_parts import component_value, shown_number
-from fluxgui.memory_plan import MemoryPlan, plan_memory
+from fluxgui.memory_plan import plan_memory
 from fluxgui.models import recognised
 from fluxgui.presets import delete_own, preset_form_values, presets_of_kind, save_own, start_values
 from tests.fluxgui.sparse_flux import make_sparse_flux
@@ -22,6 +22,7 @@ from tests.tiny import TinyModels
 from trainer.schema.base import UserError
 from trainer.schema.cli import parse_command_line
 from trainer.schema.dataset_file import read_dataset_config
+from trainer.schema.memory_plan import Plan
 from trainer.schema.option_files import read_config_file
 from trainer.schema.options import Options
 from trainer.tools.tiny_chroma import make_chroma
@@ -313,8 +314,9 @@ def test_every_built_in_preset_fits_the_form(filled: dict[str, object], kind: st
 # ------------------------------------------------------------------------------------------------------ estimate
 
 
-def plan(filled: dict[str, object], flux: Path, gigabytes: float | None) -> MemoryPlan | str:
-    return plan_memory(read_form({**filled, "pretrained_model_name_or_path": str(flux)}), vram_gb=gigabytes)
+def plan(filled: dict[str, object], flux: Path, gigabytes: float | None, ram_gb: float = 64) -> Plan | str:
+    reading = read_form({**filled, "pretrained_model_name_or_path": str(flux)})
+    return plan_memory(reading, vram_gb=gigabytes, ram_gb=ram_gb)
 
 
 def test_less_memory_takes_more_blocks(filled: dict[str, object], tmp_path: Path) -> None:
@@ -322,24 +324,53 @@ def test_less_memory_takes_more_blocks(filled: dict[str, object], tmp_path: Path
     filled |= {"mixed_precision": "bf16", "gradient_checkpointing": True, "resolution": "512", "blocks_to_swap": ""}
     filled |= {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
     plans = [plan(filled, flux, gigabytes) for gigabytes in (80.0, 24.0, 16.0, 12.0)]
-    picked = [found.estimate.blocks_to_swap for found in plans if isinstance(found, MemoryPlan)]
+    picked = [found.choice.blocks_to_swap for found in plans if isinstance(found, Plan)]
     assert picked[0] == 0
     assert picked == sorted(set(picked))
     assert len(picked) == 4
     tightest = plans[-1]
-    assert isinstance(tightest, MemoryPlan)
-    assert tightest.estimate.fits
-    assert tightest.estimate.peak_bytes <= tightest.vram_bytes == 12 * 2**30
+    assert isinstance(tightest, Plan)
+    assert tightest.fits
+    assert tightest.choice.estimate.peak_bytes <= 12 * 2**30
 
 
 def test_what_cannot_fit_says_why_and_what_helps(filled: dict[str, object], tmp_path: Path) -> None:
     flux = make_sparse_flux(tmp_path / "flux1-dev.safetensors")
-    found = plan({**filled, "gradient_checkpointing": False}, flux, 4.0)
-    assert isinstance(found, MemoryPlan)
-    assert not found.estimate.fits
-    html = train_view.estimate(found.estimate, vram_bytes=found.vram_bytes, host_bytes=2**34)
+    found = plan({**filled, "resolution": "1024", "gradient_checkpointing": False}, flux, 4.0)
+    assert isinstance(found, Plan)
+    assert not found.fits
+    html = memory_view.plan_html(found, num_steps=100, accumulation=1)
     assert "Does not fit" in html
     assert "gradient_checkpointing" in html
+    assert "too much" in html
+    assert "Expected time" not in html, "what cannot run takes no time"
+    labels = {name: field.label for name, field in make_fields().items()}
+    assert found.alternatives
+    assert "Blocks to swap: " in memory_view.alternative_text(found.alternatives[0], labels)
+
+
+def test_main_memory_counts_too_and_the_bars_add_up(filled: dict[str, object], tmp_path: Path) -> None:
+    flux = make_sparse_flux(tmp_path / "flux1-dev.safetensors")
+    found = plan(filled, flux, 8.0, ram_gb=8)
+    assert isinstance(found, Plan)
+    assert not found.fits
+    assert "main memory" in memory_view.plan_html(found, num_steps=None, accumulation=1)
+    assert sum(segment.bytes for segment in found.choice.device_bar) == found.choice.estimate.peak_bytes
+    assert sum(segment.bytes for segment in found.choice.host_bar) == found.choice.estimate.host_peak_bytes
+
+
+def test_the_time_is_that_of_all_steps_and_called_rough(filled: dict[str, object], tmp_path: Path) -> None:
+    flux = make_sparse_flux(tmp_path / "flux1-dev.safetensors")
+    found = plan({**filled, "gradient_checkpointing": True}, flux, 24.0)
+    assert isinstance(found, Plan)
+    text = memory_view.time_text(found, num_steps=1000, accumulation=2)
+    assert memory_view.duration(found.choice.step_seconds * 2000) in text
+    assert "not measured" in text
+    assert [memory_view.duration(seconds) for seconds in (5, 600, 3 * 3600)] == [
+        "under a minute",
+        "about 10 min",
+        "about 3.0 h",
+    ]
 
 
 def test_the_estimate_says_what_it_lacks(filled: dict[str, object], tiny_models: TinyModels) -> None:
@@ -347,4 +378,9 @@ def test_the_estimate_says_what_it_lacks(filled: dict[str, object], tiny_models:
     assert "card" in str(plan(filled, tiny_models.flux_dev, 0.0))
     assert "/nowhere" in str(plan(filled, Path("/nowhere"), 24.0))
     assert "marked" in str(plan({**filled, "network_dim": "0"}, tiny_models.flux_dev, 24.0))
-    assert "Choose" in str(plan_memory(read_form({**filled, "pretrained_model_name_or_path": ""}), vram_gb=24.0))
+
+
+def test_without_a_model_the_published_sizes_are_assumed(filled: dict[str, object]) -> None:
+    found = plan_memory(read_form({**filled, "pretrained_model_name_or_path": ""}), vram_gb=24.0)
+    assert isinstance(found, Plan)
+    assert "FLUX.1-dev" in memory_view.plan_html(found, num_steps=None, accumulation=1)

@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from tests.runs.in_process import answer, small_run
 from tests.tiny import TinyModels
+from trainer.schema.cli import read_command_line
 from trainer.schema.option_status import STATUS
 from trainer.tools.tiny_models import make_autoencoder, make_clip_l, make_t5xxl
 
@@ -259,8 +260,6 @@ EFFECTS: dict[str, Effect] = {
     "log_tracker_name": e("files", "mine", *LOGS),
     "log_config": e("files", "", *LOGS),
     "log_tracker_config": e("code", "/nowhere.toml", *LOGS),
-    "wandb_run_name": e("lines", "mine"),
-    "wandb_api_key": e("lines", "k"),
     # ---- metadata
     "no_metadata": e("metadata:ss_seed"),
     "training_comment": e("metadata:ss_training_comment", "hello"),
@@ -290,6 +289,8 @@ SHOWN_ELSEWHERE = {
     "ddp_timeout": "tests/train/test_engine.py",
     "no_oom_recovery": "tests/runs/test_out_of_memory.py",
     "async_upload": "tests/train/test_hub_upload.py",
+    "wandb_run_name": "tests/train/test_trackers.py",
+    "wandb_api_key": "tests/train/test_trackers.py",
 }
 """Options whose effect is outside of this machine or in no result, and the test that shows it."""
 
@@ -303,6 +304,14 @@ def test_every_supported_option_has_an_entry() -> None:
 def test_every_entry_is_tried() -> None:
     """An entry of an option that is inert or refused would never run."""
     assert [name for name in EFFECTS if name not in SUPPORTED] == []
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_no_option_with_an_effect_is_called_without(name: str) -> None:
+    effect = EFFECTS[name]
+    option = f"--{name}={effect.given}" if effect.given else f"--{name}"
+    notes = read_command_line([*effect.beside, option]).notes
+    assert [note for note in notes if note.startswith(f"{name} has no effect")] == []
 
 
 def test_an_entry_elsewhere_names_a_test_of_that_option() -> None:

@@ -168,8 +168,9 @@ class LycorisNetwork(nn.Module):
         has_ratio = spec.loraplus_unet_ratio is not None or spec.loraplus_text_encoder_ratio is not None
         return has_ratio and not any(_UP in key for key, _ in self._network.named_parameters())
 
-    def before_step(self) -> None:
-        """Nothing is to be done."""
+    def before_step(self, *, measures: bool = False) -> dict[str, float]:
+        """Nothing is to be done, and nothing is known of the package's weights."""
+        return {}
 
     def hold_norms(self, limit: float) -> NormReport:
         raise ValueError("the options rule this out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from trainer.schema.idle_options import idle_options
 from trainer.schema.network_rules import network_advice
 from trainer.schema.optimizer_rules import optimizer_advice, optimizer_corrections
 from trainer.schema.option_rules import needs_huber_schedule
@@ -129,5 +130,6 @@ def option_advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
                 yield f"{name} has no effect: log_with is not wandb"
     if options.log_with is None and options.logging_dir is None and (options.log_config or options.log_tracker_config):
         yield "log_config and log_tracker_config have no effect: there is no tracker (log_with, logging_dir)"
+    yield from idle_options(options, explicit)
     yield from network_advice(options, explicit)
     yield from optimizer_advice(options, explicit)
