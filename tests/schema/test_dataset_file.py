@@ -408,3 +408,11 @@ def test_options_that_the_file_overrides_everywhere_are_known(tmp_path: Path) ->
     assert read(tmp_path, more, command).overridden == ("resolution",)
     lines = list(dataset_advice(found, options(command)))
     assert "resolution 768 has no effect: the dataset file says otherwise everywhere" in lines
+
+
+def test_pictures_beside_the_folders_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "2_cat").mkdir()
+    (tmp_path / "loose.JPG").touch()
+    with caplog.at_level(logging.WARNING, "trainer"):
+        dataset_config(options(f"--train_data_dir={tmp_path} --resolution=64"))
+    assert "pictures beside the folders are not used: loose.JPG" in caplog.text

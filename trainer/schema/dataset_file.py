@@ -33,6 +33,7 @@ from trainer.schema.toml_table import read_table
 logger = logging.getLogger("trainer")
 
 _EXIT_OPTIONS: Final = 2
+_PICTURE_ENDINGS: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 _EXIT_FIXABLE: Final = 3
 
 
@@ -255,10 +256,14 @@ def dataset_config_from_folders(options: Options) -> DatasetConfig:
         if folder is None:
             continue
         try:
-            children = sorted(child for child in folder.iterdir() if child.is_dir())
+            entries = sorted(folder.iterdir())
         except (OSError, ValueError):
             problems.append(missing_folder(folder, field))
             continue
+        children = [child for child in entries if child.is_dir() and not child.name.startswith(".")]
+        loose = [path.name for path in entries if path.suffix.lower() in _PICTURE_ENDINGS]
+        if loose and children:
+            logger.warning("%s: pictures beside the folders are not used: %s, ...", folder, loose[0])
         found = [spec for child in children if (spec := _folder_subset(child, is_reg, options)) is not None]
         if not found:
             hint = "Put the pictures into a folder whose name is repeats, _ and words, such as 10_mycat."

@@ -72,6 +72,17 @@ def _notes_on_what_is_there(command: ParsedCommand, checked: CheckedRun, num_pro
     for subset in dict.fromkeys(item.subset for item in items if item.subset.alpha_mask):
         if subset not in masked and subset.conditioning_data_dir is None:
             yield f"alpha_mask of {subset.place} has no effect: no picture is transparent"
+    # With wildcards one line of several is drawn, and no draw is as long as the whole.
+    captions = list(dict.fromkeys(item.caption for item in items if not item.subset.enable_wildcard))
+    longest = checked.tokenizers.t5xxl_tokens
+    cut = [
+        text
+        for text, is_cut in zip(captions, checked.tokenizers.t5xxl.is_cut(captions, longest), strict=True)
+        if is_cut
+    ]
+    if cut:
+        first = next(item.path.name for item in items if item.caption == cut[0])
+        yield f"{len(cut)} captions, such as that of {first}, have more than T5's {longest} tokens and lose their ends"
     if options.ddp_timeout is not None and num_processes == 1:
         yield "ddp_timeout has no effect: there is one process"
 

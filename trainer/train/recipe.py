@@ -27,14 +27,16 @@ from trainer.train.device_checks import check_storage, product_seconds, slow_for
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, FileHashes
 from trainer.train.foreign_state import resume_foreign
+from trainer.train.gradient_sync import GradientSync
 from trainer.train.hub_upload import HubUploader
 from trainer.train.latents_phase import prepare_latents
 from trainer.train.learning_rate import learning_rate_schedule
 from trainer.train.level_losses import LevelLosses
-from trainer.train.loop import GradientSync, LoopSettings, NumbersLost, TrainingLoop
+from trainer.train.loop import TrainingLoop
 from trainer.train.lost_numbers import after_lost_numbers
 from trainer.train.measured_peak import MeasuredPeak
 from trainer.train.memory_room import NoRoom, SwapRoom
+from trainer.train.micro_batch import NumbersLost
 from trainer.train.network_setup import (
     attach_network,
     block_swap,
@@ -54,6 +56,7 @@ from trainer.train.resume import Start
 from trainer.train.saver import LoraSaver, output_dir, save_for_good
 from trainer.train.session import DeviceLock
 from trainer.train.state_saver import StateSaver, Trainables, advance, resume_state
+from trainer.train.step_position import LoopSettings
 from trainer.train.text_phase import prepare_text
 from trainer.train.text_plan import TextPlan, plan_texts
 from trainer.train.trackers import start_trackers

@@ -30,8 +30,10 @@ from trainer.train.check import check_replay
 from trainer.train.checkpoint import write_file
 from trainer.train.conditioning import TextInputs, show_padding, text_inputs
 from trainer.train.engine import Engine
+from trainer.train.gradient_sync import GradientSync
 from trainer.train.learning_rate import learning_rate_schedule
-from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, TrainingLoop
+from trainer.train.loop import TrainingLoop
+from trainer.train.micro_batch import MicroBatch, NumbersLost
 from trainer.train.network_setup import (
     attach_network,
     block_swap,
@@ -48,6 +50,7 @@ from trainer.train.recipe import SEED_BITS
 from trainer.train.recording import Recording, read_recording
 from trainer.train.replay_options import replay_advice
 from trainer.train.reporting import Reporter, StopRequested
+from trainer.train.step_position import LoopSettings
 
 _ENCODER_LORAS = ("lora_te1_", "lora_te2_", "lora_te3_")
 
