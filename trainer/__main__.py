@@ -199,7 +199,7 @@ def lora_tool(name: str) -> Callable[[Sequence[str]], int]:
     """The command `name` of `trainer.tools.lora_commands`."""
 
     def work(arguments: Sequence[str]) -> int:
-        from trainer.tools.lora_commands import run_lora_command  # noqa: PLC0415 - torch takes seconds to load
+        from trainer.tools.lora_commands import run_lora_command  # noqa: PLC0415 - only these commands need it
 
         return run_lora_command(name, arguments)
 

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.chroma import Chroma
@@ -42,7 +41,12 @@ from trainer.schema.key_plans import (
     flux_plan,
     t5_plan,
 )
+from trainer.schema.stored_scales import fp8_parts
 from trainer.schema.weight_files import read_weights
+
+if TYPE_CHECKING:
+    # Seconds to import, which tools for LoRA files do without.
+    from transformers import CLIPTextModel, T5EncoderModel
 
 PlaceTensor = Callable[[str], torch.device | str]
 ChangeOf = Callable[[str], Callable[[Tensor], Tensor] | None]
@@ -126,8 +130,10 @@ def _fill_transformer(
 ) -> None:
     stored: dict[str, StoredLinear] = {}
     if storage is not None:
+        # What the file has in fp8 stays so; in fewer bits than it has them, modulation layers are not stored.
+        with_modulation = storage == "fp8" and fp8_parts(header)[1] and modulation is None
         for kind in ("double_blocks", "single_blocks"):
-            found = use_storage(model.get_submodule(kind), storage)
+            found = use_storage(model.get_submodule(kind), storage, with_modulation=with_modulation)
             stored |= {f"{kind}.{path}.weight": linear for path, linear in found.items()}
     with contextlib.ExitStack() as stack:
         cached = stack.enter_context(cache.open(header, storage)) if cache is not None and storage is not None else None
@@ -181,6 +187,8 @@ def load_clip_l(
 
 def empty_clip_l(params: ClipParams, activation: str = "quick_gelu") -> CLIPTextModel:
     """A CLIP-L text encoder of these sizes without weights: its parameters are on the meta device."""
+    from transformers import CLIPTextConfig, CLIPTextModel  # noqa: PLC0415 - takes seconds
+
     config = CLIPTextConfig(
         hidden_size=params.hidden_size,
         intermediate_size=params.intermediate_size,
@@ -210,6 +218,8 @@ def load_t5xxl(path: Path, dtype: torch.dtype, device: torch.device | str) -> T5
 
 def empty_t5xxl(params: T5Params) -> T5EncoderModel:
     """A T5 encoder of these sizes without weights: its parameters are on the meta device."""
+    from transformers import T5Config, T5EncoderModel  # noqa: PLC0415 - takes seconds
+
     config = T5Config(
         d_model=params.d_model,
         d_ff=params.d_ff,
@@ -339,7 +349,8 @@ def _fill_stored(
     change: Callable[[Tensor], Tensor] | None,
 ) -> None:
     """The weight in its stored form. Numbers that the file has in that form already are taken over, with their scales."""
-    if change is None and linear.storage == "fp8" and all(_read_as(piece) == "F8_E4M3" for piece in planned.pieces):
+    types = {_read_as(piece) for piece in planned.pieces}
+    if change is None and linear.storage == "fp8" and (types == {"F8_E4M3"} or types == {"F8_E5M2"}):
         raw = dataclasses.replace(planned, pieces=tuple(_without_scale(piece) for piece in planned.pieces))
         scale = torch.ones(linear.out_features)
         start = 0
@@ -349,7 +360,7 @@ def _fill_stored(
             if given is not None:
                 scale[start : start + end - first] = given if len(given) == 1 else given[first:end]
             start += end - first
-        weight = _read_parameter(files, header, raw, torch.float8_e4m3fn, device)
+        weight = _read_parameter(files, header, raw, DTYPES[types.pop()], device)
     else:
         dense = _read_parameter(files, header, planned, torch.float32, packs_on)
         weight, scale = linear.pack(dense if change is None else change(dense))

@@ -136,7 +136,7 @@ class Sums:
         self.pixels, self.batch = width * height, batch_size
         self.num_double, self.num_single = split_swap(blocks_to_swap)
         self.counts = flux_counts(flux)
-        self.storage: Storage = stored_as(options)
+        self.storage: Storage = stored_as(options, flux)
         self.modulates_outside = modulates_outside(flux, options)
         self.value_bytes = 4 if options.mixed_precision == "no" else 2
         # In fp16 the streams between the blocks are kept in fp32, and the autoencoder stays out of half precision.
@@ -270,7 +270,7 @@ class Sums:
             Part(
                 "Chroma weights" if isinstance(flux, ChromaParams) else "FLUX.1 weights",
                 self.counts.total * self.value_bytes
-                - saved_bytes(flux, self.storage, self.value_bytes)
+                - saved_bytes(flux, self.storage, self.value_bytes, with_modulation=not self.modulates_outside)
                 - self.swapped_bytes
                 - (modulation_bytes(flux, self.value_bytes)[0] if self.modulates_outside else 0),
                 "weights",

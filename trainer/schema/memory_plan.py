@@ -239,16 +239,6 @@ def _sizes(
     return size or parse_resolution(options.resolution or DEFAULT_SIDE), batch_size or options.train_batch_size
 
 
-def _stored(options: Options, storage: Storage) -> dict[str, object]:
-    """The changes that store the base model so."""
-    changes: dict[str, object] = {"base_storage": None if storage == "compute" else storage}
-    if storage == "compute":
-        changes |= {name: False for name in ("fp8_base", "fp8_base_unet") if getattr(options, name)}
-        if options.base_storage is None:
-            del changes["base_storage"]
-    return changes
-
-
 def _bar(parts: tuple[Part, ...]) -> tuple[Segment, ...]:
     sums: dict[Kind, int] = {kind: sum(part.bytes for part in parts if part.kind == kind) for kind in KINDS}
     return tuple(Segment(kind, num_bytes) for kind, num_bytes in sums.items() if num_bytes)
@@ -429,7 +419,7 @@ class _Planner:
             base["cache_latents"] = True
         if options.mixed_precision == "no":
             base["mixed_precision"] = "bf16"
-        given = stored_as(options)
+        given = stored_as(options, self.flux)
         may_store = options.network_module != "lycoris.kohya" and options.device != "cpu"
         for common, checkpointing in itertools.product(({}, base) if base else ({},), (False, True)):
             for storage in get_args(Storage) if may_store else (given,):
@@ -437,8 +427,19 @@ class _Planner:
                 if checkpointing != options.gradient_checkpointing:
                     changes["gradient_checkpointing"] = checkpointing
                 if storage != given:
-                    changes |= _stored(options, storage)
+                    changes |= self._stored(storage)
                 yield changes
+
+    def _stored(self, storage: Storage) -> dict[str, object]:
+        """The changes that store the base model so."""
+        options = self.options
+        free = options.model_copy(update={"base_storage": None, "fp8_base": False, "fp8_base_unet": False})
+        changes: dict[str, object] = {
+            "base_storage": None if storage == "compute" == stored_as(free, self.flux) else storage
+        }
+        if storage == "compute":
+            changes |= {name: False for name in ("fp8_base", "fp8_base_unet") if getattr(options, name)}
+        return {name: value for name, value in changes.items() if value != getattr(options, name)}
 
     def _changed(self, changes: Mapping[str, object]) -> tuple[Options, tuple[int, int], int]:
         options = self.options.model_copy(update=dict(changes))

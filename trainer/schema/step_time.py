@@ -117,7 +117,7 @@ def step_time(
     num_twice = num_checkpointed(flux, options)
     share_twice = num_twice / (flux.depth + flux.depth_single_blocks)
     backward += share_twice * forward
-    storage, value_bytes = stored_as(options), 4 if is_fp32 else 2
+    storage, value_bytes = stored_as(options, flux), 4 if is_fp32 else 2
     outside = modulates_outside(flux, options)
     to_forward, to_backward = step_transfer_bytes(
         flux, blocks_to_swap, storage, value_bytes, with_modulation=not outside

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, Literal
 
 from trainer.schema.chroma_header import TransformerParams
-from trainer.schema.storage import NF4_BLOCK, NF4_SCALE_BYTES, SCALE_BYTES, Shape, Storage, kept_shapes, stored_shapes
+from trainer.schema.storage import NF4_BLOCK, NF4_SCALE_BYTES, SCALE_BYTES, Shape, Storage, block_shapes
 
 ALIGNMENT: Final = 256
 """Bytes; where each tensor begins in a slab and in a slot."""
@@ -48,8 +48,8 @@ def slab_bytes(
 
     double, single = (
         sum(aligned(size) for shape in stored for size in tensors(shape))
-        + sum(aligned(rows * columns * value_bytes) for rows, columns in kept if with_modulation)
-        for stored, kept in zip(stored_shapes(flux), kept_shapes(flux), strict=True)
+        + sum(aligned(rows * columns * value_bytes) for rows, columns in kept)
+        for stored, kept in block_shapes(flux, storage, with_modulation=with_modulation)
     )
     return double, single
 

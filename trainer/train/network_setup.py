@@ -40,9 +40,17 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine, tell: 
     """The transformer on the device, except what will be swapped, which never stays there. `tell` gets notes."""
     if options.pretrained_model_name_or_path is None:
         raise AssertionError("the checks demand the model")
-    storage = stored_as(options)
+    storage = stored_as(options, flux)
+    if storage == "fp8" and stored_as(options) == "compute":
+        tell(
+            "the model's file is fp8 and is kept so; its numbers are converted whenever they are used "
+            "(--base_storage=compute does it once: twice the memory, a little faster)"
+        )
     on_host = swapped_prefixes(flux, chosen_swap(options.blocks_to_swap))
     cache = options.base_storage_cache
+    if cache is not None and storage == "fp8" and flux.fp8_linears and not options.base_weights:
+        tell("base_storage_cache has no effect: the model's file is fp8 already")
+        cache = None
     place = options.offload_modulation
     model = load_transformer(
         options.pretrained_model_name_or_path,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from trainer.data.items import DatasetSummary, SubsetSummary
+from trainer.schema.chroma_header import TransformerParams
 from trainer.schema.options import Options
 from trainer.schema.storage import stored_as
 from trainer.schema.swap_counts import chosen_swap
@@ -37,10 +38,10 @@ def with_hashes(facts: TrainingFacts, hashes: Mapping[str, str]) -> TrainingFact
     return replace(facts, base_model_sha256=hashes.get("flux"), other_models=others)
 
 
-def _own_settings(options: Options, weight_dtype: str) -> dict[str, object]:
+def _own_settings(options: Options, flux: TransformerParams, weight_dtype: str) -> dict[str, object]:
     """Settings that decide about the result and that the reference does not record."""
     return {
-        "base_storage": stored_as(options),
+        "base_storage": stored_as(options, flux),
         "blocks_to_swap": chosen_swap(options.blocks_to_swap),
         "weight_dtype": weight_dtype,
         "full_bf16": options.full_bf16,
@@ -91,7 +92,7 @@ def training_facts(
             "ss_num_validation_images": len(checked.index.validation),
         },
         "other_models": models,
-        "own": _own_settings(options, weight_dtype),
+        "own": _own_settings(options, checked.flux, weight_dtype),
         "modelspec": ModelSpecFacts(**same_named(ModelSpecFacts, options, prefix="metadata_")),
     }
     return TrainingFacts(**{**same_named(TrainingFacts, options), **own})
