@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from fluxgui import memory_view
 from fluxgui.fields import ALL_NAMES, DATASET_NAMES, NOT_IN_PRESETS, make_fields
 from fluxgui.form import preset_values, read_form, typed_value
 from fluxgui.form_parts import component_value, shown_number
+from fluxgui.importing import fill_form, read_pasted
 from fluxgui.memory_plan import plan_memory
 from fluxgui.models import recognised
 from fluxgui.presets import delete_own, preset_form_values, presets_of_kind, save_own, start_values
@@ -27,6 +29,42 @@ from trainer.schema.option_files import read_config_file
 from trainer.schema.options import Options
 from trainer.tools.tiny_chroma import make_chroma
 from trainer.tools.tiny_pictures import make_images
+
+# Answers that go together whatever the others are.
+RANDOM_ANSWERS: Mapping[str, tuple[str, ...]] = {
+    "output_name": ("mycat", "a b-c", "猫"),
+    "trigger_word": ("", "ohwx", "two words", '"quoted"'),
+    "num_repeats": ("1", "3", "40"),
+    "max_train_epochs": ("", "1", "12"),
+    "max_train_steps": ("5", "777"),
+    "network_dim": ("1", "4", "128"),
+    "network_alpha": ("0.5", "1", "16"),
+    "learning_rate": ("1e-4", "0.00035", "1"),
+    "resolution": ("64", "128,192", "512"),
+    "train_batch_size": ("1", "3"),
+    "sample_prompt_lines": ("", "a --w 64", "a\nb --d 1"),
+    "sample_every_n_epochs": ("", "2"),
+    "sample_every_n_steps": ("", "9"),
+    "save_every_n_epochs": ("", "3"),
+    "save_every_n_steps": ("", "10"),
+    "save_precision": ("", "fp16", "bf16", "float"),
+    "mixed_precision": ("no", "bf16"),
+    "lr_scheduler": ("constant_with_warmup", "cosine", "linear"),
+    "lr_warmup_steps": ("0", "5", "0.25"),
+    "max_grad_norm": ("0", "1", "0.3"),
+    "gradient_accumulation_steps": ("1", "4"),
+    "network_dropout": ("", "0.1"),
+    "seed": ("", "0", "42"),
+    "timestep_sampling": ("sigma", "uniform", "shift", "flux_shift"),
+    "discrete_flow_shift": ("1", "3.1582"),
+    "guidance_scale": ("1", "3.5"),
+    "loss_type": ("l1", "l2"),  # huber gets a schedule beside it, which then stands in the files
+    "caption_dropout_rate": ("0", "0.05"),
+    "device": ("auto", "cpu"),
+    "more_options": ("", "keep_tokens = 1", 'network_args = ["rank_dropout=0.1"]'),
+}
+# Off, they forbid one of the other answers.
+NEEDED_FLAGS = ("network_train_unet_only", "cache_text_encoder_outputs", "cache_latents", "enable_bucket")
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +133,33 @@ def test_the_job_means_what_the_form_shows(filled: dict[str, object], tmp_path: 
     subset = read.subsets[0]
     assert (subset.num_repeats, subset.caption_extension, subset.caption_prefix) == (7, ".txt", "ohwx")
     assert subset.image_dir == tmp_path / "cats"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_form_to_files_to_form_is_the_identity(filled: dict[str, object], seed: int) -> None:
+    """Random answers in all boxes that take any: the files of the run fill the same form in again."""
+    draw = random.Random(seed)
+    for name, field in make_fields().items():
+        if name in RANDOM_ANSWERS:
+            filled[name] = draw.choice(RANDOM_ANSWERS[name])
+        elif field.kind == "flag" and name not in NEEDED_FLAGS:
+            filled[name] = draw.random() < 0.5
+    if filled["max_train_epochs"]:
+        # Epochs win, so that steps beside them are not kept; the form shows what it starts with.
+        filled["max_train_steps"] = shown_number(make_fields()["max_train_steps"].default)
+    reading = read_form(filled)
+    assert reading.job is not None, reading.problems
+    again = fill_form(read_pasted(reading.job.config_toml, reading.job.dataset_toml))
+    fields = make_fields()
+    shown = {name: component_value(field, again.values.get(name, field.default)) for name, field in fields.items()}
+    # The prompts have a file of their own.
+    shown["sample_prompt_lines"] = reading.job.sample_prompts.strip()
+    assert {name: typed_value(fields[name], value) for name, value in shown.items()} == {
+        name: typed_value(fields[name], value) for name, value in filled.items()
+    }
+    assert again.left_out == ()
+    second = read_form(shown)
+    assert (second.options, second.job) == (reading.options, reading.job)
 
 
 def test_the_shown_command_line_gives_the_same_options(filled: dict[str, object]) -> None:

@@ -19,6 +19,8 @@ MAX_TABS = 60
 # Whether the eye sees where the keyboard is: the element, or what is around it, looks different without the focus.
 FOCUS_IS_SEEN = """() => {
     const focused = document.activeElement;
+    // While a part of the page is drawn anew, the keyboard is at no control; the next Tab goes on from there.
+    if (focused === document.body) return true;
     const look = () => {
         const looks = [];
         for (let at = focused, up = 0; at && up < 4; at = at.parentElement, up++) {
