@@ -29,9 +29,9 @@ if __name__ == "__main__":
     # Also as a script: `python tests/bench/bench_loading.py`.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from trainer.schema.checkpoint_header import FluxParams
+from trainer.schema.checkpoint_header import FluxParams, T5Params
 from trainer.schema.key_names import flux_in_diffusers
-from trainer.schema.model_shapes import flux_shapes
+from trainer.schema.model_shapes import flux_shapes, t5_shapes
 from trainer.schema.storage import Storage
 
 Layout = Literal["published", "diffusers shards", "scaled fp8"]
@@ -226,6 +226,45 @@ def measure_ranks(path: Path, *, keeps_pages: bool, num_ranks: int = 2) -> list[
 def write_plain_file(path: Path, *, num_bytes: int) -> Path:
     """A file of eight equal bf16 tensors."""
     return _write(path, {f"tensor{index}": ("BF16", (num_bytes // 16,)) for index in range(8)})
+
+
+_TEXT_CHILD = """
+import json, resource, sys
+from pathlib import Path
+import torch
+from trainer.model.t5_as_stored import load_t5xxl_as_stored
+from trainer.model.text_encoders import encode_t5
+unit = 1 if sys.platform == "darwin" else 1024
+baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+model = load_t5xxl_as_stored(Path(sys.argv[1]), torch.float32)
+ids = torch.arange(int(sys.argv[2]))[None]
+with torch.no_grad():
+    for _ in range(2):
+        encode_t5(model, ids, torch.ones_like(ids), apply_mask=True)
+print(json.dumps([baseline, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit]))
+"""
+
+
+def measure_text(path: Path, *, length: int) -> tuple[int, int]:
+    """The memory of a process before and at most while it loads T5 and encodes two captions of `length` tokens."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TEXT_CHILD, str(path), str(length)],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=900,
+    )
+    baseline, peak = json.loads(done.stdout.splitlines()[-1])
+    return baseline, peak
+
+
+def write_t5(path: Path, params: T5Params) -> Path:
+    """A T5 encoder in scaled fp8 as ComfyUI writes it: the embeddings and norms are bf16."""
+    shapes = t5_shapes(params)
+    plain = {name: shape for name, shape in shapes.items() if "shared" in name or "relative" in name}
+    scaled = {name: shape for name, shape in shapes.items() if name not in plain}
+    return _write(path, {name: ("BF16", shape) for name, shape in plain.items()} | dict(_scaled(scaled)))
 
 
 def run(

@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.bench_loading import LAYOUTS, Layout, measure_ranks, run, write_plain_file
-from trainer.schema.checkpoint_header import FluxParams
+from tests.bench.bench_loading import (
+    LAYOUTS,
+    Layout,
+    measure_ranks,
+    measure_text,
+    run,
+    write_plain_file,
+    write_t5,
+)
+from trainer.schema.checkpoint_header import FluxParams, T5Params
 
 # 260 MB in bf16, of which the largest tensor is 14 MB.
 MEDIUM = FluxParams(64, 64, 768, 512, 1024, 4.0, 8, 2, 3, (16, 56, 56), 10_000, True, True)
@@ -49,3 +57,14 @@ def test_two_processes_that_load_share_the_files_pages_and_keep_none(tmp_path: P
         assert rank.share_bytes == pytest.approx(size / 2, rel=0.05)
     for rank in handed_back:
         assert rank.mapped_bytes < size / 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count mapped pages differently")
+def test_captions_are_encoded_on_the_cpu_in_the_memory_that_an_fp8_t5_takes_on_the_disk(tmp_path: Path) -> None:
+    path = write_t5(tmp_path / "t5.safetensors", T5Params(1024, 2816, 64, 16, 16, 1000, 32))
+    file_bytes = path.stat().st_size
+    assert file_bytes > 200 * 10**6
+    baseline, peak = measure_text(path, length=64)
+    # A block in float32 takes 51 MB. As a whole the model takes four times its file.
+    assert peak - baseline < file_bytes + 150 * 10**6, (file_bytes, baseline, peak)

@@ -146,6 +146,7 @@ def test_t5_as_stored_gives_what_t5_gives_and_takes_the_files_size(
     with torch.no_grad():
         for _ in range(2):
             assert torch.equal(narrow(input_ids=ids)[0], whole(input_ids=ids)[0])
-            kept = sum(p.numel() for p in narrow.encoder.block.parameters() if p.dim() == 2)
-            dense = sum(p.numel() for p in whole.encoder.block.parameters() if p.dim() == 2)
-            assert kept < 0.1 * dense if is_narrower else kept == dense, "between two uses the blocks hold no weights"
+            places = {p.data_ptr(): p.numel() for p in narrow.encoder.block.parameters() if p.dim() == 2}
+            dense = [p.numel() for p in whole.encoder.block.parameters() if p.dim() == 2]
+            shared = sum(dense) // len(whole.encoder.block) if is_narrower else sum(dense)
+            assert sum(places.values()) == pytest.approx(shared, rel=0.01), "one block's weights serve all"

@@ -6,7 +6,7 @@ conversion takes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ from trainer.schema.checkpoint_header import Header, t5_params
 from trainer.schema.key_plans import Piece, t5_plan
 from trainer.schema.weight_files import read_weights
 
-_NUMBERS_AT_ONCE: Final = 1 << 22
+_NUMBERS_AT_ONCE: Final = 1 << 18
+"""Of a weight, so many numbers are converted at once; 1 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,24 @@ class _Stored:
     numbers: Tensor
     scale: Tensor | None
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """As the ordinary loading makes it: scaled numbers are multiplied in float32 and rounded once."""
+    def write_to(self, dense: Tensor) -> None:
+        """Into `dense` (R, C), as the ordinary loading does it: scaled numbers are multiplied in float32, rounded once."""
         if self.scale is None:
-            return self.numbers.to(dtype)
-        dense = torch.empty(self.numbers.shape, dtype=dtype)
+            dense.copy_(self.numbers)
+            return
         step = max(1, _NUMBERS_AT_ONCE // self.numbers.shape[-1])
         for first in range(0, len(dense), step):
             rows = slice(first, first + step)
             scale = self.scale if len(self.scale) == 1 else self.scale[rows]
             dense[rows] = self.numbers[rows].float().mul_(scale)
-        return dense
 
 
 def load_t5xxl_as_stored(path: Path, dtype: torch.dtype) -> T5EncoderModel:
     """The T5 encoder that `path` names, in main memory, computing in `dtype`, for use without gradients.
 
     Equal to `load_t5xxl` bit by bit. Weights of the blocks stay as they are stored where that takes less memory than
-    `dtype`. Raises `UserError` when the file is not a whole T5 encoder.
+    `dtype`; one after the other they are converted in one place that all blocks compute in. Raises `UserError` when the
+    file is not a whole T5 encoder.
     """
     header = read_weights(path, "t5xxl")
     model = empty_t5xxl(t5_params(header))
@@ -64,6 +65,7 @@ def load_t5xxl_as_stored(path: Path, dtype: torch.dtype) -> T5EncoderModel:
                 f"this file cannot be read ({error.strerror or error})", str(header.path), "Check the disk."
             ) from error
         kept: dict[str, _Stored] = {}
+        rooms: dict[str, Tensor] = {}
         for planned in t5_plan(header):
             (piece,) = planned.pieces
             stored = _read(files, header, piece)
@@ -71,31 +73,29 @@ def load_t5xxl_as_stored(path: Path, dtype: torch.dtype) -> T5EncoderModel:
             is_kept = planned.target.startswith("encoder.block.") and stored.numbers.element_size() < dtype.itemsize
             if is_kept and isinstance(model.get_submodule(owner), nn.Linear):
                 kept[owner] = stored
-                value = torch.empty(0, dtype=dtype)
+                # One room for the same layer of all blocks. Rooms that come and go would leave gaps between what lasts.
+                value = rooms.setdefault(_path_in_block(owner), torch.empty(planned.shape, dtype=dtype))
             else:
-                value = stored.dense(dtype)
+                value = torch.empty(planned.shape, dtype=dtype)
+                stored.write_to(value)
             setattr(model.get_submodule(owner), name, nn.Parameter(value, requires_grad=False))
     for index, block in enumerate(model.encoder.block):
         prefix = f"encoder.block.{index}."
-        own = {path.removeprefix(prefix): stored for path, stored in kept.items() if path.startswith(prefix)}
-        _make_while_used(block, own, dtype)
+        own = [(rooms[_path_in_block(path)], stored) for path, stored in kept.items() if path.startswith(prefix)]
+        block.register_forward_pre_hook(_filling(own))
     return model.eval()
 
 
-def _make_while_used(block: nn.Module, stored: Mapping[str, _Stored], dtype: torch.dtype) -> None:
-    """Fills the Linears of `block` before its forward pass and empties them after it."""
+def _path_in_block(path: str) -> str:
+    return path.split(".", 3)[3]
 
+
+def _filling(weights: Sequence[tuple[Tensor, _Stored]]) -> Callable[..., None]:
     def fill(*_: object) -> None:
-        for path, weight in stored.items():
-            block.get_submodule(path).weight = nn.Parameter(weight.dense(dtype), requires_grad=False)
+        for room, stored in weights:
+            stored.write_to(room)
 
-    def empty(*_: object) -> None:
-        for path in stored:
-            block.get_submodule(path).weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-
-    if stored:
-        block.register_forward_pre_hook(fill)
-        block.register_forward_hook(empty, always_call=True)
+    return fill
 
 
 def _read(files: Mapping[Path, MappedFile], header: Header, piece: Piece) -> _Stored:
