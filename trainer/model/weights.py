@@ -179,13 +179,22 @@ def empty_clip_l(params: ClipParams, activation: str = "quick_gelu") -> CLIPText
         return CLIPTextModel(config)
 
 
-def load_t5xxl(path: Path, dtype: torch.dtype, device: torch.device | str) -> T5EncoderModel:
-    """The T5 encoder that `path` names, frozen, in `dtype` on `device`."""
+def load_t5xxl(
+    path: Path, dtype: torch.dtype, device: torch.device | str, *, layers_on: torch.device | str | None = None
+) -> T5EncoderModel:
+    """The T5 encoder that `path` names, frozen, in `dtype` on `device`; with `layers_on` its layers' Linears are there."""
     header = read_weights(path, "t5xxl")
     model = empty_t5xxl(t5_params(header))
     # One embedding under two names: both must go on being the same parameter.
     model.encoder.embed_tokens = model.shared
-    _fill(model, header, t5_plan(header), dtype, lambda _: device)
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    _fill(
+        model,
+        header,
+        t5_plan(header),
+        dtype,
+        lambda name: layers_on if layers_on is not None and name in linears else device,
+    )
     return model.eval()
 
 

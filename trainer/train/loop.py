@@ -21,6 +21,7 @@ from trainer.schema.base import UserError
 from trainer.train.learning_rate import LearningRateSchedule
 from trainer.train.level_losses import LevelLosses
 from trainer.train.optim import final_weights, found_rates, group_rates
+from trainer.train.optimizer_step import OptimizerStep
 from trainer.train.progress import DUTIES, Duty, Progress
 from trainer.train.reporting import Reporter, StopRequested
 
@@ -225,6 +226,7 @@ class TrainingLoop:
         self._state_is_due = state_is_due
         self._level_losses = level_losses or LevelLosses()
         self._make_room = make_room
+        self._optimizer_step = OptimizerStep(optimizer, scaler, self._parameters, make_room)
         self._wishes = Wishes()
         self._num_duties_done = start.num_duties_done
         self._num_skipped_in_a_row = start.num_skipped_in_a_row
@@ -358,7 +360,7 @@ class TrainingLoop:
         if math.isfinite(norm):
             self._num_skipped_in_a_row = 0
             self._before_step()
-            self._scaler.step(self._optimizer)
+            self._optimizer_step()
             self._scaler.update()
             more = self._after_weights()
         else:
