@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Union
 
+from fluxgui.language import language, say, texts
 from trainer.schema.base import Opt
 from trainer.schema.options import Options
 
@@ -112,50 +113,38 @@ class Field:
     is_open: bool = False
 
 
-_OWN_FIELDS: Final = (
-    Field(
-        "image_dir",
-        "path",
-        "Folder of pictures",
-        "Each picture may have its caption beside it: 001.png and 001.txt. Dropping files below fills this in.",
-    ),
-    Field(
-        "trigger_word",
-        "text",
-        "Trigger word",
-        "Put before every caption, and used alone where a caption is missing. A made-up word works best.",
-    ),
-    Field("num_repeats", "integer", "Repeats", "How often each picture is used in one epoch.", 1, optional=False),
-    Field(
-        "sample_prompt_lines",
-        "lines",
-        "Sample prompts, one per line",
-        "Optional marks after the text: --w 512 --h 512 size, --s 20 steps, --d 1 seed, --g 3.5 guidance. "
-        "Write the trigger word yourself.",
-    ),
-    Field(
-        "more_options",
-        "lines",
-        "More options, one per line as name = value",
-        'Any other option of the command line, in TOML: network_args = ["rank_dropout=0.1"]',
-    ),
-)
+_OWN_KINDS: Final[Mapping[str, Kind]] = {
+    "image_dir": "path",
+    "trigger_word": "text",
+    "num_repeats": "integer",
+    "sample_prompt_lines": "lines",
+    "more_options": "lines",
+}
+
+
+def _own_field(name: str) -> Field:
+    """A question of the form that is no option."""
+    label, help_text = say(f"train.field_{name}"), say(f"train.field_{name}_help")
+    if name == "num_repeats":
+        return Field(name, _OWN_KINDS[name], label, help_text, 1, optional=False)
+    return Field(name, _OWN_KINDS[name], label, help_text)
 
 
 def make_fields() -> dict[str, Field]:
     """All fields of the form by name, in the order of the page."""
-    own = {field.name: field for field in _OWN_FIELDS}
-    return {name: own.get(name) or option_field(name) for name in ALL_NAMES}
+    return {name: _own_field(name) if name in _OWN_KINDS else option_field(name) for name in ALL_NAMES}
 
 
 def option_field(name: str) -> Field:
-    """The field of an option, with the label, help and type of its definition."""
+    """The field of an option, with the label, help and type of its definition. Another language may have its own words."""
     info = Options.model_fields[name]
     opt = next(entry for entry in info.metadata if isinstance(entry, Opt))
     kind, choices, optional = _kind(info.annotation)
     label = f"{opt.label} ({opt.unit})" if opt.unit and opt.unit not in opt.label.lower() else opt.label
     is_open = kind == "choice" and str in _union_parts(info.annotation)
-    return Field(name, kind, label, opt.help, info.get_default(), choices, optional, is_open)
+    words = texts(language(), "fields")
+    label, help_text = words.get(name, label), words.get(f"{name}_help", opt.help)
+    return Field(name, kind, label, help_text, info.get_default(), choices, optional, is_open)
 
 
 def _kind(annotation: object) -> tuple[Kind, tuple[str, ...], bool]:

@@ -20,6 +20,7 @@ from tomlkit.exceptions import TOMLKitError
 from fluxgui.dataset_extras import read_masks, read_repeats
 from fluxgui.datasets import MASKS
 from fluxgui.fields import DATASET_NAMES, NOT_IN_PRESETS, Field, make_fields
+from fluxgui.language import say
 from fluxgui.pictures import CAPTION_SUFFIX, PictureFolder, check_folder
 from trainer.schema.advice import weak_defaults
 from trainer.schema.base import Problem
@@ -39,14 +40,7 @@ DEFAULT_SIDE: Final = 512
 """Shown in the preview of dataset.toml, in pixels, as long as no size is given."""
 _RUN_FOLDER_NAMES: Final = ("dataset_config", "sample_prompts", "output_dir")
 
-_NEEDED: Final[Mapping[str, str]] = {
-    "pretrained_model_name_or_path": "the FLUX.1 model",
-    "t5xxl": "the T5-XXL text encoder",
-    "clip_l": "the CLIP-L text encoder",
-    "ae": "the autoencoder",
-    "image_dir": "the folder of pictures",
-    "output_name": "a name",
-}
+_NEEDED: Final = ("pretrained_model_name_or_path", "t5xxl", "clip_l", "ae", "image_dir", "output_name")
 
 
 @dataclass(frozen=True)
@@ -112,7 +106,7 @@ def _in_words_of_the_page(problem: Problem, fields: Mapping[str, Field]) -> Prob
 
 
 def missing_text(name: str) -> str:
-    return _NEEDED[name]
+    return say(f"train.needed_{name}")
 
 
 def read_form(values: FormValues) -> Reading:
@@ -142,12 +136,12 @@ def read_form(values: FormValues) -> Reading:
     if prompts is not None:
         chosen["sample_prompts"] = PROMPTS_FILE
     for name in sorted(set(more) & (set(chosen) | set(fields))):
-        problems.append(Problem(f"{name} has its own place in the form", "More options", field="more_options"))
+        problems.append(Problem(say("train.own_place", name=name), say("train.more_options"), field="more_options"))
     chosen |= {name: value for name, value in more.items() if name not in chosen}
 
     options: Options | None = None
     notes: tuple[str, ...] = ()
-    parsed = read_values(chosen, where="the form")
+    parsed = read_values(chosen, where=say("train.form"))
     if parsed.problems:
         problems += [_at_field(problem, fields, more) for problem in parsed.problems if problem.field not in missing]
     else:
@@ -229,10 +223,10 @@ def _own_problems(typed: FormValues) -> list[Problem]:
     problems: list[Problem] = []
     repeats = typed["num_repeats"]
     if repeats is not None and (not isinstance(repeats, int) or repeats < 1):
-        what = f"num_repeats is {repeats}; it must be a whole number, 1 or more"
+        what = say("train.bad_repeats", number=repeats)
         problems.append(Problem(what, field="num_repeats"))
     if typed["resolution"] is None:
-        problems.append(Problem("no training size is given", hint="512 is a usual choice.", field="resolution"))
+        problems.append(Problem(say("train.no_size"), hint=say("train.no_size_hint"), field="resolution"))
     return problems
 
 
@@ -256,9 +250,9 @@ def _more_options(text: object, problems: list[Problem]) -> dict[str, object]:
     except TOMLKitError as error:
         problems.append(
             Problem(
-                f"these lines are not TOML ({error})",
-                "More options",
-                'Write name = value, text in "quotes".',
+                say("train.not_toml", reason=error),
+                say("train.more_options"),
+                say("train.not_toml_hint"),
                 "more_options",
             )
         )
@@ -270,9 +264,9 @@ def _more_options(text: object, problems: list[Problem]) -> dict[str, object]:
         # A run's folder holds its options as a file, which others may read.
         problems.append(
             Problem(
-                f"{name} is a secret, which the page keeps nowhere",
-                "More options",
-                "Log in on this machine instead (hf auth login, wandb login), or set HF_TOKEN or WANDB_API_KEY.",
+                say("train.is_secret", name=name),
+                say("train.more_options"),
+                say("train.is_secret_hint"),
                 "more_options",
             )
         )

@@ -12,8 +12,8 @@ from gradio.blocks import Block
 from gradio.components import Component
 
 from fluxgui.fields import Field
+from fluxgui.language import say
 
-UNSET = "(default)"
 PLAIN: Final = gr.InputHTMLAttributes(autocomplete="off", spellcheck=False)
 
 
@@ -73,7 +73,7 @@ def build_field(field: Field) -> Component:
         case "choice":
             choices: list[tuple[str, str]] = [(choice, choice) for choice in field.choices]
             if field.optional:
-                choices.insert(0, (UNSET, ""))
+                choices.insert(0, (say("train.unset"), ""))
             return gr.Dropdown(
                 choices,
                 value=str(field.default or ""),

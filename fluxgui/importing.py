@@ -114,6 +114,7 @@ def _fill_pictures(
         dataset = {key: value for key, value in datasets[0].items() if key != "subsets"}
         for key, value in {**general, **dataset, **subset}.items():
             _fill_key(key, value, values, more, left_out)
+        _prefix_as_trigger(values, more)
     elif project.options.train_data_dir is not None and project.options.in_json is None:
         _fill_from_folders(project, values, left_out)
     for name in ("reg_data_dir", "in_json"):
@@ -148,6 +149,15 @@ def _fill_trigger(words: str, values: dict[str, object], left_out: list[str]) ->
         values["trigger_word"] = words
     else:
         left_out.append(say("presets.class_tokens", words=words))
+
+
+def _prefix_as_trigger(values: dict[str, object], more: dict[str, object]) -> None:
+    """What goes before every caption is the form's trigger word, where the form would write it the same."""
+    words = more.get("caption_prefix")
+    folder = _folder(values.get("image_dir"))
+    has_captions = folder is not None and len(folder.without_caption) < len(folder.images)
+    if has_captions and isinstance(words, str) and words and words == words.strip() and not values["trigger_word"]:
+        values["trigger_word"] = more.pop("caption_prefix")
 
 
 def _folder(path: object) -> PictureFolder | None:

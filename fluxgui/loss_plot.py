@@ -222,4 +222,8 @@ def _axis(bounds: tuple[float, float]) -> tuple[float, float, list[float]]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}"
+    if value == 0 or abs(value) >= 1e-3:
+        return f"{value:.4g}"
+    # Short enough to stand beside a narrow chart, as 0.000125 would not.
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"

@@ -2,48 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
 from fluxgui.form import Reading
+from fluxgui.language import say
 from trainer.schema.base import UserError
 from trainer.schema.calibration import calibration_for
-from trainer.schema.chroma_header import read_transformer
-from trainer.schema.memory import Estimate
 from trainer.schema.memory_plan import Plan, plan_for
 from trainer.schema.options_data import parse_resolution
 
 DEFAULT_SIDE: Final = 512
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """`plan` is for a card of `vram_bytes`; `estimate` that of its choice."""
+def plan_memory(reading: Reading, *, vram_gb: float | None, ram_gb: float | None = None) -> Plan | str:
+    """The plan with the smallest `blocks_to_swap` that fits, or why there is none.
 
-    plan: Plan
-    vram_bytes: int
-
-    @property
-    def estimate(self) -> Estimate:
-        return self.plan.choice.estimate
-
-
-def plan_memory(reading: Reading, *, vram_gb: float | None, ram_bytes: int | None = None) -> MemoryPlan | str:
-    """The plan with the smallest `blocks_to_swap` that fits, or why there is none."""
+    Without a model file the published model's sizes are assumed. `ram_gb` None sets no limit to main memory.
+    """
     if vram_gb is None or vram_gb <= 0:
-        return "Say how much memory the card has."
+        return say("train.no_vram")
     options = reading.options
     if options is None:
-        return "Correct the values that are marked first."
-    if options.pretrained_model_name_or_path is None:
-        return "Choose the FLUX.1 model first: its sizes are read from the file."
+        return say("train.correct_first")
     vram_bytes = round(vram_gb * 2**30)
     try:
-        plan = plan_for(
+        return plan_for(
             options,
             vram_bytes,
-            ram_bytes,
-            flux=read_transformer(options.pretrained_model_name_or_path, options.model_type),
+            round(ram_gb * 2**30) if ram_gb else None,
             size=parse_resolution(options.resolution or DEFAULT_SIDE),
             batch_size=options.train_batch_size,
             calibration=calibration_for(None, vram_bytes),
@@ -51,4 +37,3 @@ def plan_memory(reading: Reading, *, vram_gb: float | None, ram_bytes: int | Non
         )
     except UserError as error:
         return str(error)
-    return MemoryPlan(plan, vram_bytes)

@@ -12,15 +12,15 @@ from fluxgui.dataset_wiring import connect_dataset_page
 from fluxgui.demo import start_demo
 from fluxgui.form_parts import html_part
 from fluxgui.language import say
-from fluxgui.library_tab import build_library_tab
-from fluxgui.presets import start_values
+from fluxgui.library_layout import build_library_tab
 from fluxgui.presets_bar import choices
 from fluxgui.presets_tab import build_presets_tab
 from fluxgui.runs import RunWatcher
 from fluxgui.runs_actions import SHOW_IN_ADDRESS, build_runs_tab
 from fluxgui.settings_tab import build_settings_tab
 from fluxgui.system_line import LoadSampler
-from fluxgui.train_tab import IN_ORDER, build_train_tab
+from fluxgui.train_layout import build_train_tab
+from fluxgui.train_tab import IN_ORDER
 from fluxgui.vram import detect_gpu
 from trainer.schema.base import UserError
 from trainer.schema.folders import runs_dir
@@ -105,7 +105,7 @@ def build_page(watcher: RunWatcher, sampler: LoadSampler) -> gr.Blocks:
             first_visit = not list_runs(runs_dir())
             return {
                 **looked,
-                **train.fill(remembered or start_values()),
+                **train.arrive(remembered),
                 # The page was built when the program started; presets may have come since.
                 train.presets.own: gr.update(choices=choices("own")),
                 # Without a name the page stays where it is: somebody may have gone on before this answer came.
@@ -117,7 +117,7 @@ def build_page(watcher: RunWatcher, sampler: LoadSampler) -> gr.Blocks:
             page.load(
                 arrive,
                 [train.parts["remembered"]],
-                [*runs.outputs, *train.form.values(), train.presets.own, tabs, welcome],
+                [*runs.outputs, *train.arrival, train.presets.own, tabs, welcome],
                 **QUIETLY,
             )
             .then(None, None, None, js=ARRIVED)

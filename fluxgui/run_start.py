@@ -19,6 +19,7 @@ import tomlkit
 from filelock import FileLock
 from tomlkit.exceptions import TOMLKitError
 
+from fluxgui.run_crashes import CrashTeller
 from fluxgui.vram import detect_gpu
 from trainer.schema.folders import data_home, runs_dir
 from trainer.schema.run_folder import RunFolder, list_runs, read_json, write_atomic
@@ -135,7 +136,10 @@ def _automatic_device() -> str:
 
 
 class QueueKeeper:
-    """Starts the next run when one ends, for as long as the page's program runs; a browser is not needed."""
+    """Starts the next run when one ends and tells of those that crash, for as long as the page's program runs.
+
+    A browser is not needed.
+    """
 
     def __init__(self) -> None:
         self._ended = threading.Event()
@@ -149,9 +153,11 @@ class QueueKeeper:
         self._thread.join()
 
     def _keep(self) -> None:
+        teller = CrashTeller()
         while not self._ended.wait(QUEUE_SECONDS):
             try:
                 start_due()
+                teller.look()
             except OSError as error:
                 # No room for a process, or the disk is gone: the runs go on waiting.
                 logger.warning("the next run cannot be started: %s", error)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.shared_demo import SharedDemo
 from tests.tiny import TinyModels, make_tiny_models
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +40,14 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 
 
 @pytest.fixture(scope="session")
+def shared_demo(tmp_path_factory: pytest.TempPathFactory) -> SharedDemo:
+    """Where the browser test leaves the demo it has trained. One place for all processes of this test session."""
+    base = tmp_path_factory.getbasetemp()
+    is_one_of_several = "PYTEST_XDIST_WORKER" in os.environ
+    return SharedDemo((base.parent if is_one_of_several else base) / "trained-demo")
+
+
+@pytest.fixture(scope="session")
 def chromium() -> str:
     """Path of a Chromium-like browser. Without one the test is skipped, and fails where CI is set."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -52,8 +61,7 @@ def chromium() -> str:
 
 
 LONGEST_FIRST = (
-    "tests/web/test_first_visit.py",
-    "tests/learning/test_learning.py",
+    "tests/web/test_first_visit.py",  # leaves its trained demo for tests/learning
     "tests/web/",
     "tests/learning/",
     "tests/runs/",

@@ -199,7 +199,7 @@ def lora_tool(name: str) -> Callable[[Sequence[str]], int]:
     """The command `name` of `trainer.tools.lora_commands`."""
 
     def work(arguments: Sequence[str]) -> int:
-        from trainer.tools.lora_commands import run_lora_command  # noqa: PLC0415 - torch takes seconds to load
+        from trainer.tools.lora_commands import run_lora_command  # noqa: PLC0415 - only these commands need it
 
         return run_lora_command(name, arguments)
 
@@ -306,10 +306,13 @@ def caption(arguments: Sequence[str]) -> int:
     return write_captions(arguments)
 
 
-def notify(_arguments: Sequence[str]) -> int:
-    from trainer.train.notify import try_out  # noqa: PLC0415
+def notify(arguments: Sequence[str]) -> int:
+    from trainer.train.notify import tell_of_crash, try_out  # noqa: PLC0415
 
-    problems = try_out()
+    parser = argparse.ArgumentParser(prog="python -m trainer notify", allow_abbrev=False)
+    parser.add_argument("--run", type=Path, help="tell that this run's trainer is gone, instead of a trial")
+    run = parser.parse_args(arguments).run
+    problems = try_out() if run is None else tell_of_crash(RunFolder(run))
     for problem in problems:
         print(problem, file=sys.stderr)
     return EXIT_FIXABLE if problems else EXIT_DONE

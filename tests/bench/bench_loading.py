@@ -3,9 +3,9 @@
     python -m tests.bench.bench_loading --gigabytes 4        files of about that size; the disk needs as much
     python -m tests.bench.bench_loading --size tiny          seconds; proves only that it runs
 
-The bound is the size of what is loaded plus 2 GB: the larger of the files and of the finished model, which on a CPU lies
-in main memory too (fp8 files become bf16 models of twice their size). With `--storage` the blocks are stored in fewer bits
-while they are read, and the bound is the finished model's size plus 2 GB, whatever the files take. Peak memory is the process's largest resident set,
+The bound is the size of the files plus 2 GB; fp8 files are kept as they are, as in training. With `--storage` the blocks
+are stored in that form while they are read, and the bound is the finished model's size plus 2 GB, whatever the files take
+(with `compute` an fp8 file becomes a bf16 model of twice its size). Peak memory is the process's largest resident set,
 mapped pages of the files counted, as the system reports it. On Linux, two processes then map one file at once: `mapped` is
 what each has of it, `share` what the system counts for it, each page divided by the processes that map it.
 """
@@ -52,12 +52,11 @@ class Loaded:
     baseline_bytes: int
     peak_bytes: int
     seconds: float
-    storage: Storage = "compute"
+    storage: Storage | None = None
 
     @property
     def bound_bytes(self) -> int:
-        held = self.model_bytes if self.storage != "compute" else max(self.file_bytes, self.model_bytes)
-        return held + MARGIN_BYTES
+        return (self.file_bytes if self.storage is None else self.model_bytes) + MARGIN_BYTES
 
     @property
     def is_within_bound(self) -> bool:
@@ -137,8 +136,14 @@ from trainer.model.weights import load_flux
 unit = 1 if sys.platform == "darwin" else 1024
 baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 start = time.perf_counter()
-storage = None if sys.argv[2] == "compute" else sys.argv[2]
-model = load_flux(Path(sys.argv[1]), torch.bfloat16, "cpu", storage=storage)
+from trainer.schema.checkpoint_header import flux_params
+from trainer.schema.options import Options
+from trainer.schema.storage import stored_as
+from trainer.schema.weight_files import read_weights
+path = Path(sys.argv[1])
+given = Options.model_validate({"base_storage": sys.argv[2] or None})
+storage = stored_as(given, flux_params(read_weights(path, "flux")))
+model = load_flux(path, torch.bfloat16, "cpu", storage=None if storage == "compute" else storage)
 seconds = time.perf_counter() - start
 model_bytes = sum(parameter.nbytes for parameter in model.parameters())
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -146,11 +151,11 @@ print(json.dumps([baseline, peak, model_bytes, seconds]))
 """
 
 
-def measure(path: Path, layout: Layout, storage: Storage = "compute") -> Loaded:
-    """Loads the model at `path` as bf16 or in `storage` into main memory, in a new process."""
+def measure(path: Path, layout: Layout, storage: Storage | None = None) -> Loaded:
+    """Loads the model at `path` for bf16 or in `storage` into main memory, in a new process."""
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD, str(path), storage],
+        [sys.executable, "-c", _CHILD, str(path), storage or ""],
         cwd=root,
         capture_output=True,
         text=True,
@@ -224,7 +229,7 @@ def write_plain_file(path: Path, *, num_bytes: int) -> Path:
 
 
 def run(
-    params: FluxParams, folder: Path, layouts: Sequence[Layout] = LAYOUTS, storage: Storage = "compute"
+    params: FluxParams, folder: Path, layouts: Sequence[Layout] = LAYOUTS, storage: Storage | None = None
 ) -> list[Loaded]:
     """One load of each layout; the files are made and removed one after the other."""
     results: list[Loaded] = []
@@ -239,7 +244,7 @@ def main() -> int:
     parser.add_argument("--size", choices=("real", "tiny"), default="real")
     parser.add_argument("--gigabytes", type=float, default=4.0, help="bf16 size of the model")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the files are made")
-    parser.add_argument("--storage", choices=("compute", "fp8", "int8", "nf4"), default="compute")
+    parser.add_argument("--storage", choices=("compute", "fp8", "int8", "nf4"))
     arguments = parser.parse_args()
     params = tiny_flux() if arguments.size == "tiny" else flux_of_about(arguments.gigabytes)
     started = time.monotonic()

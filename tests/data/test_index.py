@@ -254,3 +254,11 @@ def test_pictures_to_encode_beforehand_are_mirrored_where_the_subset_flips(tmp_p
     assert (plain.is_flipped, mirrored.is_flipped) == (False, True)
     assert plain.crop == mirrored.crop == (0, 8)
     assert plain.resized == (48, 96)
+
+
+def test_folders_and_broken_links_called_like_pictures_are_named(tmp_path: Path) -> None:
+    subset = folder_with(tmp_path, (64, 64))
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    warnings = index_dataset(one_dataset(subset)).warnings
+    assert f"{tmp_path}: 2 folders or broken links are called like pictures: folder.png, gone.jpg" in warnings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import cast
 import pytest
 import tomlkit
 
-from fluxgui import train_view
+from fluxgui import memory_view
 from fluxgui.fields import ALL_NAMES, DATASET_NAMES, NOT_IN_PRESETS, make_fields
 from fluxgui.form import preset_values, read_form, typed_value
 from fluxgui.form_parts import component_value, shown_number
-from fluxgui.memory_plan import MemoryPlan, plan_memory
+from fluxgui.importing import fill_form, read_pasted
+from fluxgui.memory_plan import plan_memory
 from fluxgui.models import recognised
 from fluxgui.presets import delete_own, preset_form_values, presets_of_kind, save_own, start_values
 from tests.fluxgui.sparse_flux import make_sparse_flux
@@ -22,10 +24,47 @@ from tests.tiny import TinyModels
 from trainer.schema.base import UserError
 from trainer.schema.cli import parse_command_line
 from trainer.schema.dataset_file import read_dataset_config
+from trainer.schema.memory_plan import Plan
 from trainer.schema.option_files import read_config_file
 from trainer.schema.options import Options
 from trainer.tools.tiny_chroma import make_chroma
 from trainer.tools.tiny_pictures import make_images
+
+# Answers that go together whatever the others are.
+RANDOM_ANSWERS: Mapping[str, tuple[str, ...]] = {
+    "output_name": ("mycat", "a b-c", "猫"),
+    "trigger_word": ("", "ohwx", "two words", '"quoted"'),
+    "num_repeats": ("1", "3", "40"),
+    "max_train_epochs": ("", "1", "12"),
+    "max_train_steps": ("5", "777"),
+    "network_dim": ("1", "4", "128"),
+    "network_alpha": ("0.5", "1", "16"),
+    "learning_rate": ("1e-4", "0.00035", "1"),
+    "resolution": ("64", "128,192", "512"),
+    "train_batch_size": ("1", "3"),
+    "sample_prompt_lines": ("", "a --w 64", "a\nb --d 1"),
+    "sample_every_n_epochs": ("", "2"),
+    "sample_every_n_steps": ("", "9"),
+    "save_every_n_epochs": ("", "3"),
+    "save_every_n_steps": ("", "10"),
+    "save_precision": ("", "fp16", "bf16", "float"),
+    "mixed_precision": ("no", "bf16"),
+    "lr_scheduler": ("constant_with_warmup", "cosine", "linear"),
+    "lr_warmup_steps": ("0", "5", "0.25"),
+    "max_grad_norm": ("0", "1", "0.3"),
+    "gradient_accumulation_steps": ("1", "4"),
+    "network_dropout": ("", "0.1"),
+    "seed": ("", "0", "42"),
+    "timestep_sampling": ("sigma", "uniform", "shift", "flux_shift"),
+    "discrete_flow_shift": ("1", "3.1582"),
+    "guidance_scale": ("1", "3.5"),
+    "loss_type": ("l1", "l2"),  # huber gets a schedule beside it, which then stands in the files
+    "caption_dropout_rate": ("0", "0.05"),
+    "device": ("auto", "cpu"),
+    "more_options": ("", "keep_tokens = 1", 'network_args = ["rank_dropout=0.1"]'),
+}
+# Off, they forbid one of the other answers.
+NEEDED_FLAGS = ("network_train_unet_only", "cache_text_encoder_outputs", "cache_latents", "enable_bucket")
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +133,33 @@ def test_the_job_means_what_the_form_shows(filled: dict[str, object], tmp_path: 
     subset = read.subsets[0]
     assert (subset.num_repeats, subset.caption_extension, subset.caption_prefix) == (7, ".txt", "ohwx")
     assert subset.image_dir == tmp_path / "cats"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_form_to_files_to_form_is_the_identity(filled: dict[str, object], seed: int) -> None:
+    """Random answers in all boxes that take any: the files of the run fill the same form in again."""
+    draw = random.Random(seed)
+    for name, field in make_fields().items():
+        if name in RANDOM_ANSWERS:
+            filled[name] = draw.choice(RANDOM_ANSWERS[name])
+        elif field.kind == "flag" and name not in NEEDED_FLAGS:
+            filled[name] = draw.random() < 0.5
+    if filled["max_train_epochs"]:
+        # Epochs win, so that steps beside them are not kept; the form shows what it starts with.
+        filled["max_train_steps"] = shown_number(make_fields()["max_train_steps"].default)
+    reading = read_form(filled)
+    assert reading.job is not None, reading.problems
+    again = fill_form(read_pasted(reading.job.config_toml, reading.job.dataset_toml))
+    fields = make_fields()
+    shown = {name: component_value(field, again.values.get(name, field.default)) for name, field in fields.items()}
+    # The prompts have a file of their own.
+    shown["sample_prompt_lines"] = reading.job.sample_prompts.strip()
+    assert {name: typed_value(fields[name], value) for name, value in shown.items()} == {
+        name: typed_value(fields[name], value) for name, value in filled.items()
+    }
+    assert again.left_out == ()
+    second = read_form(shown)
+    assert (second.options, second.job) == (reading.options, reading.job)
 
 
 def test_the_shown_command_line_gives_the_same_options(filled: dict[str, object]) -> None:
@@ -313,8 +379,9 @@ def test_every_built_in_preset_fits_the_form(filled: dict[str, object], kind: st
 # ------------------------------------------------------------------------------------------------------ estimate
 
 
-def plan(filled: dict[str, object], flux: Path, gigabytes: float | None) -> MemoryPlan | str:
-    return plan_memory(read_form({**filled, "pretrained_model_name_or_path": str(flux)}), vram_gb=gigabytes)
+def plan(filled: dict[str, object], flux: Path, gigabytes: float | None, ram_gb: float = 64) -> Plan | str:
+    reading = read_form({**filled, "pretrained_model_name_or_path": str(flux)})
+    return plan_memory(reading, vram_gb=gigabytes, ram_gb=ram_gb)
 
 
 def test_less_memory_takes_more_blocks(filled: dict[str, object], tmp_path: Path) -> None:
@@ -322,24 +389,53 @@ def test_less_memory_takes_more_blocks(filled: dict[str, object], tmp_path: Path
     filled |= {"mixed_precision": "bf16", "gradient_checkpointing": True, "resolution": "512", "blocks_to_swap": ""}
     filled |= {"cache_latents": True, "cache_text_encoder_outputs": True, "network_train_unet_only": True}
     plans = [plan(filled, flux, gigabytes) for gigabytes in (80.0, 24.0, 16.0, 12.0)]
-    picked = [found.estimate.blocks_to_swap for found in plans if isinstance(found, MemoryPlan)]
+    picked = [found.choice.blocks_to_swap for found in plans if isinstance(found, Plan)]
     assert picked[0] == 0
     assert picked == sorted(set(picked))
     assert len(picked) == 4
     tightest = plans[-1]
-    assert isinstance(tightest, MemoryPlan)
-    assert tightest.estimate.fits
-    assert tightest.estimate.peak_bytes <= tightest.vram_bytes == 12 * 2**30
+    assert isinstance(tightest, Plan)
+    assert tightest.fits
+    assert tightest.choice.estimate.peak_bytes <= 12 * 2**30
 
 
 def test_what_cannot_fit_says_why_and_what_helps(filled: dict[str, object], tmp_path: Path) -> None:
     flux = make_sparse_flux(tmp_path / "flux1-dev.safetensors")
-    found = plan({**filled, "gradient_checkpointing": False}, flux, 4.0)
-    assert isinstance(found, MemoryPlan)
-    assert not found.estimate.fits
-    html = train_view.estimate(found.estimate, vram_bytes=found.vram_bytes, host_bytes=2**34)
+    found = plan({**filled, "resolution": "1024", "gradient_checkpointing": False}, flux, 4.0)
+    assert isinstance(found, Plan)
+    assert not found.fits
+    html = memory_view.plan_html(found, num_steps=100, accumulation=1)
     assert "Does not fit" in html
     assert "gradient_checkpointing" in html
+    assert "too much" in html
+    assert "Expected time" not in html, "what cannot run takes no time"
+    labels = {name: field.label for name, field in make_fields().items()}
+    assert found.alternatives
+    assert "Blocks to swap: " in memory_view.alternative_text(found.alternatives[0], labels)
+
+
+def test_main_memory_counts_too_and_the_bars_add_up(filled: dict[str, object], tmp_path: Path) -> None:
+    flux = make_sparse_flux(tmp_path / "flux1-dev.safetensors")
+    found = plan(filled, flux, 8.0, ram_gb=8)
+    assert isinstance(found, Plan)
+    assert not found.fits
+    assert "main memory" in memory_view.plan_html(found, num_steps=None, accumulation=1)
+    assert sum(segment.bytes for segment in found.choice.device_bar) == found.choice.estimate.peak_bytes
+    assert sum(segment.bytes for segment in found.choice.host_bar) == found.choice.estimate.host_peak_bytes
+
+
+def test_the_time_is_that_of_all_steps_and_called_rough(filled: dict[str, object], tmp_path: Path) -> None:
+    flux = make_sparse_flux(tmp_path / "flux1-dev.safetensors")
+    found = plan({**filled, "gradient_checkpointing": True}, flux, 24.0)
+    assert isinstance(found, Plan)
+    text = memory_view.time_text(found, num_steps=1000, accumulation=2)
+    assert memory_view.duration(found.choice.step_seconds * 2000) in text
+    assert "not measured" in text
+    assert [memory_view.duration(seconds) for seconds in (5, 600, 3 * 3600)] == [
+        "under a minute",
+        "about 10 min",
+        "about 3.0 h",
+    ]
 
 
 def test_the_estimate_says_what_it_lacks(filled: dict[str, object], tiny_models: TinyModels) -> None:
@@ -347,4 +443,9 @@ def test_the_estimate_says_what_it_lacks(filled: dict[str, object], tiny_models:
     assert "card" in str(plan(filled, tiny_models.flux_dev, 0.0))
     assert "/nowhere" in str(plan(filled, Path("/nowhere"), 24.0))
     assert "marked" in str(plan({**filled, "network_dim": "0"}, tiny_models.flux_dev, 24.0))
-    assert "Choose" in str(plan_memory(read_form({**filled, "pretrained_model_name_or_path": ""}), vram_gb=24.0))
+
+
+def test_without_a_model_the_published_sizes_are_assumed(filled: dict[str, object]) -> None:
+    found = plan_memory(read_form({**filled, "pretrained_model_name_or_path": ""}), vram_gb=24.0)
+    assert isinstance(found, Plan)
+    assert "FLUX.1-dev" in memory_view.plan_html(found, num_steps=None, accumulation=1)

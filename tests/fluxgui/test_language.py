@@ -9,7 +9,9 @@ from string import Formatter
 
 import pytest
 
+from fluxgui.fields import ALL_NAMES
 from fluxgui.language import DEFAULT, LANGUAGES, NAMES, choose_language, say, texts
+from trainer.schema.options import Options
 
 CODE = Path(__file__).parents[2] / "fluxgui"
 PAGES = sorted(path.stem for path in (LANGUAGES / DEFAULT).glob("*.toml"))
@@ -38,6 +40,12 @@ def test_every_language_says_everything(language: str, page: str) -> None:
     for key, text in other.items():
         assert placeholders(text) == placeholders(english[key]), key
         assert text.strip()
+
+
+def test_the_names_of_options_in_another_language_are_those_of_the_forms_options() -> None:
+    asked = {name for name in ALL_NAMES if name in Options.model_fields}
+    for language in sorted(set(NAMES) - {DEFAULT}):
+        assert set(texts(language, "fields")) == asked | {f"{name}_help" for name in asked}
 
 
 def test_the_code_asks_for_texts_that_are_there() -> None:

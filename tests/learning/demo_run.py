@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from torch import Tensor
 
 from trainer.schema.cli import parse_command_line
 from trainer.schema.folders import demo_dir
@@ -17,12 +20,14 @@ from trainer.tools.demo_report import EmblemRate, demo_lora, emblem_rate, held_o
 from trainer.tools.tiny_models import TRAINED_FILES, DemoBundle, make_demo_bundle
 from trainer.tools.train_demo_models import load_painter
 from trainer.tools.world import SIDE
+from trainer.train.conditioning import TextInputs
 from trainer.train.recipe import train
 from trainer.train.reporting import Reporter
 
 NO_SAMPLES: Final = ("--sample_prompts", "--sample_every_n_epochs", "--sample_at_first", "--save_every_n_epochs")
 NUM_PICTURES: Final = 32
-SHORT: Final = ("--max_train_epochs=4",)
+SHORT: Final = ("--max_train_epochs=4", "--guidance_scale=1", "--learning_rate=3.5e-3")
+"""There is nothing to keep, so that guidance 1 and a higher rate teach the emblem faster."""
 
 
 def train_demo(folder: Path, *options: str, without: Sequence[str] = (), dataset: Path | None = None) -> Path:
@@ -44,13 +49,13 @@ def emblem_pictures() -> Path:
     return emblem_folder(make_demo_bundle(demo_dir()).images)
 
 
-def subset_toml(images: Path, *more: str, num_repeats: int = 8) -> str:
+def subset_toml(images: Path, *more: str, num_repeats: int = 6) -> str:
     lines = ("[[datasets.subsets]]", f"image_dir = {json.dumps(str(images))}", f"num_repeats = {num_repeats}", *more)
     return "\n".join(lines) + "\n"
 
 
 def train_short(folder: Path, *options: str, subsets: str | None = None, without: Sequence[str] = ()) -> Path:
-    """The LoRA of 160 steps on the emblem alone, four pictures each, which learn half of what the whole demo does.
+    """The LoRA of 120 steps on the emblem alone, four pictures each: a sixth of the whole demo's work.
 
     `subsets` takes the place of the emblem's pictures.
     """
@@ -72,13 +77,22 @@ class Learned:
 
 
 def measure(lora: Path) -> Learned:
-    painter, pictures = painter_with(lora), held_out_emblems()
-    before = loss(load_painter(TRAINED_FILES).model, pictures)
-    return Learned(emblem_rate(painter, NUM_PICTURES), loss(painter.model, pictures) / before)
+    painter = painter_with(lora)
+    return Learned(emblem_rate(painter, NUM_PICTURES), loss(painter.model, _held_out()) / _loss_of_base())
 
 
-def assert_loss_fell(learned: Learned, *, to: float = 0.7) -> None:
-    """Seen after a short training: 0.32; with what learns slower up to 0.58. It is 1 where nothing is learned."""
+@functools.cache
+def _held_out() -> tuple[Tensor, TextInputs]:
+    return held_out_emblems()
+
+
+@functools.cache
+def _loss_of_base() -> float:
+    return loss(load_painter(TRAINED_FILES).model, _held_out())
+
+
+def assert_loss_fell(learned: Learned, *, to: float = 0.45) -> None:
+    """Seen after a short training: 0.33, with most options 0.32 to 0.38. It is 1 where nothing is learned."""
     assert learned.loss_ratio < to, learned
 
 
@@ -96,3 +110,4 @@ def assert_others_kept(others: Accuracy, base: Accuracy, *, within: float = 0.1)
     assert others.colour >= base.colour - within, (others, base)
     assert others.shape >= base.shape - within, (others, base)
     assert others.background >= base.background - within, (others, base)
+    assert others.everything >= base.everything - within, (others, base)

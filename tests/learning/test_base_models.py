@@ -1,4 +1,7 @@
-"""What the bundled models can do before any LoRA: measured on captions and pictures that their training never had."""
+"""The bundled models' files, and the instruments that measure what they draw.
+
+What they draw before any LoRA is measured together with what they draw with one, in test_learning.py.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,18 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from trainer.tools.demo_encoders import CaptionEncoder
-from trainer.tools.demo_measure import Painter, base_accuracy, emblem_rate
+from trainer.tools.demo_report import bundle_megabytes
 from trainer.tools.emblem import RECOGNISED, draw_emblem_scene, emblem_likeness, random_emblem_scene
 from trainer.tools.tiny_models import TRAINED_FILES
-from trainer.tools.train_demo_models import autoencoder_psnr, load_painter
 from trainer.tools.world import TRIGGER, draw_medley, draw_scene, random_caption, random_scene
 from trainer.tools.world_measure import look
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
-
-MEGABYTE = 1_000_000
-
-
-@pytest.fixture(scope="module")
-def paint() -> Painter:
-    return load_painter(TRAINED_FILES)
-
 
 def test_the_bundle_is_at_most_16_megabytes() -> None:
-    assert sum(path.stat().st_size for path in TRAINED_FILES.rglob("*") if path.is_file()) < 16 * MEGABYTE
+    assert bundle_megabytes() <= 16
 
 
 def test_the_measure_reads_drawn_pictures_through_noise() -> None:
@@ -65,18 +57,3 @@ def test_any_text_becomes_tokens() -> None:
     assert torch.isfinite(text.vec).all()
     pieces = json.loads(Path(TRAINED_FILES / "t5xxl_tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
     assert f"▁{TRIGGER}" in dict(pieces["model"]["vocab"])
-
-
-def test_pictures_survive_the_autoencoder(paint: Painter) -> None:
-    assert autoencoder_psnr(paint.autoencoder) > 26
-
-
-def test_held_out_captions_are_drawn_as_they_say(paint: Painter) -> None:
-    accuracy = base_accuracy(paint, 200)
-    assert accuracy.colour >= 0.8, accuracy
-    assert accuracy.shape >= 0.8, accuracy
-    assert accuracy.background >= 0.8, accuracy
-
-
-def test_the_emblem_is_unknown_to_the_base(paint: Painter) -> None:
-    assert emblem_rate(paint, 40) < 0.1

@@ -1,6 +1,6 @@
 """Trainings that are broken on purpose: what is asserted of one that works has to fail on each of them.
 
-All are as short as the one without a fault, which learns half of what the whole demo does.
+All are as short as the one without a fault, which draws the emblem in two pictures of three.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from trainer.train import flow
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-LEAST = 0.35
+LEAST = 0.25
+"""Seen: 0.72 without a fault, 0 with each of them."""
 
 
 def assert_not_drawn(learned: Learned) -> None:

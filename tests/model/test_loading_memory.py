@@ -19,10 +19,9 @@ MEDIUM = FluxParams(64, 64, 768, 512, 1024, 4.0, 8, 2, 3, (16, 56, 56), 10_000, 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loading_takes_the_models_size_and_no_more(tmp_path: Path, layout: Layout) -> None:
     (loaded,) = run(MEDIUM, tmp_path, (layout,))
-    assert loaded.model_bytes > 200 * 10**6
-    # 1.1 is usual, whatever the layout; on a busy machine the count scatters. Without handing pages back it would be 1.5
-    # for fp8 and 2 for the others.
-    assert loaded.peak_bytes - loaded.baseline_bytes < 1.45 * loaded.model_bytes, loaded
+    assert loaded.model_bytes > (100 if layout == "scaled fp8" else 200) * 10**6
+    # 1.1 is usual, whatever the layout; on a busy machine the count scatters. Without handing pages back it would be 2.
+    assert loaded.peak_bytes - loaded.baseline_bytes < 1.45 * loaded.file_bytes, loaded
     assert loaded.is_within_bound
     assert list(tmp_path.iterdir()) == [], "the files are removed"
 

@@ -74,7 +74,8 @@ class Training:
         return loss.item()
 
     def gradients(self) -> list[Tensor]:
-        return [cast("Tensor", parameter.grad).clone() for parameter in self.network.parameters()]
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        return [cast("Tensor", parameter.grad).clone() for parameter in trained]
 
     def swap(self, count: int, mover: PoisonMover | HostMover) -> BlockSwap:
         blocks = (list(self.model.double_blocks), list(self.model.single_blocks))

@@ -18,7 +18,10 @@ from trainer.__main__ import main
 
 @dataclass(frozen=True)
 class Answer:
-    """What a user sees: the exit code and all that is written. `problems` are the lines of the error."""
+    """What a user sees: the exit code and all that is written. `problems` are the lines of the error.
+
+    `seconds` are those of the processor, whatever else runs on the machine.
+    """
 
     code: int
     output: str
@@ -55,13 +58,13 @@ def _untouched_process() -> Generator[None, None, None]:
 def answer(*words: str) -> Answer:
     """`python -m trainer WORDS`, or `python flux_train_network.py WORDS`: they call one function."""
     output = io.StringIO()
-    started = time.monotonic()
+    started = time.process_time()
     with _untouched_process(), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
             code = main(list(words))
         except SystemExit as ending:
             code = int(str(ending.code))
-    return Answer(code, output.getvalue(), time.monotonic() - started)
+    return Answer(code, output.getvalue(), time.process_time() - started)
 
 
 def words_of(arguments: Mapping[str, str]) -> list[str]:

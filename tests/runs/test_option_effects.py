@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from tests.runs.in_process import answer, small_run
 from tests.tiny import TinyModels
+from trainer.schema.cli import read_command_line
 from trainer.schema.option_status import STATUS
 from trainer.tools.tiny_models import make_autoencoder, make_clip_l, make_t5xxl
 
@@ -202,6 +203,10 @@ EFFECTS: dict[str, Effect] = {
     "fp8_base_unet": e("weights", "", *BF16),
     "no_half_vae": e("weights", "", *BF16),
     "gradient_checkpointing": e("calls"),
+    "checkpoint_blocks": e("calls", "1", "--gradient_checkpointing"),
+    "cpu_offload_checkpointing": e("lines", "", "--gradient_checkpointing"),
+    "offload_modulation": e("calls", "host"),
+    "torch_compile": e("lines", "", "--dynamo_backend=eager"),
     "blocks_to_swap": e("lines", "2"),
     "split_mode": e("code"),
     # ---- cache
@@ -255,8 +260,6 @@ EFFECTS: dict[str, Effect] = {
     "log_tracker_name": e("files", "mine", *LOGS),
     "log_config": e("files", "", *LOGS),
     "log_tracker_config": e("code", "/nowhere.toml", *LOGS),
-    "wandb_run_name": e("lines", "mine"),
-    "wandb_api_key": e("lines", "k"),
     # ---- metadata
     "no_metadata": e("metadata:ss_seed"),
     "training_comment": e("metadata:ss_training_comment", "hello"),
@@ -282,9 +285,12 @@ SHOWN_ELSEWHERE = {
     "resume_from_huggingface": "tests/train/test_hub_state.py",
     "max_data_loader_n_workers": "tests/train/test_reading_ahead.py",
     "skip_cache_check": "tests/data/test_cache.py",
+    "dynamo_backend": "tests/offload/test_levers.py",
     "ddp_timeout": "tests/train/test_engine.py",
     "no_oom_recovery": "tests/runs/test_out_of_memory.py",
     "async_upload": "tests/train/test_hub_upload.py",
+    "wandb_run_name": "tests/train/test_trackers.py",
+    "wandb_api_key": "tests/train/test_trackers.py",
 }
 """Options whose effect is outside of this machine or in no result, and the test that shows it."""
 
@@ -298,6 +304,14 @@ def test_every_supported_option_has_an_entry() -> None:
 def test_every_entry_is_tried() -> None:
     """An entry of an option that is inert or refused would never run."""
     assert [name for name in EFFECTS if name not in SUPPORTED] == []
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_no_option_with_an_effect_is_called_without(name: str) -> None:
+    effect = EFFECTS[name]
+    option = f"--{name}={effect.given}" if effect.given else f"--{name}"
+    notes = read_command_line([*effect.beside, option]).notes
+    assert [note for note in notes if note.startswith(f"{name} has no effect")] == []
 
 
 def test_an_entry_elsewhere_names_a_test_of_that_option() -> None:

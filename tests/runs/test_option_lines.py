@@ -69,3 +69,28 @@ def test_refused_values_are_named_with_what_to_use(tiny_models: TinyModels, tmp_
             what, _, hint = STATUS[name].refused_values[value].partition("; ")
             (line,) = [line for line in found.problems if line.startswith(f"{name} {value} {what} (--{name}).")]
             assert hint.lower().rstrip(".") in line.lower()
+
+
+def test_settings_about_what_is_not_there_are_named(tiny_models: TinyModels, tmp_path: Path) -> None:
+    dataset = make_tiny_dataset(tmp_path, count=2)
+    sorted(tmp_path.rglob("*.txt"))[0].write_text("a red circle " * 50, encoding="utf-8")
+    options = small_run(tiny_models, dataset, tmp_path / "output") | {
+        "pretrained_model_name_or_path": str(tiny_models.flux_schnell),
+        "t5xxl_max_token_length": "16",
+        "guidance_scale": "2",
+        "prior_loss_weight": "0.5",
+        "ddp_timeout": "5",
+        "validation_seed": "3",
+    }
+    found = answer("check", *words_of(options), "--alpha_mask", "--resolution=768")
+    assert found.code == 0, found.output
+    for line in (
+        "guidance_scale has no effect: this model, as schnell, takes none",
+        "prior_loss_weight has no effect: there are no regularisation pictures",
+        "ddp_timeout has no effect: there is one process",
+        "validation_seed has no effect: no picture is held back (validation_split)",
+        f"alpha_mask of {tmp_path / 'images'} has no effect: no picture is transparent",
+        "resolution 768 has no effect: the dataset file says otherwise everywhere",
+    ):
+        assert f"  - {line}\n" in found.output, line
+    assert "have more than T5's 16 tokens and lose their ends" in found.output

@@ -92,3 +92,14 @@ def test_a_missing_model_is_answered_before_torch_loads(tmp_path: Path) -> None:
     # The tokenizers, which are not given either, are looked for in the hub's cache.
     assert (code, heavy) == (3, ["huggingface_hub"])
     assert "none.safetensors" in text
+
+
+@pytest.mark.parametrize("name", ["merge", "extract", "resize", "inspect", "generate", "replay"])
+def test_a_wrong_command_line_of_a_tool_is_answered_at_once(name: str) -> None:
+    with_program = PROGRAM.replace(
+        "code = main(sys.argv[1:])", "try: code = main(sys.argv[1:])\nexcept SystemExit as end: code = end.code"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", with_program, name], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [2, []]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.model.test_scaled_fp8 import scaled_file
 from tests.runs.in_process import answer, small_run, words_of
 from tests.tiny import TinyModels, make_images
 
@@ -58,6 +59,17 @@ def test_a_run_with_everything_beside_it_resumes_exactly(
     plain = [word for word in hard if not word.startswith(("--blocks_to_swap", "--gradient_checkpointing"))]
     unswapped, _ = train(tiny_models, dataset, tmp_path / "unswapped", *plain)
     assert all(torch.equal(tensor, unswapped[key]) for key, tensor in whole.items())
+
+
+def test_a_file_in_fp8_trains_as_it_is_to_the_same_lora(tiny_models: TinyModels, dataset: Path, tmp_path: Path) -> None:
+    path = scaled_file(tiny_models.flux_dev, tmp_path / "fp8.safetensors", "older")
+    more = (f"--pretrained_model_name_or_path={path}", "--max_train_steps=2", "--learning_rate=1e-2")
+    expanded, output = train(tiny_models, dataset, tmp_path / "expanded", *more, "--base_storage=compute")
+    assert "is kept so" not in output
+    for name, words in (("kept", ()), ("swapped", ("--blocks_to_swap=2", "--gradient_checkpointing"))):
+        kept, output = train(tiny_models, dataset, tmp_path / name, *more, *words)
+        assert "the model's file is fp8 and is kept so" in output
+        assert all(torch.equal(tensor, kept[key]) for key, tensor in expanded.items())
 
 
 @pytest.mark.parametrize(

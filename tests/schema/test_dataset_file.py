@@ -13,6 +13,7 @@ import tomlkit
 from tests.data.specs import SUBSET
 from trainer.schema.base import Problem, UserError
 from trainer.schema.cli import parse_command_line, validate_options
+from trainer.schema.dataset_advice import dataset_advice
 from trainer.schema.dataset_file import dataset_config, dataset_to_toml, read_dataset_config
 from trainer.schema.dataset_keys import DatasetConfig, DatasetSpec
 from trainer.schema.option_files import options_to_toml, read_config_file
@@ -395,3 +396,23 @@ def test_folders_that_cannot_be_used_are_explained(
     (found,) = caught.value.problems
     assert (caught.value.exit_code, found.field) == (code, field)
     assert found.what.startswith(what)
+
+
+def test_options_that_the_file_overrides_everywhere_are_known(tmp_path: Path) -> None:
+    command = "--resolution=768 --keep_tokens=2 --train_batch_size=4 --flip_aug --caption_extension=.txt"
+    own = one_subset("keep_tokens = 3\nflip_aug = true", dataset="resolution = 512\nbatch_size = 4")
+    found = read(tmp_path, own, command)
+    # The same value is no news, and what one subset leaves open counts.
+    assert found.overridden == ("resolution", "keep_tokens")
+    more = own + '[[datasets.subsets]]\nimage_dir = "dogs"\n'
+    assert read(tmp_path, more, command).overridden == ("resolution",)
+    lines = list(dataset_advice(found, options(command)))
+    assert "resolution 768 has no effect: the dataset file says otherwise everywhere" in lines
+
+
+def test_pictures_beside_the_folders_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "2_cat").mkdir()
+    (tmp_path / "loose.JPG").touch()
+    with caplog.at_level(logging.WARNING, "trainer"):
+        dataset_config(options(f"--train_data_dir={tmp_path} --resolution=64"))
+    assert "pictures beside the folders are not used: loose.JPG" in caplog.text

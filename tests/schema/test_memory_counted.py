@@ -20,9 +20,11 @@ from tests.live_bytes import LiveBytes
 from tests.schema.test_memory import usual_options
 from trainer.lora.network import LoraNetwork
 from trainer.model.flux import Flux
+from trainer.model.host_linear import keep_modulation_on_host
 from trainer.model.packing import image_ids, text_ids
 from trainer.model.stored_linear import use_storage
 from trainer.offload.block_swap import BlockSwap
+from trainer.offload.courier import Courier
 from trainer.offload.mover import HostMover
 from trainer.schema.checkpoint_header import FluxParams
 from trainer.schema.lora_spec import LoraSpec
@@ -48,6 +50,8 @@ class Configuration:
     precision: str
     checkpointing: bool
     storage: str | None
+    num_checkpointed: int | None
+    modulates_outside: bool
 
     @property
     def options(self) -> Options:
@@ -56,6 +60,8 @@ class Configuration:
             network_dim=self.rank,
             mixed_precision=self.precision,
             gradient_checkpointing=self.checkpointing,
+            checkpoint_blocks=self.num_checkpointed,
+            offload_modulation="host" if self.modulates_outside else None,
             blocks_to_swap=self.swap,
             base_storage=self.storage,
             optimizer_type="AdamW",
@@ -67,7 +73,7 @@ class Configuration:
 
 
 def configurations(count: int) -> list[Configuration]:
-    draw = random.Random(17)
+    draw, more = random.Random(17), random.Random(18)
     found: list[Configuration] = []
     for _ in range(count):
         heads, depth, depth_single = draw.choice((2, 3, 4)), draw.randint(1, 3), draw.randint(2, 5)
@@ -98,6 +104,8 @@ def configurations(count: int) -> list[Configuration]:
                 draw.choice(("no", "bf16")),
                 draw.random() < 0.5,
                 draw.choice((None, None, "fp8", "int8", "nf4")),
+                more.choice((None, more.randint(0, depth + depth_single))),
+                more.random() < 0.3,
             )
         )
     return found
@@ -129,9 +137,16 @@ def counted(case: Configuration) -> tuple[int, int]:
                 weight, scale = linear.empty("cpu")
                 linear.set_stored(weight.zero_(), scale.fill_(1))
                 linear.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=dtype), requires_grad=False)
+    elsewhere: set[int] = set()
+    if case.modulates_outside:
+        for linear in keep_modulation_on_host(model, Courier(torch.device("cpu"))).values():
+            weight = torch.zeros(linear.out_features, linear.in_features, dtype=dtype)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            linear.bias = nn.Parameter(torch.zeros(linear.out_features, dtype=dtype), requires_grad=False)
+            elsewhere.add(id(linear.weight))
     network = LoraNetwork.attach(model, None, LoraSpec(rank=case.rank, alpha=1), torch.Generator().manual_seed(1))
     network.train()
-    model.enable_gradient_checkpointing(case.checkpointing)
+    model.enable_gradient_checkpointing(case.checkpointing, num_blocks=case.num_checkpointed)
     optimizer = torch.optim.AdamW(network.parameters())
     generator = torch.Generator().manual_seed(2)
     num_image = case.rows * case.columns
@@ -165,7 +180,7 @@ def counted(case: Configuration) -> tuple[int, int]:
         optimizer.step()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = forward()
-        away = mover.swapped()
+        away = mover.swapped() | elsewhere
         resident = [parameter for parameter in model.parameters() if id(parameter) not in away]
         state = [value for values in optimizer.state.values() for value in values.values()]
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
@@ -218,6 +233,9 @@ def test_the_estimate_is_never_below_the_counted_bytes_and_hardly_above() -> Non
 LESS_AND_MORE: dict[str, tuple[object, ...]] = {
     "blocks_to_swap": tuple(range(38, -1, -1)),
     "gradient_checkpointing": (True, False),
+    "checkpoint_blocks": (None, 57, 40, 19, 1, 0),
+    "cpu_offload_checkpointing": (True, False),
+    "offload_modulation": ("file", None),
     "network_dim": (1, 2, 16, 64, 128),
     "mixed_precision": ("bf16", "no"),
     "optimizer_type": ("AdamW8bit", "AdamW"),

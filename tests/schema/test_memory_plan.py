@@ -71,8 +71,25 @@ def test_less_storage_needs_less_of_both_memories() -> None:
     assert {"fp8_base": False, "blocks_to_swap": 0} in old
 
 
+def test_levers_are_proposed_where_they_help() -> None:
+    """Selective checkpointing where memory is left; modulation from the file and inputs off the device where it is not."""
+    fastest = plan(24, 32, base_storage="fp8").alternatives[0]
+    assert 0 < int(str(fastest.changes["checkpoint_blocks"])) < 57
+    assert fastest.step_time_ratio < 0.97
+    assert fastest.blocks_to_swap == 0
+    stored = plan(6, 16, base_storage="fp8")
+    assert not stored.fits
+    off = [other for other in stored.alternatives if other.changes.get("offload_modulation") == "file"]
+    assert any("base_storage" not in other.changes for other in off), "1024 pixels in fp8 on 6 and 16 GiB"
+    assert any(other.changes.get("cpu_offload_checkpointing") for other in off)
+    for other in (fastest, *off):
+        assert other.estimate.host_peak_bytes <= usable_host_bytes(32 * GIB)
+    for other in plan(6, 16, model_type="chroma").alternatives:
+        assert "offload_modulation" not in other.changes, "Chroma has none"
+
+
 def test_what_does_not_fit_says_which_memory_and_why() -> None:
-    device = plan(4)
+    device = plan(3)
     assert not device.fits
     assert "training needs" in device.impossible[0]
     assert all("resolution" in other.changes for other in device.alternatives), "the same size never fits"

@@ -13,6 +13,7 @@ import pytest
 from tests.runs.commands import ROOT
 from tests.runs.in_process import answer
 from tests.tiny import TinyModels
+from trainer.schema.cli import parse_command_line
 from trainer.schema.memory_phases import GIB, KINDS
 
 USUAL = (
@@ -64,9 +65,18 @@ def test_main_memory_is_planned_too() -> None:
 def test_in_words() -> None:
     text = answer("estimate", *USUAL, "--vram_gb=80", "--ram_gb=64").output
     assert "fits with --blocks_to_swap=0: 26." in text
-    assert "--gradient_checkpointing=false --blocks_to_swap=0" in text
+    assert "(without --gradient_checkpointing) --blocks_to_swap=0" in text
     assert "0.70 times the step time" in text
     assert "does not fit. With blocks_to_swap 38, training needs" in answer("estimate", *USUAL, "--vram_gb=4").output
+
+
+def test_what_would_fit_is_shown_as_it_is_typed() -> None:
+    text = answer("estimate", *USUAL, "--vram_gb=6", "--ram_gb=16").output
+    lines = [line for line in text.splitlines() if line.startswith("    --")]
+    assert any("--cpu_offload_checkpointing " in line for line in lines)
+    for line in lines:
+        words = line.partition(": ")[0].split()
+        assert parse_command_line([*USUAL, *words]).problems == ()
 
 
 def test_sizes_and_batch_come_from_the_dataset_file_and_the_headers(tiny_models: TinyModels, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_closing_ends_the_reading_of_a_large_file(tmp_path: Path) -> None:
     assert hashes.finish(lambda: True) == {}
     started = time.monotonic()
     hashes.close()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15  # the whole of it would take twice that
     assert hashes.is_done
 
 

@@ -13,21 +13,15 @@ from torch import Tensor, nn
 from trainer.schema.base import UserError
 from trainer.schema.events import EventReader, EventWriter
 from trainer.schema.run_folder import RunFolder
+from trainer.train.gradient_sync import GradientSync, Wishes
 from trainer.train.learning_rate import LearningRateSchedule
 from trainer.train.level_losses import LevelLosses
-from trainer.train.loop import (
-    MAX_SKIPPED_STEPS,
-    GradientSync,
-    LoopSettings,
-    MeanLoss,
-    NumbersLost,
-    StepPosition,
-    TrainingLoop,
-    Wishes,
-    step_generator,
-)
+from trainer.train.loop import MAX_SKIPPED_STEPS, TrainingLoop
+from trainer.train.mean_loss import MeanLoss
+from trainer.train.micro_batch import NumbersLost
 from trainer.train.progress import DUTIES, Progress
 from trainer.train.reporting import Reporter, StopRequested
+from trainer.train.step_position import LoopSettings, StepPosition, step_generator
 
 
 def settings(**changes: object) -> LoopSettings:
@@ -186,7 +180,7 @@ def test_states_are_saved_with_each_lora_and_when_one_is_due() -> None:
     due = iter([False, True, False, False, True, False])
     states: list[tuple[int, int, str]] = []
     course = Course(settings(save_every_n_steps=5, save_every_n_epochs=1))
-    course.loop._save_state = lambda progress, kind: states.append(  # pyright: ignore[reportPrivateUsage]
+    course.loop._duties._save_state = lambda progress, kind: states.append(  # pyright: ignore[reportPrivateUsage]
         (progress.step, progress.num_duties_done, kind)
     )
     course.loop._state_is_due = lambda: next(due)  # pyright: ignore[reportPrivateUsage]
@@ -274,7 +268,7 @@ def test_a_stop_during_a_sample_on_the_main_process_is_told_to_the_others_at_the
         reporter._stop.set()  # pyright: ignore[reportPrivateUsage]
         raise StopRequested
 
-    course.loop._sample = stop  # pyright: ignore[reportPrivateUsage]
+    course.loop._duties._sample = stop  # pyright: ignore[reportPrivateUsage]
     assert course.loop.run() == (StepPosition(3, 1), True)
     assert flags == [0.0, 0.0, 1.0]
 
@@ -294,7 +288,7 @@ def test_a_stop_during_a_sample_keeps_the_position() -> None:
     def stop(_position: StepPosition, _is_epoch_end: bool) -> None:
         raise StopRequested
 
-    course.loop._sample = stop  # pyright: ignore[reportPrivateUsage]
+    course.loop._duties._sample = stop  # pyright: ignore[reportPrivateUsage]
     assert course.loop.run() == (StepPosition(2, 1), True)
 
 
@@ -315,7 +309,7 @@ def test_a_save_or_sample_that_the_disk_refuses_is_a_warning_and_training_goes_o
     def refuse(position: StepPosition, _detail: object) -> None:
         raise UserError(f"the disk is full at step {position.step}")
 
-    course.loop._save = course.loop._sample = refuse  # pyright: ignore[reportPrivateUsage]
+    course.loop._duties._save = course.loop._duties._sample = refuse  # pyright: ignore[reportPrivateUsage]
     assert course.loop.run() == (StepPosition(6, 2), False)
     events = EventReader(run.events_jsonl).read_new()
     warnings = [str(event["message"]) for event in events if event["kind"] == "warning"]
@@ -418,7 +412,7 @@ def test_the_plateau_sees_the_mean_loss_of_each_epoch_when_nothing_is_validated(
     course = Course(settings(num_epochs=3, num_steps=9), rate=1e-9)
     optimizer = course.loop._optimizer  # pyright: ignore[reportPrivateUsage]
     # The targets grow from epoch to epoch and the weight stays: the loss rises.
-    course.loop._schedule = LearningRateSchedule(  # pyright: ignore[reportPrivateUsage]
+    course.loop._schedule = course.loop._duties._schedule = LearningRateSchedule(  # pyright: ignore[reportPrivateUsage]
         optimizer, "reduce_lr_on_plateau", num_steps=9, arguments={"patience": 0, "factor": 0.5, "eps": 0.0}
     )
     course.loop.run()

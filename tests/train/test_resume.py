@@ -23,7 +23,6 @@ from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.options import Options
 from trainer.tools.tiny_models import make_flux
 from trainer.train.check import CheckedRun, check_run
-from trainer.train.loop import StepPosition
 from trainer.train.progress import Progress
 from trainer.train.recipe import train
 from trainer.train.reporting import Reporter, StopRequested
@@ -31,6 +30,7 @@ from trainer.train.resume import describe_options, differences
 from trainer.train.schedule import epochs_between_saves
 from trainer.train.state_saver import StateSaver, Trainables
 from trainer.train.state_tree import unpack
+from trainer.train.step_position import StepPosition
 
 NOT_REPEATABLE = {"ss_training_finished_at", "modelspec.date", "ss_session_id", "ss_training_started_at"}
 

@@ -17,10 +17,10 @@ from trainer.lora.network import LoraNetwork
 from trainer.model.weights import load_autoencoder, load_flux
 from trainer.schema.lora_spec import LoraSpec
 from trainer.train.conditioning import TextInputs
-from trainer.train.loop import StepPosition
 from trainer.train.reporting import Reporter
 from trainer.train.sample_maker import SampleMaker
 from trainer.train.sample_prompts import SamplePrompt
+from trainer.train.step_position import StepPosition
 
 
 def text(captions: Sequence[str]) -> TextInputs:

@@ -18,9 +18,9 @@ from trainer.schema.checkpoint_header import read_header
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.options import Options
 from trainer.train.file_hashes import FileHashes
-from trainer.train.loop import StepPosition
 from trainer.train.reporting import Reporter
 from trainer.train.saver import LoraSaver
+from trainer.train.step_position import StepPosition
 
 LARGE_BYTES = 400 << 20
 

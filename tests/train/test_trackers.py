@@ -71,6 +71,7 @@ def test_wandb_gets_the_values_with_step_and_epoch(tmp_path: Path, monkeypatch: 
     reporter.sample(path, step=3, epoch=2, prompt="a cat", index=1, seed=5)
     assert sent[0] == {"loss/current": 0.5, "global_step": 3, "epoch": 2}
     assert set(sent[1]) == {"sample_1", "global_step", "epoch"}
+    assert run.name == "from the file"
     assert dict(run.config)["network_dim"] == 7
     assert "wandb_api_key" not in dict(run.config)
     reporter.close()
@@ -146,9 +147,15 @@ def test_an_offline_run_of_wandb_is_written_whole_and_without_the_key(
     configuration.write_text('[wandb]\nmode = "offline"\n', encoding="utf-8")
     (tracker,) = start_trackers(
         options(
-            log_with="wandb", wandb_api_key=key[:40], logging_dir=tmp_path / "logs", log_tracker_config=configuration
+            log_with="wandb",
+            wandb_run_name="mine",
+            wandb_api_key=key[:40],
+            logging_dir=tmp_path / "logs",
+            log_tracker_config=configuration,
         )
     )
+    run = tracker._run  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+    assert (run.name, run.settings.api_key) == ("mine", key[:40])
     tracker.log({"loss/current": 0.5}, place=1, step=1, epoch=1)
     path = tmp_path / "picture.png"
     Image.new("RGB", (8, 8)).save(path)

@@ -139,6 +139,7 @@ def test_everything_that_is_asked_beside_the_training_is_done(
         "loss/validation/epoch_average",
         "lr/unet",
         "lr/group0",
+        "norm/avg_grad_norm",
     } <= tags
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in written if TOKEN.encode() in path.read_bytes()]

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.lora.random_lora import random_lora
 from tests.runs.in_process import answer
@@ -118,6 +119,28 @@ def test_a_strength_grid_of_a_finished_lora_where_0_is_the_base(
     page.locator("#library-rename").click()
     expect(page.locator("#library-facts h2")).to_have_text("tiny emblem")
     assert (app.home / "loras" / "tiny_emblem.safetensors").is_file()
+
+    # A LoRA of two models, which needs no LoRA to begin with.
+    state = load_file(tiny_models.flux_dev)
+    state["double_blocks.0.img_attn.proj.weight"] += 1
+    save_file(state, tmp_path / "tuned.safetensors")
+    page.get_by_role("button", name="Make a LoRA of two models").click()
+    expect(page.locator("#extract-start")).to_be_visible()
+    extract = {"tuned": tmp_path / "none.safetensors", "rank": 2, "original": tiny_models.flux_dev}
+    for name, value in extract.items():
+        field = page.locator(f"#extract-{name} input, #extract-{name} textarea")
+        expect(field).to_have_value("16" if name == "rank" else "")  # the fold is laid out when it opens
+        field.fill(str(value))
+        expect(field).to_have_value(str(value))
+    page.locator("#extract-start").click()
+    expect(page.get_by_text("Changed model file: there is no such file").first).to_be_visible()
+    page.locator("#extract-tuned input, #extract-tuned textarea").fill(str(tmp_path / "tuned.safetensors"))
+    page.locator("#extract-start").click()
+    expect(page.locator("#extract-result .good")).to_be_visible(timeout=DONE_MS)
+    page.locator("#library-search input, #library-search textarea").fill("")
+    expect(card).to_have_count(3)
+    assert (app.home / "loras" / "tuned-extract.safetensors").is_file()
+
     page.locator("#library-delete").click()
     page.locator("#library-delete-yes").click()
     expect(page.locator("#library-details")).to_be_hidden()

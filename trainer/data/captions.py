@@ -109,6 +109,8 @@ def caption_notes(rules: SubsetSpec) -> Iterator[str]:
             yield f"keep_tokens {rules.keep_tokens} has no effect: {why}"
         if rules.keep_tokens_separator:
             yield f"keep_tokens_separator {rules.keep_tokens_separator} stays in captions: {why}"
+        if rules.caption_separator != "," and not rules.secondary_separator:
+            yield f"caption_separator {rules.caption_separator} has no effect: {why}"
     if rules.token_warmup_min != 1 and rules.token_warmup_step == 0:
         yield f"token_warmup_min {rules.token_warmup_min} has no effect: token_warmup_step is 0"
     if rules.enable_wildcard and (rules.caption_prefix or rules.caption_suffix):

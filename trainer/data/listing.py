@@ -90,6 +90,11 @@ def _files_of_folder(
     unread = [path.name for path in others if path.suffix.lower() != _JPEG_XL]
     if unread:
         warnings.append(f"{folder}: {len(unread)} pictures of other formats are left out: {names(unread)}")
+    no_files = [path.name for path in entries if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_file()]
+    if no_files:
+        warnings.append(
+            f"{folder}: {len(no_files)} folders or broken links are called like pictures: {names(no_files)}"
+        )
     if paths:
         return Found(position, subset, tuple(paths))
     problems.append(_no_pictures(folder, [path for path in entries if path.is_dir()]))

@@ -98,8 +98,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def base_linear(base: nn.Linear, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The base's product as `nn.Linear` computes it; a weight that is stored in 8 bit is converted for the moment."""
-    if base.weight.dtype.itemsize > 1:
+    """The base's product as `nn.Linear` computes it; a weight that is stored in 8 bit, or elsewhere, is made for the moment."""
+    if base.weight.dtype.itemsize > 1 and not getattr(base, "stays_on_host", False):
         return F.linear(x, base.weight, bias)
     dtype = compute_dtype(x)
     return F.linear(x.to(dtype), frozen_weight(base, dtype), None if bias is None else bias.to(dtype))

@@ -45,7 +45,7 @@ class DoraLinear(LoraLinear):
     def norms(self) -> Tensor:
         """||V|| of each column (I) or row (O), at multiplier 1. Nothing of the size of the weight is kept or made."""
         scale = self.alpha / self.rank
-        with torch.no_grad(), torch.autocast(self.base.weight.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.lora_up.device.type, enabled=False):
             down, up = (factor.float() for factor in self.factors())
             squares = self.base_squares.clone()
             rank, dtype = up.shape[1], weight_dtype(self.base)

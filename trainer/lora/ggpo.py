@@ -36,21 +36,19 @@ class Perturbation:
 
     def update(
         self, down: Tensor, up: Tensor, parts: Sequence[slice], gradients: tuple[Tensor, Tensor], scale: float
-    ) -> None:
-        """Takes the norms of the LoRA and of its weight's gradient, from the `gradients` of down and up."""
+    ) -> tuple[Tensor, Tensor]:
+        """Takes the norms of the LoRA and of its weight's gradient, from the `gradients` of down and up.
+
+        Gives the mean norm of the LoRA's rows, and that of these and the base's together.
+        """
         rank = up.shape[1]
-        grad_down, grad_up = gradients
         norms = torch.empty(self._num_out, device=up.device)
-        slopes = torch.empty_like(norms)
         for index, part in enumerate(parts):
-            block = slice(index * rank, (index + 1) * rank)
-            norms[part] = row_norms(up[part], down[block])
-            slopes[part] = row_norms(
-                torch.cat((up[part], grad_up[part]), dim=1), torch.cat((grad_down[block], down[block]))
-            )
+            norms[part] = row_norms(up[part], down[index * rank : (index + 1) * rank])
         combined = (norms.square() + self._base_norm**2).sqrt()
-        deviation = self._sigma * combined + self._beta * (scale * slopes).square()
-        self.deviation = deviation / self._num_out**0.5
+        slopes = scale * row_slopes(down, up, parts, gradients)
+        self.deviation = (self._sigma * combined + self._beta * slopes.square()) / self._num_out**0.5
+        return norms.mean(), combined.mean()
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """What the noise adds to the output for `x` (..., I), in `dtype`."""
@@ -60,6 +58,18 @@ class Perturbation:
             noise = torch.randn(self._num_out, self._num_in, device=x.device, dtype=compute_dtype(x))
             noise *= self.deviation.to(noise.dtype)[:, None]
             return F.linear(x.detach().to(noise.dtype), noise).to(dtype)
+
+
+def row_slopes(down: Tensor, up: Tensor, parts: Sequence[slice], gradients: tuple[Tensor, Tensor]) -> Tensor:
+    """Norms of the rows of up @ (gradient of down) + (gradient of up) @ down, (O,): how fast up @ down changes."""
+    rank, (grad_down, grad_up) = up.shape[1], gradients
+    slopes = torch.empty(up.shape[0], device=up.device)
+    for index, part in enumerate(parts):
+        block = slice(index * rank, (index + 1) * rank)
+        slopes[part] = row_norms(
+            torch.cat((up[part], grad_up[part]), dim=1), torch.cat((grad_down[block], down[block]))
+        )
+    return slopes
 
 
 def row_norms(up: Tensor, down: Tensor) -> Tensor:

@@ -28,8 +28,10 @@ from trainer.schema.lycoris_args import PRESETS
 
 PACKAGE: Final = "lycoris-lora"
 
-_REFUSALS: Final = (AssertionError, ValueError, NotImplementedError)
+_REFUSALS: Final = (ValueError, NotImplementedError)
 """What the package raises for settings that it cannot carry out. Anything else is a fault of the program."""
+_REFUSING_ASSERTION: Final = "lora_dim must be"
+"""How the one assertion of the package begins that is about a setting (of dylora); its others are about itself."""
 
 _UP: Final = "lora_up"
 _BARE_CLIP, _PUBLISHED_CLIP = "lora_te1_", "lora_te1_text_model_"
@@ -103,7 +105,9 @@ class LycorisNetwork(nn.Module):
                     warn_on_unmatched=False,
                     **{"dropout": spec.dropout, **spec.lycoris},
                 )
-        except _REFUSALS as error:
+        except (AssertionError, *_REFUSALS) as error:
+            if isinstance(error, AssertionError) and not str(error).startswith(_REFUSING_ASSERTION):
+                raise
             raise UserError(
                 f"{PACKAGE} refuses these settings: {str(error) or type(error).__name__}",
                 "--network_args",
@@ -164,8 +168,9 @@ class LycorisNetwork(nn.Module):
         has_ratio = spec.loraplus_unet_ratio is not None or spec.loraplus_text_encoder_ratio is not None
         return has_ratio and not any(_UP in key for key, _ in self._network.named_parameters())
 
-    def before_step(self) -> None:
-        """Nothing is to be done."""
+    def before_step(self, *, measures: bool = False) -> dict[str, float]:
+        """Nothing is to be done, and nothing is known of the package's weights."""
+        return {}
 
     def hold_norms(self, limit: float) -> NormReport:
         raise ValueError("the options rule this out")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.lora.adapter import Adapter, Trained, wrong_part
+from trainer.lora.ggpo import row_slopes
 from trainer.lora.lora import LoraLinear
 from trainer.lora.lora_file import read_lora_file
 from trainer.lora.max_norm import NormReport, hold_norms
@@ -149,16 +150,33 @@ class LoraNetwork(nn.Module):
                 groups += _rate_groups(by_rate[index], base_rate, f"{label}{suffix}", ratio)
         return require_any(groups)
 
-    def before_step(self) -> None:
-        """Between backward and an optimizer step: GGPO takes the norms of weights and gradients."""
+    def before_step(self, *, measures: bool = False) -> dict[str, float]:
+        """Between backward and an optimizer step: GGPO takes the norms of weights and gradients.
+
+        With `measures` they are given under the reference's names as means over rows and layers, those of gradients
+        without GGPO too: of `scale * (up @ (gradient of down) + (gradient of up) @ down)`.
+        """
+        means: dict[str, list[Tensor]] = {}
         with torch.no_grad():
             for adapter in self._adapters.values():
-                if isinstance(adapter, LoraLinear) and adapter.perturbation is not None:
-                    down, up = adapter.lora_down, adapter.lora_up
-                    if down.grad is not None and up.grad is not None:
-                        adapter.perturbation.update(
-                            down, up, adapter.parts, (down.grad.float(), up.grad.float()), adapter.scale
-                        )
+                if not isinstance(adapter, LoraLinear):
+                    continue
+                down, up, parts = adapter.lora_down, adapter.lora_up, adapter.parts
+                if down.grad is None or up.grad is None or not (measures or adapter.perturbation is not None):
+                    continue
+                gradients = down.grad.float(), up.grad.float()
+                if adapter.perturbation is not None:
+                    norm, combined = adapter.perturbation.update(down, up, parts, gradients, adapter.scale)
+                    means.setdefault("norm/avg_key_norm", []).append(norm)
+                    means.setdefault("norm/avg_combined_norm", []).append(combined)
+                if measures:
+                    slope = adapter.scale * row_slopes(down, up, parts, gradients).mean()
+                    means.setdefault("norm/avg_grad_norm", []).append(slope)
+            if not measures or not means:
+                return {}
+            # One transfer for all.
+            values = torch.stack([torch.stack(found).mean() for found in means.values()]).tolist()
+        return dict(zip(means, values, strict=True))
 
     def hold_norms(self, limit: float) -> NormReport:
         """`scale_weight_norms`: no layer's LoRA is larger than `limit` afterwards."""

@@ -72,10 +72,35 @@ def split_norm_rotate(
 
     `streams` holds one projection (B, L_i, 3C + R) for each part of the sequence, in its order, and `norms` its norms;
     `pe` (1 or B, sum of L_i, D/2) is the rotation table. R is 0 unless there is one stream. Gives query, key and value
-    (B, L, H, D) in the type of the projections, and the rest (B, L, R).
+    (B, L, H, D) in the type of the projections, and the rest (B, L, R). A `pe` of real numbers, (1 or B, sum of L_i,
+    D/2, 2) with cosine and sine, has the same done in steps that a compiler can join.
     """
+    if not pe.is_complex():
+        return _split_norm_rotate_in_steps(streams, norms, num_heads, pe)
     scales = [scale for norm in norms for scale in (norm.query_norm.scale, norm.key_norm.scale)]
     return cast("tuple[Tensor, Tensor, Tensor, Tensor]", _SplitNormRotate.apply(num_heads, pe, *streams, *scales))
+
+
+def _split_norm_rotate_in_steps(
+    streams: tuple[Tensor, ...], norms: tuple[QKNorm, ...], num_heads: int, pe: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype, head_dim = streams[0].dtype, norms[0].query_norm.scale.shape[0]
+    cos, sin = pe[..., None, :, :].unbind(-1)
+    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    start = 0
+    for stream, norm in zip(streams, norms, strict=True):
+        end = start + stream.shape[1]
+        for part, scale in enumerate((norm.query_norm.scale, norm.key_norm.scale)):
+            x = _head_view(stream, part, num_heads, head_dim).to(torch.promote_types(dtype, torch.float32))
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS) * scale
+            first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+            here = slice(start, end)
+            turned = (first * cos[:, here] - second * sin[:, here], first * sin[:, here] + second * cos[:, here])
+            parts[part].append(torch.stack(turned, dim=-1).flatten(-2).to(dtype))
+        parts[2].append(_head_view(stream, 2, num_heads, head_dim))
+        start = end
+    query, key, value = (tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1) for tensors in parts)
+    return query, key, value, streams[0][..., 3 * num_heads * head_dim :]
 
 
 class _SplitNormRotateContext(FunctionCtx):

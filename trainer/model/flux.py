@@ -6,12 +6,14 @@ B batch, N image tokens, L text tokens, C hidden size, D head dim. `img` (B, N, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from trainer.model.attention import QKNorm, SelfAttention
 from trainer.model.frozen_linear import FrozenLinear
 from trainer.model.half import saturated, to_compute
-from trainer.model.joint import JointTransformer
+from trainer.model.joint import Conditioning, JointTransformer
 from trainer.model.layers import (
     MLPEmbedder,
     Modulation,
@@ -40,11 +42,19 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(dim, params.num_heads, params.qkv_bias)
         self.txt_mlp = feed_forward(dim, mlp_dim)
 
+    def modulations(self, vec: Tensor) -> tuple[Tensor, ...]:
+        """vec (B, C) -> twelve vectors (B, C), the image's first."""
+        return (*self.img_mod(vec), *self.txt_mod(vec))
+
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, key_mask: Tensor | None
+        self, img: Tensor, txt: Tensor, given: Conditioning, pe: Tensor, key_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """img (B, N, C), txt (B, L, C), vec (B, C), pe (., L + N, D/2) -> the new img and txt."""
-        return double_stream(self, img, txt, self.img_mod(vec), self.txt_mod(vec), pe, key_mask)
+        """img (B, N, C), txt (B, L, C), pe (., L + N, D/2) -> the new img and txt.
+
+        `given` is the conditioning vector (B, C), or what `modulations` makes of it.
+        """
+        vectors = self.modulations(given) if isinstance(given, Tensor) else given
+        return double_stream(self, img, txt, vectors[:6], vectors[6:], pe, key_mask)
 
 
 class SingleStreamBlock(nn.Module):
@@ -59,9 +69,14 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(dim // params.num_heads)
         self.modulation = Modulation(dim, double=False)
 
-    def forward(self, x: Tensor, vec: Tensor, pe: Tensor, key_mask: Tensor | None) -> Tensor:
-        """x (B, L + N, C), vec (B, C), pe (., L + N, D/2) -> the new x."""
-        return single_stream(self, x, self.modulation(vec), pe, key_mask)
+    def modulations(self, vec: Tensor) -> tuple[Tensor, ...]:
+        """vec (B, C) -> three vectors (B, C)."""
+        return self.modulation(vec)
+
+    def forward(self, x: Tensor, given: Conditioning, pe: Tensor, key_mask: Tensor | None) -> Tensor:
+        """x (B, L + N, C), pe (., L + N, D/2) -> the new x. `given` as in a double block."""
+        vectors = self.modulations(given) if isinstance(given, Tensor) else given
+        return single_stream(self, x, vectors, pe, key_mask)
 
 
 class LastLayer(nn.Module):
@@ -84,6 +99,8 @@ class Flux(JointTransformer):
     def __init__(self, params: FluxParams) -> None:
         super().__init__(params)
         self.params = params
+        self.modulates_outside = False
+        """Whether the modulation is computed before each block, for weights that are not where the block's are."""
         dim = params.hidden_size
         self.img_in = FrozenLinear(params.in_channels, dim)
         self.time_in = MLPEmbedder(TIME_EMBEDDING_DIM, dim)
@@ -118,5 +135,14 @@ class Flux(JointTransformer):
         if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(timestep_embedding(guidance, TIME_EMBEDDING_DIM).to(dtype))
         vec = saturated(vec + self.vector_in(to_compute(y, dtype)))
-        doubles, singles = [vec] * len(self.double_blocks), [vec] * len(self.single_blocks)
+        doubles, singles = self._conditionings(self.double_blocks, vec), self._conditionings(self.single_blocks, vec)
         return self.final_layer(self.run_blocks(img, img_ids, txt, txt_ids, txt_attention_mask, doubles, singles), vec)
+
+    def _conditionings(self, blocks: nn.ModuleList, vec: Tensor) -> Iterator[Conditioning]:
+        """For each block in turn the vector, or the modulations that are computed here, outside of the block: once a
+        forward pass, whatever is run again in backward."""
+        for block in blocks:
+            if not self.modulates_outside:
+                yield vec
+            elif isinstance(block, (DoubleStreamBlock, SingleStreamBlock)):
+                yield block.modulations(vec)

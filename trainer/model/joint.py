@@ -5,8 +5,8 @@ B batch, N image tokens, L text tokens, C hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,17 @@ from trainer.model.attention import joint_ids, joint_key_mask, rotation_table
 from trainer.model.frozen_linear import FrozenLinear
 from trainer.model.half import as_stream, to_compute
 from trainer.schema.chroma_header import TransformerParams
+
+Conditioning: TypeAlias = Tensor | tuple[Tensor, ...]
+"""What a block is modulated by, in the form that the block takes."""
+
+RunKeepingInputs: TypeAlias = Callable[[nn.Module, tuple[Tensor, ...], tuple[object, ...]], object]
+"""Runs a block on its streams and its other inputs so that of its insides nothing is kept for backward."""
+
+
+def run_again_in_backward(block: nn.Module, streams: tuple[Tensor, ...], others: tuple[object, ...]) -> object:
+    """What the block gives. Kept are its inputs, on the device (non-reentrant checkpointing)."""
+    return checkpoint(block, *streams, *others, use_reentrant=False)
 
 
 class JointTransformer(nn.Module):
@@ -32,11 +43,23 @@ class JointTransformer(nn.Module):
         if sum(params.axes_dim) * params.num_heads != params.hidden_size:
             raise ValueError(f"axes_dim {params.axes_dim} times {params.num_heads} heads is not {params.hidden_size}")
         self.gradient_checkpointing = False
+        self.rotates_in_real_numbers = False
+        """Whether blocks get the rotation as cosine and sine: a compiler cannot do anything for complex numbers."""
+        self._num_checkpointed: int | None = None
+        self._run_keeping_inputs: RunKeepingInputs = run_again_in_backward
         self._axes_dim, self._theta = params.axes_dim, params.theta
 
-    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Keep only each block's inputs for backward and run the block again there (non-reentrant)."""
+    def enable_gradient_checkpointing(
+        self, enabled: bool = True, *, num_blocks: int | None = None, run: RunKeepingInputs = run_again_in_backward
+    ) -> None:
+        """Keep only each block's inputs for backward and run the block again there.
+
+        With `num_blocks` only the first so many of all blocks, in the order they run: the others' activations are gone
+        when backward comes to these. `run` says where the inputs wait.
+        """
         self.gradient_checkpointing = enabled
+        self._num_checkpointed = num_blocks
+        self._run_keeping_inputs = run
 
     def blocks(self) -> Iterator[nn.Module]:
         """All blocks in the order they run."""
@@ -55,28 +78,34 @@ class JointTransformer(nn.Module):
         txt: Tensor,
         txt_ids: Tensor,
         txt_attention_mask: Tensor | None,
-        double_modulation: Sequence[Tensor],
-        single_modulation: Sequence[Tensor],
+        double_modulation: Iterable[Conditioning],
+        single_modulation: Iterable[Conditioning],
     ) -> Tensor:
         """The image's part (B, N, C) of what the last block gives.
 
         `img` (B, N, in_channels) and `txt` (B, L, context_in_dim) as they come, with their positions (1 or B, ., 3); of
-        the modulations one for each block, in the form that the block takes.
+        the modulations one for each block, asked for right before the block runs.
         """
         dtype = self.input_dtype()
         img = as_stream(self.img_in(to_compute(img, dtype)))
         txt = as_stream(self.txt_in(to_compute(txt, dtype)))
         pe = rotation_table(joint_ids(txt_ids, img_ids), self._axes_dim, self._theta)
+        if self.rotates_in_real_numbers:
+            pe = torch.view_as_real(pe)
         key_mask = None if txt_attention_mask is None else joint_key_mask(txt_attention_mask, img.shape[1])
         num_text = txt.shape[1]
-        for block, modulation in zip(self.double_blocks, double_modulation, strict=True):
-            img, txt = cast("tuple[Tensor, Tensor]", self._run(block, img, txt, modulation, pe, key_mask))
+        depth = len(self.double_blocks)
+        for index, (block, modulation) in enumerate(zip(self.double_blocks, double_modulation, strict=True)):
+            img, txt = cast("tuple[Tensor, Tensor]", self._run(index, block, (img, txt), (modulation, pe, key_mask)))
         x = torch.cat((txt, img), dim=1)
-        for block, modulation in zip(self.single_blocks, single_modulation, strict=True):
-            x = cast("Tensor", self._run(block, x, modulation, pe, key_mask))
+        del img, txt
+        for index, (block, modulation) in enumerate(zip(self.single_blocks, single_modulation, strict=True), depth):
+            x = cast("Tensor", self._run(index, block, (x,), (modulation, pe, key_mask)))
         return x[:, num_text:]
 
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> object:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+    def _run(self, index: int, block: nn.Module, streams: tuple[Tensor, ...], others: tuple[object, ...]) -> object:
+        """Block number `index` of all."""
+        is_chosen = self._num_checkpointed is None or index < self._num_checkpointed
+        if self.gradient_checkpointing and is_chosen and torch.is_grad_enabled():
+            return self._run_keeping_inputs(block, streams, others)
+        return block(*streams, *others)

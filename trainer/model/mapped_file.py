@@ -8,6 +8,7 @@ model and the file.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -34,6 +35,7 @@ class MappedFile:
     """One safetensors file whose header has been read and checked. Raises `OSError` when it cannot be mapped."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._data_start = 8 + int.from_bytes(self._map[:8], "little")
@@ -62,6 +64,22 @@ class MappedFile:
             source = np.frombuffer(self._map, dtype=np.uint8, count=num_bytes, offset=start)
             np.copyto(target.reshape(-1).view(torch.uint8).numpy(), source)
             self._hand_back(start, num_bytes)
+
+    def lasting(self, info: TensorInfo) -> tuple[Tensor, Callable[[], None]]:
+        """The tensor of this header entry as it lies in the file, for as long as it is used, and what gives its pages
+        back after a use. It takes no memory of the process; writing to it would, and leaves the file as it is."""
+        begin = self._data_start + info.start
+        first = begin - begin % mmap.ALLOCATIONGRANULARITY
+        with self._path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), self._data_start + info.end - first, access=mmap.ACCESS_COPY, offset=first)
+        numbers = np.frombuffer(pages, dtype=np.uint8, count=info.end - info.start, offset=begin - first)
+        tensor = torch.from_numpy(numbers).view(DTYPES[info.dtype]).view(info.shape)
+
+        def hand_back() -> None:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                pages.madvise(mmap.MADV_DONTNEED)
+
+        return tensor, hand_back
 
     def close(self) -> None:
         """Unmap the file. Tensors that were read stay valid."""

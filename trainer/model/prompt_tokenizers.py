@@ -95,6 +95,10 @@ class PromptTokenizer:
         """The number of real tokens of each text, cut at `max_length`."""
         return [sum(encoding.attention_mask) for encoding in self._encodings(texts, max_length)]
 
+    def is_cut(self, texts: Sequence[str], max_length: int) -> list[bool]:
+        """Whether each text has more tokens than `max_length`."""
+        return [bool(encoding.overflowing) for encoding in self._encodings(texts, max_length)]
+
     def _encodings(self, texts: Sequence[str], max_length: int) -> list[Encoding]:
         self._backend.enable_truncation(max_length)
         self._backend.enable_padding(length=max_length, pad_id=self._pad_id, pad_token=self._pad_token)

@@ -97,14 +97,15 @@ class StoredLinear(FrozenLinear):
         return f"{super().extra_repr()}, storage={self.storage}"
 
 
-def use_storage(blocks: nn.Module, storage: PackedStorage) -> dict[str, StoredLinear]:
-    """Puts a `StoredLinear` without memory in the place of every Linear below `blocks` but those of the modulation.
+def use_storage(blocks: nn.Module, storage: PackedStorage, *, with_modulation: bool = False) -> dict[str, StoredLinear]:
+    """Puts a `StoredLinear` without memory in the place of every Linear below `blocks`, those of the modulation only with
+    `with_modulation`.
 
-    Gives the new modules by path. Which Linears these are is also what `trainer.schema.storage.stored_shapes` counts.
+    Gives the new modules by path. Which Linears these are is also what `trainer.schema.storage.block_shapes` counts.
     """
     stored: dict[str, StoredLinear] = {}
     for path, module in list(blocks.named_modules()):
-        if isinstance(module, Modulation):
+        if isinstance(module, Modulation) and not with_modulation:
             continue
         for name, child in list(module.named_children()):
             if isinstance(child, FrozenLinear):

@@ -11,7 +11,7 @@ from trainer.model.chroma import Chroma
 from trainer.model.flux import Flux
 from trainer.model.storage_cache import StorageCache
 from trainer.model.stored_linear import PackedStorage
-from trainer.model.weights import ChangeOf, PlaceTensor, load_chroma, load_flux
+from trainer.model.weights import ChangeOf, ModulationOnHost, PlaceTensor, load_chroma, load_flux
 
 Transformer = Flux | Chroma
 
@@ -26,7 +26,18 @@ def load_transformer(
     storage: PackedStorage | None = None,
     change_of: ChangeOf | None = None,
     cache: StorageCache | None = None,
+    modulation: ModulationOnHost | None = None,
 ) -> Transformer:
-    """The transformer that `path` names; see `load_flux`."""
-    load = load_chroma if model_type == "chroma" else load_flux
-    return load(path, dtype, device, device_of=device_of, storage=storage, change_of=change_of, cache=cache)
+    """The transformer that `path` names; see `load_flux`. Chroma's blocks have no modulation of their own."""
+    if model_type == "chroma":
+        return load_chroma(path, dtype, device, device_of=device_of, storage=storage, change_of=change_of, cache=cache)
+    return load_flux(
+        path,
+        dtype,
+        device,
+        device_of=device_of,
+        storage=storage,
+        change_of=change_of,
+        cache=cache,
+        modulation=modulation,
+    )

@@ -6,16 +6,17 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from trainer.model.autoencoder import AutoEncoder
 from trainer.model.chroma import Chroma
 from trainer.model.flux import Flux
+from trainer.model.host_linear import Bring, HostLinear, keep_modulation_on_host
 from trainer.model.mapped_file import DTYPES, MappedFile
 from trainer.model.storage_cache import CachedWeights, StorageCache
 from trainer.model.stored_linear import PackedStorage, StoredLinear, use_storage
@@ -40,11 +41,29 @@ from trainer.schema.key_plans import (
     flux_plan,
     t5_plan,
 )
+from trainer.schema.stored_scales import fp8_parts
 from trainer.schema.weight_files import read_weights
+
+if TYPE_CHECKING:
+    # Seconds to import, which tools for LoRA files do without.
+    from transformers import CLIPTextModel, T5EncoderModel
 
 PlaceTensor = Callable[[str], torch.device | str]
 ChangeOf = Callable[[str], Callable[[Tensor], Tensor] | None]
 """For a module's path what is to be made of its weight in float32, or None."""
+
+
+@dataclass(frozen=True)
+class ModulationOnHost:
+    """The blocks' modulation weights are kept off the device, and `bring` brings each when it is used.
+
+    With `maps_file` they are not in memory at all but read from the model's file, those that it has in the type that is
+    computed in; the others are in main memory.
+    """
+
+    bring: Bring
+    maps_file: bool
+
 
 _NUMBERS_AT_ONCE: Final = 1 << 20
 """Of a tensor, so many numbers are read and converted at once; 4 MB in float32."""
@@ -59,19 +78,20 @@ def load_flux(
     storage: PackedStorage | None = None,
     change_of: ChangeOf | None = None,
     cache: StorageCache | None = None,
+    modulation: ModulationOnHost | None = None,
 ) -> Flux:
     """The transformer that `path` names (a file, a folder, a hub id in the cache), frozen, in `dtype` on `device`.
 
     `device_of` may give another device for single parameters, by state-dict name, so that blocks which are to be swapped
     do not stay on the accelerator. With `storage` the blocks' Linears are stored in that form, one after the other while
     they are read, which is computed on `device`; `change_of` gives what is made of each of these before, and
-    `cache` keeps them for the next time. Raises `UserError` when the file is not a whole FLUX.1 model.
+    `cache` keeps them for the next time. `modulation` keeps the blocks' modulation weights off the device. Raises `UserError` when the file is not a whole FLUX.1 model.
     """
     header = read_weights(path, "flux")
     with torch.device("meta"):
         model = Flux(flux_params(header))
     _fill_transformer(
-        model, header, flux_plan(header), dtype, torch.device(device), device_of, storage, change_of, cache
+        model, header, flux_plan(header), dtype, torch.device(device), device_of, storage, change_of, cache, modulation
     )
     return model.eval()
 
@@ -106,11 +126,14 @@ def _fill_transformer(
     storage: PackedStorage | None,
     change_of: ChangeOf | None,
     cache: StorageCache | None,
+    modulation: ModulationOnHost | None = None,
 ) -> None:
     stored: dict[str, StoredLinear] = {}
     if storage is not None:
+        # What the file has in fp8 stays so; in fewer bits than it has them, modulation layers are not stored.
+        with_modulation = storage == "fp8" and fp8_parts(header)[1] and modulation is None
         for kind in ("double_blocks", "single_blocks"):
-            found = use_storage(model.get_submodule(kind), storage)
+            found = use_storage(model.get_submodule(kind), storage, with_modulation=with_modulation)
             stored |= {f"{kind}.{path}.weight": linear for path, linear in found.items()}
     with contextlib.ExitStack() as stack:
         cached = stack.enter_context(cache.open(header, storage)) if cache is not None and storage is not None else None
@@ -124,6 +147,8 @@ def _fill_transformer(
             packs_on=device,
             change_of=change_of,
             cached=cached,
+            on_host={} if modulation is None or isinstance(model, Chroma) else _on_host(model, modulation),
+            maps=modulation is not None and modulation.maps_file,
         )
     if cached is not None and not cached.is_whole:
         cached.keep({name.removesuffix(".weight"): linear for name, linear in stored.items()})
@@ -162,6 +187,8 @@ def load_clip_l(
 
 def empty_clip_l(params: ClipParams, activation: str = "quick_gelu") -> CLIPTextModel:
     """A CLIP-L text encoder of these sizes without weights: its parameters are on the meta device."""
+    from transformers import CLIPTextConfig, CLIPTextModel  # noqa: PLC0415 - takes seconds
+
     config = CLIPTextConfig(
         hidden_size=params.hidden_size,
         intermediate_size=params.intermediate_size,
@@ -200,6 +227,8 @@ def load_t5xxl(
 
 def empty_t5xxl(params: T5Params) -> T5EncoderModel:
     """A T5 encoder of these sizes without weights: its parameters are on the meta device."""
+    from transformers import T5Config, T5EncoderModel  # noqa: PLC0415 - takes seconds
+
     config = T5Config(
         d_model=params.d_model,
         d_ff=params.d_ff,
@@ -231,13 +260,16 @@ def _fill(
     packs_on: torch.device | None = None,
     change_of: ChangeOf | None = None,
     cached: CachedWeights | None = None,
+    on_host: Mapping[str, HostLinear] | None = None,
+    maps: bool = False,
 ) -> None:
     """Give every parameter of `model`, which is on the meta device, its tensor from the files, frozen.
 
     `prefix` stands before the plan's names in the module. Beside the model, no more than a piece of one tensor is in
-    memory, or of those weights that `stored` names one in float32 on the device `packs_on`.
+    memory, or of those weights that `stored` names one in float32 on the device `packs_on`. The weights `on_host` are in
+    main memory; with `maps` in the file, where that has them as they are computed with.
     """
-    stored = stored or {}
+    stored, on_host = stored or {}, on_host or {}
     expected = {
         name: (stored[name].out_features, stored[name].in_features) if name in stored else tuple(parameter.shape)
         for name, parameter in model.named_parameters()
@@ -254,7 +286,11 @@ def _fill(
             ) from error
         # In the order of the file, which is how disks are fast.
         for planned in sorted(plan, key=lambda entry: _place_in_files(header, entry)):
-            device = torch.device(device_of(planned.target))
+            device = torch.device("cpu" if planned.target in on_host else device_of(planned.target))
+            if maps and planned.target in on_host and _is_as_computed(planned, dtype):
+                (piece,) = planned.pieces
+                on_host[planned.target].set_mapped(*files[header.file_of(piece.source)].lasting(piece.info))
+                continue
             if planned.target in stored:
                 path = planned.target.removesuffix(".weight")
                 taken = None if cached is None else cached.take(path, stored[planned.target])
@@ -266,6 +302,20 @@ def _fill(
                 _fill_stored(files, header, planned, stored[planned.target], device, packs_on or device, change)
                 continue
             _set_parameter(model, prefix + planned.target, _read_parameter(files, header, planned, dtype, device))
+
+
+def _on_host(model: Flux, modulation: ModulationOnHost) -> dict[str, HostLinear]:
+    found = keep_modulation_on_host(model, modulation.bring)
+    return {f"{path}.weight": linear for path, linear in found.items()}
+
+
+def _is_as_computed(planned: PlannedTensor, dtype: torch.dtype) -> bool:
+    """Whether a file has this tensor in one piece and in `dtype`."""
+    pieces = planned.pieces
+    if len(pieces) != 1 or pieces[0].scale is not None:
+        return False
+    info, rows = pieces[0].info, pieces[0].rows
+    return DTYPES.get(info.dtype) is dtype and rows in (None, (0, info.shape[0])) and info.shape == planned.shape
 
 
 def read_planned(header: Header, planned_tensors: Iterable[PlannedTensor]) -> dict[str, Tensor]:
@@ -308,7 +358,8 @@ def _fill_stored(
     change: Callable[[Tensor], Tensor] | None,
 ) -> None:
     """The weight in its stored form. Numbers that the file has in that form already are taken over, with their scales."""
-    if change is None and linear.storage == "fp8" and all(_read_as(piece) == "F8_E4M3" for piece in planned.pieces):
+    types = {_read_as(piece) for piece in planned.pieces}
+    if change is None and linear.storage == "fp8" and (types == {"F8_E4M3"} or types == {"F8_E5M2"}):
         raw = dataclasses.replace(planned, pieces=tuple(_without_scale(piece) for piece in planned.pieces))
         scale = torch.ones(linear.out_features)
         start = 0
@@ -318,7 +369,7 @@ def _fill_stored(
             if given is not None:
                 scale[start : start + end - first] = given if len(given) == 1 else given[first:end]
             start += end - first
-        weight = _read_parameter(files, header, raw, torch.float8_e4m3fn, device)
+        weight = _read_parameter(files, header, raw, DTYPES[types.pop()], device)
     else:
         dense = _read_parameter(files, header, planned, torch.float32, packs_on)
         weight, scale = linear.pack(dense if change is None else change(dense))

@@ -61,9 +61,11 @@ def swapped_prefixes(params: TransformerParams, blocks_to_swap: int) -> tuple[st
 def swappable_weights(block: nn.Module) -> Iterator[nn.Parameter]:
     """The frozen matrices of a block, with the scales of those that are stored in fewer bits: nearly all its bytes.
 
-    Biases, norms and adapters are small and stay.
+    Biases, norms and adapters are small and stay; so does what never is on the device.
     """
     for module in block.modules():
+        if getattr(module, "stays_on_host", False):
+            continue
         if isinstance(module, nn.Linear) and not module.weight.requires_grad:
             yield cast(nn.Parameter, module.weight)
             scale = getattr(module, "weight_scale", None)

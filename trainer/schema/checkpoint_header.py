@@ -23,7 +23,7 @@ from trainer.schema.safetensors_header import Header as Header
 from trainer.schema.safetensors_header import TensorInfo as TensorInfo
 from trainer.schema.safetensors_header import read_header as read_header
 from trainer.schema.safetensors_header import read_sizes
-from trainer.schema.stored_scales import stored_scales
+from trainer.schema.stored_scales import fp8_parts, stored_scales
 
 _SD3_SCALE_FACTOR: Final = 1.5305
 
@@ -45,6 +45,10 @@ class FluxParams:
     theta: int
     qkv_bias: bool
     guidance_embed: bool
+    fp8_linears: bool = False
+    """Whether the file has the Linears of its blocks in fp8."""
+    fp8_modulation: bool = False
+    """Whether it has their modulation layers so, too."""
 
     @property
     def is_schnell(self) -> bool:
@@ -149,6 +153,7 @@ def flux_params(header: Header) -> FluxParams:
     if in_channels != out_channels:
         raise _control_model(header, in_channels, out_channels)
     config = Config(header)
+    fp8_linears, fp8_modulation = fp8_parts(header)
     params = FluxParams(
         in_channels=in_channels,
         out_channels=out_channels,
@@ -163,6 +168,8 @@ def flux_params(header: Header) -> FluxParams:
         theta=config.integer("theta", 10_000),
         qkv_bias=shapes.has(name("double_blocks.0.img_attn.qkv.bias")),
         guidance_embed=shapes.has(name("guidance_in.in_layer.weight")),
+        fp8_linears=fp8_linears,
+        fp8_modulation=fp8_modulation,
     )
     check_axes(header, hidden_size, head_dim, params.axes_dim)
     return params

@@ -20,6 +20,7 @@ from trainer.schema.checkpoint_header import (
 from trainer.schema.key_names import Part, Parts, flux_in_diffusers
 from trainer.schema.model_kinds import is_diffusers_flux, strip_prefix
 from trainer.schema.model_shapes import Shape, flux_shapes
+from trainer.schema.stored_scales import fp8_parts
 from trainer.schema.weight_files import read_weights
 
 DOUBLE_VECTORS: Final = 12
@@ -57,6 +58,13 @@ class ChromaParams:
     approximator_in_dim: int
     approximator_hidden_size: int
     approximator_depth: int
+    fp8_linears: bool = False
+    """Whether the file has the Linears of its blocks in fp8."""
+
+    @property
+    def fp8_modulation(self) -> bool:
+        """False: its blocks have no modulation layers."""
+        return False
 
     @property
     def is_schnell(self) -> bool:
@@ -116,6 +124,7 @@ def chroma_params(header: Header) -> ChromaParams:
         approximator_in_dim=approximator_in_dim,
         approximator_hidden_size=approximator_hidden_size,
         approximator_depth=shapes.count(rf"{_APPROXIMATOR}\.layers\.(\d+)\."),
+        fp8_linears=fp8_parts(header)[0],
     )
     if approximator_in_dim % 8:
         raise UserError(

@@ -156,6 +156,8 @@ def _config_values(path: Path, problems: list[Problem], notes: list[str]) -> dic
             else:
                 near = nearest(name, STATUS)
                 asks = f"; did you mean {near}?" if near else ""
+                if name in ("datasets", "subsets"):
+                    asks = "; a dataset file is given as --dataset_config"
                 notes.append(f"{name} in {where} is not a known option and has no effect{asks}")
     return given
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from trainer.schema.base import shown
 from trainer.schema.dataset_keys import DATASET_KEYS, DatasetConfig, DatasetSpec
 from trainer.schema.options import Options
 
@@ -12,7 +13,9 @@ _LIMITS = ("min_bucket_reso", "max_bucket_reso")
 
 
 def dataset_advice(config: DatasetConfig, options: Options) -> Iterator[str]:
-    """Lines about the datasets, in their order, and about the masks that no subset has."""
+    """Lines about options that the dataset file overrides, the datasets, in their order, and masks that no subset has."""
+    for name in config.overridden:
+        yield f"{name} {shown(getattr(options, name))} has no effect: the dataset file says otherwise everywhere"
     for number, dataset in enumerate(config.datasets, start=1):
         yield from _of_dataset(dataset, f"dataset {number}")
         for subset in dataset.subsets:

@@ -33,6 +33,7 @@ from trainer.schema.toml_table import read_table
 logger = logging.getLogger("trainer")
 
 _EXIT_OPTIONS: Final = 2
+_PICTURE_ENDINGS: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 _EXIT_FIXABLE: Final = 3
 
 
@@ -68,6 +69,8 @@ class _DatasetReader:
         self._where = where
         self._options = options
         self._problems: list[Problem] = []
+        self._fallbacks: set[str] = set()
+        """Keys that were left to the options somewhere."""
 
     def read(self, parsed: Mapping[str, object]) -> DatasetConfig:
         for name in parsed:
@@ -80,7 +83,20 @@ class _DatasetReader:
         ]
         if self._problems:
             raise UserError.many(self._problems, exit_code=_EXIT_OPTIONS)
-        return DatasetConfig(tuple(dataset for dataset in datasets if dataset is not None))
+        made = tuple(dataset for dataset in datasets if dataset is not None)
+        return DatasetConfig(made, overridden=tuple(self._overridden(made)))
+
+    def _overridden(self, datasets: Sequence[DatasetSpec]) -> Iterator[str]:
+        """Options with a value of their own that no dataset or subset takes, as the file has another one everywhere."""
+        for name, key in KEYS.items():
+            if key.option is None or name in self._fallbacks:
+                continue
+            if getattr(self._options, key.option) == Options.model_fields[key.option].get_default():
+                continue
+            subsets = [subset for dataset in datasets for subset in dataset.subsets]
+            specs = datasets if name in DATASET_KEYS else subsets
+            if any(getattr(spec, name) != _fallback(name, self._options) for spec in specs):
+                yield key.option
 
     def _complain(self, what: str, place: str, hint: str | None = None) -> None:
         where = f"{self._where}, {place}" if place else self._where
@@ -191,6 +207,7 @@ class _DatasetReader:
         for table in tables:
             if name in table:
                 return table[name]
+        self._fallbacks.add(name)
         return _fallback(name, self._options)
 
 
@@ -239,10 +256,14 @@ def dataset_config_from_folders(options: Options) -> DatasetConfig:
         if folder is None:
             continue
         try:
-            children = sorted(child for child in folder.iterdir() if child.is_dir())
+            entries = sorted(folder.iterdir())
         except (OSError, ValueError):
             problems.append(missing_folder(folder, field))
             continue
+        children = [child for child in entries if child.is_dir() and not child.name.startswith(".")]
+        loose = [path.name for path in entries if path.suffix.lower() in _PICTURE_ENDINGS]
+        if loose and children:
+            logger.warning("%s: pictures beside the folders are not used: %s, ...", folder, loose[0])
         found = [spec for child in children if (spec := _folder_subset(child, is_reg, options)) is not None]
         if not found:
             hint = "Put the pictures into a folder whose name is repeats, _ and words, such as 10_mycat."

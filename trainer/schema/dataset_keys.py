@@ -101,9 +101,13 @@ class DatasetSpec:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Everything that training draws pictures from."""
+    """Everything that training draws pictures from.
+
+    `overridden` are options that have a value, and the dataset file another one wherever they would count.
+    """
 
     datasets: tuple[DatasetSpec, ...]
+    overridden: tuple[str, ...] = ()
 
 
 Level = Literal["general", "dataset", "subset"]

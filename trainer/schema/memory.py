@@ -107,7 +107,7 @@ def _estimate(
         phases.append(sums.sampling_phase())
     place = "device" if vram_bytes is None else _text_place(sums, vram_bytes)
     # While texts are encoded nothing is swapped yet, and when blocks are swapped the text encoders are gone.
-    host = [Part("swapped blocks", sums.slab_bytes, "weights")]
+    host = [Part("swapped blocks", sums.slab_bytes, "weights"), *sums.host_modulation(), *sums.host_inputs()]
     if sums.is_cpu:
         host += max(phases, key=lambda phase: phase.peak_bytes).parts
     elif sums.makes_samples and sums.caches_latents:
@@ -210,6 +210,8 @@ def _why_not(result: Estimate, options: Options, vram_bytes: int) -> str:
         remedies.append("turn on cache_latents")
     if worst.name in ("training", "latents") and not options.gradient_checkpointing:
         remedies.append("turn on gradient_checkpointing")
+    if options.gradient_checkpointing and options.checkpoint_blocks is not None:
+        remedies.append("leave checkpoint_blocks out")
     remedies.append("lower the resolution or the batch size")
     joined = ", ".join(remedies)
     return f"{text} {joined[0].upper()}{joined[1:]}."

@@ -25,7 +25,7 @@ from trainer.schema.parameter_counts import (
     t5_count,
     t5_layer_linear,
 )
-from trainer.schema.storage import Storage, block_bytes, saved_bytes, scratch_bytes, stored_as
+from trainer.schema.storage import Storage, block_bytes, modulation_bytes, saved_bytes, scratch_bytes, stored_as
 from trainer.schema.swap_counts import slab_bytes, split_swap
 from trainer.schema.trained_counts import Trained, optimizer_state_bytes
 
@@ -41,6 +41,8 @@ KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
 GIB: Final = 2**30
 NUM_SLOTS: Final = 2
 """Blocks whose Linear weights are on the device at once while swapping."""
+NUM_MODULATION_PLACES: Final = 3
+"""Modulation weights on the device at once, where they are kept off it."""
 CUDA_CONTEXT_BYTES: Final = round(0.6 * GIB)
 """CUDA context, kernels and cuBLAS workspace of one process. Unmeasured; 0.3 to 0.6 GiB is usual."""
 ALLOCATOR_SHARE: Final = 0.05
@@ -83,6 +85,11 @@ class Phase:
         return {kind: sum(part.bytes for part in self.parts if part.kind == kind) for kind in KINDS}
 
 
+def power_of_two(num_bytes: int) -> int:
+    """What torch's page-locked memory takes for so many bytes."""
+    return 1 << max(num_bytes - 1, 0).bit_length()
+
+
 def make_phase(name: PhaseName, parts: list[Part]) -> Phase:
     """The phase with these parts, whose peak is their sum."""
     return Phase(name, tuple(parts), sum(part.bytes for part in parts))
@@ -108,6 +115,19 @@ def text_batch_size(options: Options, *, is_streamed: bool = False) -> int:
     return options.text_encoder_batch_size or max(options.train_batch_size, STREAMED_BATCH if is_streamed else 1)
 
 
+def modulates_outside(flux: TransformerParams, options: Options) -> bool:
+    """Whether the modulation weights are kept off the device; Chroma's blocks have none."""
+    return options.offload_modulation is not None and not isinstance(flux, ChromaParams)
+
+
+def num_checkpointed(flux: TransformerParams, options: Options) -> int:
+    """How many blocks compute their activations twice."""
+    if not options.gradient_checkpointing:
+        return 0
+    num_blocks = flux.depth + flux.depth_single_blocks
+    return num_blocks if options.checkpoint_blocks is None else min(options.checkpoint_blocks, num_blocks)
+
+
 class Sums:
     """The parts of every phase, for one set of sizes and options."""
 
@@ -129,7 +149,8 @@ class Sums:
         self.pixels, self.batch = width * height, batch_size
         self.num_double, self.num_single = split_swap(blocks_to_swap)
         self.counts = flux_counts(flux)
-        self.storage: Storage = stored_as(options)
+        self.storage: Storage = stored_as(options, flux)
+        self.modulates_outside = modulates_outside(flux, options)
         self.value_bytes = 4 if options.mixed_precision == "no" else 2
         # In fp16 the streams between the blocks are kept in fp32, and the autoencoder stays out of half precision.
         self.stream_bytes = 2 if options.mixed_precision == "bf16" else 4
@@ -191,18 +212,34 @@ class Sums:
         # and the gradients of two such tensors are there at once.
         saved_double, saved_single = saved_double + 2 * (stream - 1), saved_single + stream - 1
         one_block += 4 * (stream - 1)
-        num_blocks = flux.depth + flux.depth_single_blocks
+        num_blocks, num_twice = flux.depth + flux.depth_single_blocks, num_checkpointed(flux, self.options)
         passing = self.trained.passing
         # Beside every block's input the last layer keeps what the last block gives.
         last = stream * per_token + last_saved_bytes(flux, self.batch * self.num_image, self.batch, self.value_bytes)
         small_double, small_single = small_saved_bytes(flux, tokens, self.batch, self.value_bytes)
-        thin = self.trained.inner_bytes(self.batch, self.num_image, self.num_text, self.value_bytes)
-        if self.options.gradient_checkpointing:
-            saved = _part("saved block inputs", num_blocks * stream * per_token + last)
+        inputs = num_twice * stream * per_token
+        if self.offloads_inputs:
+            # Those on their way: two to main memory, and two that take turns in backward.
+            inputs = min(inputs, 4 * stream * per_token)
+        if self.modulates_outside:
+            inputs += self._modulation_vectors(num_twice)
+        if num_twice == num_blocks:
+            saved = _part("saved block inputs", inputs + last)
         else:
-            values = flux.depth * (stream + saved_double) + flux.depth_single_blocks * (stream + saved_single)
-            small = flux.depth * small_double + flux.depth_single_blocks * small_single + thin
-            saved = _part("saved activations", values * per_token + small + last)
+            # The first blocks are checkpointed, and the last are gone when backward comes to these.
+            num_double = max(flux.depth - num_twice, 0)
+            num_single = min(num_blocks - num_twice, flux.depth_single_blocks)
+            values = num_double * (stream + saved_double) + num_single * (stream + saved_single)
+            thin = self.trained.inner_bytes(
+                self.batch,
+                self.num_image,
+                self.num_text,
+                self.value_bytes,
+                double_share=num_double / max(flux.depth, 1),
+                single_share=num_single / max(flux.depth_single_blocks, 1),
+            )
+            small = num_double * small_double + num_single * small_single + thin
+            saved = _part("saved activations", inputs + values * per_token + small + last)
             one_block -= min(saved_double, saved_single)
             passing = self.trained.passing_all
         # Flash attention's backward sums the query's gradient in fp32, and keeps two numbers a head and token.
@@ -218,6 +255,7 @@ class Sums:
             _part("one block's activations and gradients", one_block * per_token),
             Part("attention workspace", attention),
             *self._scratch(),
+            *self._modulation_places(),
             Part("latents, noise, text and loss", latents + text + rotation, "activations"),
             *([Part("CLIP-L activations", self._clip_work(), "activations")] if self.trains_clip else []),
             *([Part("T5-XXL activations", self._t5_training_work(), "activations")] if self.trains_t5 else []),
@@ -231,7 +269,13 @@ class Sums:
         resident = self._resident(with_gradients=False)
         if self.caches_latents:  # waits in host memory between samples
             resident.append(self.autoencoder_weights())
-        return self._phase("sampling", resident, _part("activations of sampling and decoding", work), *self._scratch())
+        return self._phase(
+            "sampling",
+            resident,
+            _part("activations of sampling and decoding", work),
+            *self._scratch(),
+            *self._modulation_places(),
+        )
 
     def _phase(self, name: PhaseName, weights: list[Part], *work: Part) -> Phase:
         if name == "training" and not self.is_cpu:
@@ -251,8 +295,9 @@ class Sums:
             Part(
                 "Chroma weights" if isinstance(flux, ChromaParams) else "FLUX.1 weights",
                 self.counts.total * self.value_bytes
-                - saved_bytes(flux, self.storage, self.value_bytes)
-                - self.swapped_bytes,
+                - saved_bytes(flux, self.storage, self.value_bytes, with_modulation=not self.modulates_outside)
+                - self.swapped_bytes
+                - (modulation_bytes(flux, self.value_bytes)[0] if self.modulates_outside else 0),
                 "weights",
             ),
             Part("slots for swapped blocks", self._slot_bytes(), "weights"),
@@ -273,14 +318,61 @@ class Sums:
     @property
     def swapped_bytes(self) -> int:
         """Linear weights, with their scales, that live in host memory."""
-        double, single = block_bytes(self.flux, self.storage, self.value_bytes)
+        double, single = block_bytes(
+            self.flux, self.storage, self.value_bytes, with_modulation=not self.modulates_outside
+        )
         return self.num_double * double + self.num_single * single
 
     @property
     def slab_bytes(self) -> int:
         """What these weights take in host memory, each at its place in its block's slab."""
-        double, single = slab_bytes(self.flux, self.storage, self.value_bytes)
+        double, single = self._slabs()
         return self.num_double * double + self.num_single * single
+
+    def _slabs(self) -> tuple[int, int]:
+        return slab_bytes(self.flux, self.storage, self.value_bytes, with_modulation=not self.modulates_outside)
+
+    def host_modulation(self) -> list[Part]:
+        """What of the modulation weights is in main memory; the page-locked part through which they pass."""
+        if not self.modulates_outside:
+            return []
+        every, largest = modulation_bytes(self.flux, self.value_bytes)
+        # The published file is bf16; in another type than it has, its weights cannot be used as they are.
+        is_mapped = self.options.offload_modulation == "file" and self.options.mixed_precision == "bf16"
+        passing = 0 if self.is_cpu else 2 * power_of_two(largest)
+        return [Part("modulation weights", (0 if is_mapped else every) + passing, "weights")]
+
+    def host_inputs(self) -> list[Part]:
+        """The inputs of checkpointed blocks that wait in main memory; page-locked memory comes in powers of two."""
+        if not self.offloads_inputs:
+            return []
+        num_twice, one = (
+            num_checkpointed(self.flux, self.options),
+            self.batch * self.flux.hidden_size * self.stream_bytes,
+        )
+        num_double = min(num_twice, self.flux.depth)
+        double = power_of_two(one * self.num_image) + power_of_two(one * self.num_text)
+        single = power_of_two(one * (self.num_image + self.num_text))
+        return [Part("saved block inputs", num_double * double + (num_twice - num_double) * single, "activations")]
+
+    @property
+    def offloads_inputs(self) -> bool:
+        return self.options.cpu_offload_checkpointing and self.options.gradient_checkpointing and not self.is_cpu
+
+    def _modulation_vectors(self, num_twice: int) -> int:
+        """What is kept of modulations that are computed outside of checkpointed blocks: vectors and the LoRAs' insides."""
+        num_double = min(num_twice, self.flux.depth)
+        vectors = 14 * num_double + 4 * (num_twice - num_double)
+        is_all = num_twice == self.flux.depth + self.flux.depth_single_blocks
+        insides = self.trained.inner[3] if is_all else 0
+        return self.batch * (vectors * self.flux.hidden_size + insides) * self.value_bytes
+
+    def _modulation_places(self) -> list[Part]:
+        """Where modulation weights that are off the device are during their product."""
+        if not self.modulates_outside:
+            return []
+        count = 1 if self.is_cpu else NUM_MODULATION_PLACES
+        return [Part("places for modulation weights", count * modulation_bytes(self.flux, self.value_bytes)[1])]
 
     def cached_bytes(self, num_pictures: int) -> int:
         """Latents and texts of that many pictures that are kept in host memory; those on the disk are read as needed."""
@@ -293,7 +385,7 @@ class Sums:
 
     def _slot_bytes(self) -> int:
         """Blocks take turns in the slots, and each slot is as large as the largest block that ever uses it."""
-        double, single = slab_bytes(self.flux, self.storage, self.value_bytes)
+        double, single = self._slabs()
         swapped = [double] * self.num_double + [single] * self.num_single
         return sum(max(swapped[slot::NUM_SLOTS], default=0) for slot in range(NUM_SLOTS))
 

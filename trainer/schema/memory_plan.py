@@ -17,7 +17,7 @@ from typing import Final, get_args
 from trainer.schema.base import UserError
 from trainer.schema.calibration import Measurement
 from trainer.schema.checkpoint_header import autoencoder_params, clip_params, t5_params
-from trainer.schema.chroma_header import TransformerParams, read_transformer
+from trainer.schema.chroma_header import ChromaParams, TransformerParams, read_transformer
 from trainer.schema.dataset_file import read_dataset_config
 from trainer.schema.memory import (
     ASSUMED_PICTURES,
@@ -26,7 +26,17 @@ from trainer.schema.memory import (
     pick_blocks_to_swap,
     usable_bytes,
 )
-from trainer.schema.memory_phases import GIB, KINDS, Kind, Part, Phase, caches_latents, caches_text, gib_text
+from trainer.schema.memory_phases import (
+    GIB,
+    KINDS,
+    Kind,
+    Part,
+    Phase,
+    caches_latents,
+    caches_text,
+    gib_text,
+    num_checkpointed,
+)
 from trainer.schema.options import Options
 from trainer.schema.options_data import CHANGES_PIXELS, parse_resolution
 from trainer.schema.parameter_counts import PUBLISHED_CHROMA, PUBLISHED_DEV, OtherModels, usual_models
@@ -38,6 +48,8 @@ from trainer.schema.weight_files import read_weights
 DEFAULT_SIDE: Final = 1024
 HOST_RESERVE_BYTES: Final = 2 * GIB
 """Host memory that is left to the system and other programs."""
+_FASTER: Final = 0.99
+"""A lever beside a setting that fits already must bring so much to be worth naming."""
 _LOWER_SIDES: Final = (1024, 768, 512, 256)
 
 
@@ -174,7 +186,9 @@ def plan_for(
     return Plan(
         fits,
         choice,
-        tuple(sorted(others, key=lambda other: (other.step_seconds, other.estimate.host_peak_bytes))),
+        tuple(
+            sorted(others, key=lambda other: (other.step_seconds, len(other.changes), other.estimate.host_peak_bytes))
+        ),
         tuple(impossible),
         tuple(assumptions),
         vram_bytes,
@@ -223,16 +237,6 @@ def _sizes(
     if size is None and options.resolution is None:
         assumptions.append(f"no resolution is given: {DEFAULT_SIDE} pixels")
     return size or parse_resolution(options.resolution or DEFAULT_SIDE), batch_size or options.train_batch_size
-
-
-def _stored(options: Options, storage: Storage) -> dict[str, object]:
-    """The changes that store the base model so."""
-    changes: dict[str, object] = {"base_storage": None if storage == "compute" else storage}
-    if storage == "compute":
-        changes |= {name: False for name in ("fp8_base", "fp8_base_unet") if getattr(options, name)}
-        if options.base_storage is None:
-            del changes["base_storage"]
-    return changes
 
 
 def _bar(parts: tuple[Part, ...]) -> tuple[Segment, ...]:
@@ -310,9 +314,70 @@ class _Planner:
         found: list[Choice] = []
         for changes in self._harmless():
             choice = self.best(changes)
-            if changes and self.fits(choice.estimate):
+            fits = self.fits(choice.estimate)
+            if changes and fits:
                 found.append(choice)
+            for more in self._levers(changes, choice):
+                other = self.best({**changes, **more})
+                if self.fits(other.estimate) and not (fits and other.step_seconds > _FASTER * choice.step_seconds):
+                    found.append(other)
         return found
+
+    def _levers(self, changes: Mapping[str, object], choice: Choice) -> Iterator[Mapping[str, object]]:
+        """What to try beside `changes`, which lead to `choice`: more off the device, or fewer blocks computed twice."""
+        if self.vram_bytes is None:
+            return
+        options, _, _ = self._changed(changes)
+        fits = self.fits(choice.estimate)
+        if choice.blocks_to_swap or not fits:
+            more: dict[str, object] = {}
+            if options.gradient_checkpointing and not options.cpu_offload_checkpointing and options.device != "cpu":
+                more["cpu_offload_checkpointing"] = True
+                yield more
+            if self._may_map_modulation(options):
+                yield {"offload_modulation": "file"}
+                if more:
+                    yield {**more, "offload_modulation": "file"}
+        elif num_checkpointed(self.flux, options) and options.checkpoint_blocks is None and not options.torch_compile:
+            count = self._fewest_checkpointed(changes)
+            if 0 < count < num_checkpointed(self.flux, options):
+                yield {"checkpoint_blocks": count}
+
+    def _may_map_modulation(self, options: Options) -> bool:
+        return (
+            options.offload_modulation is None
+            and options.mixed_precision == "bf16"
+            and options.network_module != "lycoris.kohya"
+            and not options.base_weights
+            and not isinstance(self.flux, ChromaParams)
+            and options.device != "cpu"
+        )
+
+    def _fewest_checkpointed(self, changes: Mapping[str, object]) -> int:
+        """The smallest `checkpoint_blocks` that fits the card without swap. More checkpointing never needs more."""
+        options, (width, height), batch_size = self._changed(changes)
+
+        def fits(count: int) -> bool:
+            return self.fits(
+                estimate(
+                    self.flux,
+                    options.model_copy(update={"checkpoint_blocks": count}),
+                    width=width,
+                    height=height,
+                    batch_size=batch_size,
+                    models=self.models,
+                    blocks_to_swap=0,
+                    vram_bytes=self.vram_bytes,
+                    num_pictures=self.num_pictures,
+                    factor=self.factor,
+                )
+            )
+
+        first, last = 0, num_checkpointed(self.flux, options)
+        while first < last:
+            middle = (first + last) // 2
+            first, last = (first, middle) if fits(middle) else (middle + 1, last)
+        return first
 
     def smaller(self) -> list[Choice]:
         """For each lower resolution the fastest setting that fits; the highest resolution that has one comes alone."""
@@ -354,7 +419,7 @@ class _Planner:
             base["cache_latents"] = True
         if options.mixed_precision == "no":
             base["mixed_precision"] = "bf16"
-        given = stored_as(options)
+        given = stored_as(options, self.flux)
         may_store = options.network_module != "lycoris.kohya" and options.device != "cpu"
         for common, checkpointing in itertools.product(({}, base) if base else ({},), (False, True)):
             for storage in get_args(Storage) if may_store else (given,):
@@ -362,8 +427,19 @@ class _Planner:
                 if checkpointing != options.gradient_checkpointing:
                     changes["gradient_checkpointing"] = checkpointing
                 if storage != given:
-                    changes |= _stored(options, storage)
+                    changes |= self._stored(storage)
                 yield changes
+
+    def _stored(self, storage: Storage) -> dict[str, object]:
+        """The changes that store the base model so."""
+        options = self.options
+        free = options.model_copy(update={"base_storage": None, "fp8_base": False, "fp8_base_unet": False})
+        changes: dict[str, object] = {
+            "base_storage": None if storage == "compute" == stored_as(free, self.flux) else storage
+        }
+        if storage == "compute":
+            changes |= {name: False for name in ("fp8_base", "fp8_base_unet") if getattr(options, name)}
+        return {name: value for name, value in changes.items() if value != getattr(options, name)}
 
     def _changed(self, changes: Mapping[str, object]) -> tuple[Options, tuple[int, int], int]:
         options = self.options.model_copy(update=dict(changes))

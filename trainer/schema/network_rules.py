@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from trainer.schema.base import UserError
 from trainer.schema.lora_spec import LoraSpec, spec_from_network_args
+from trainer.schema.network_args import SWITCHED_ON
 
 if TYPE_CHECKING:
     from trainer.schema.options import Options
 
+_REFERENCE_SWITCHES = ("split_qkv", "train_t5xxl", "enable_all_linear", "verbose")
 _SELECTION = ("train_blocks", "train_double_block_indices", "train_single_block_indices", "in_dims", "network_reg_dims")
 
 
@@ -97,6 +99,10 @@ def _spec_contradictions(options: Options, spec: LoraSpec) -> Iterator[tuple[tup
 def network_advice(options: Options, explicit: frozenset[str]) -> Iterator[str]:
     """One line for each setting that has no effect, or trains badly."""
     yield from _given_twice(options)
+    for pair in options.network_args or ():
+        key, _, value = (piece.strip() for piece in pair.partition("="))
+        if key in _REFERENCE_SWITCHES and value != "True" and value.lower() in SWITCHED_ON:
+            yield f"{key}={value} of network_args switches it on; sd-scripts takes True alone, and leaves it off"
     spec = options_spec(options)
     if spec is None:
         return

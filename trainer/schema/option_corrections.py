@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from trainer.schema.idle_options import idle_options
 from trainer.schema.network_rules import network_advice
 from trainer.schema.optimizer_rules import optimizer_advice, optimizer_corrections
 from trainer.schema.option_rules import needs_huber_schedule
@@ -102,6 +103,13 @@ def option_advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
             yield "write_reference_caches writes no text: there is no such file for Chroma"
     if options.base_storage_cache is not None and stored_as(options) == "compute":
         yield "base_storage_cache has no effect: the model is stored as computed (base_storage, fp8_base)"
+    for name in ("checkpoint_blocks", "cpu_offload_checkpointing"):
+        if getattr(options, name) and not options.gradient_checkpointing:
+            yield f"{name} has no effect: gradient_checkpointing is off"
+    if options.offload_modulation is not None and options.model_type == "chroma":
+        yield "offload_modulation has no effect: Chroma's blocks have no modulation weights"
+    if "dynamo_backend" in explicit and not options.torch_compile and options.dynamo_backend != "no":
+        yield "dynamo_backend has no effect: torch_compile is not given"
     if options.model_type == "chroma" and options.guidance_scale != 0:
         yield f"guidance_scale is {options.guidance_scale:g}; Chroma was made with 0"
     if options.huggingface_repo_id is None:
@@ -122,5 +130,6 @@ def option_advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
                 yield f"{name} has no effect: log_with is not wandb"
     if options.log_with is None and options.logging_dir is None and (options.log_config or options.log_tracker_config):
         yield "log_config and log_tracker_config have no effect: there is no tracker (log_with, logging_dir)"
+    yield from idle_options(options, explicit)
     yield from network_advice(options, explicit)
     yield from optimizer_advice(options, explicit)

@@ -16,6 +16,7 @@ from trainer.schema.swap_counts import chosen_swap, max_blocks_to_swap
 
 # The published transformer's depth; a pruned one has less.
 _FLUX_DEPTH: Final = (19, 38)
+_COMPILERS: Final = ("eager", "aot_eager", "inductor")
 _MAX_NAME_BYTES: Final = 150
 """File systems take 255; step, time and the mark of an unfinished file come on top."""
 
@@ -93,6 +94,7 @@ def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tupl
             f"base_storage is {options.base_storage}, but {name} asks for fp8",
             "Leave one of the two out.",
         )
+    yield from _memory_contradictions(options)
     if options.min_bucket_reso > options.max_bucket_reso:
         yield (
             ("min_bucket_reso", "max_bucket_reso"),
@@ -120,6 +122,46 @@ def _contradictions(options: Options, explicit: frozenset[str]) -> Iterator[tupl
         )
     if options.output_name is not None and len(options.output_name.encode()) > _MAX_NAME_BYTES:
         yield ("output_name",), f"output_name must be at most {_MAX_NAME_BYTES} bytes long", "Give a shorter name."
+
+
+def _memory_contradictions(options: Options) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Those between the levers that trade memory for time."""
+    is_lycoris = options.network_module == "lycoris.kohya"
+    if options.offload_modulation is not None and is_lycoris:
+        yield (
+            ("offload_modulation", "network_module"),
+            "lycoris.kohya computes with the modulation weights itself, so that they must be on the device",
+            "Leave offload_modulation out.",
+        )
+    if options.offload_modulation == "file" and options.base_weights:
+        yield (
+            ("offload_modulation", "base_weights"),
+            "offload_modulation file reads the model's file in every step, in which base_weights are not merged",
+            "Use --offload_modulation=host.",
+        )
+    if compiles(options) and options.dynamo_backend not in _COMPILERS:
+        yield (
+            ("dynamo_backend", "torch_compile"),
+            f"dynamo_backend {options.dynamo_backend} cannot compile a training of blocks with LoRA",
+            "Use --dynamo_backend=inductor.",
+        )
+    if compiles(options) and is_lycoris:
+        yield (
+            ("torch_compile", "network_module"),
+            "torch_compile cannot compile lycoris.kohya",
+            "Leave one of the two out.",
+        )
+    swaps = options.blocks_to_swap == "auto" or chosen_swap(options.blocks_to_swap) > 0
+    if compiles(options) and swaps and (not options.gradient_checkpointing or options.checkpoint_blocks is not None):
+        yield (
+            ("torch_compile", "blocks_to_swap", "gradient_checkpointing", "checkpoint_blocks"),
+            "what torch_compile makes keeps a block's weights for its backward pass, and swapped blocks leave before it",
+            "Turn on gradient_checkpointing for all blocks, or swap none.",
+        )
+
+
+def compiles(options: Options) -> bool:
+    return options.torch_compile and options.dynamo_backend != "no"
 
 
 def needs_huber_schedule(options: Options) -> bool:

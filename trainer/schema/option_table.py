@@ -72,21 +72,6 @@ SAMPLERS: Final = (
     "k_dpm_2",
     "k_dpm_2_a",
 )
-DYNAMO_BACKENDS: Final = (
-    "eager",
-    "aot_eager",
-    "inductor",
-    "aot_ts_nvfuser",
-    "nvprims_nvfuser",
-    "cudagraphs",
-    "ofi",
-    "fx2trt",
-    "onnxrt",
-    "tensort",
-    "ipex",
-    "tvm",
-)
-
 NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
     {
         # Meaningless for FLUX, in the reference too.
@@ -160,15 +145,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "Read model files without mapping them into memory.",
             "how model files are read is chosen by the program",
         ),
-        "dynamo_backend": _inert(
-            "memory",
-            "What torch_compile compiles with.",
-            "it belongs to --torch_compile, which is not supported yet",
-            "text",
-            default="inductor",
-            # "no" is what kohya_ss writes into its files; the reference checks no choices there.
-            choices=(*DYNAMO_BACKENDS, "no"),
-        ),
         # Data.
         "cache_info": _inert(
             "dataset",
@@ -194,10 +170,6 @@ NOT_SUPPORTED: Final[Mapping[str, OptionStatus]] = MappingProxyType(
             "training always goes on with the batch at which it left off",
         ),
         # Hardware and number formats.
-        "torch_compile": _refused("memory", "Compile the model with torch.", "it is not supported yet; leave it out"),
-        "cpu_offload_checkpointing": _refused(
-            "memory", "Keep saved activations in main memory.", "it is not supported yet; use --blocks_to_swap"
-        ),
         "ddp_gradient_as_bucket_view": _inert("memory", "Save memory for gradients with several devices.", _DDP),
         "ddp_static_graph": _inert("memory", "Promise torch that every step uses the same layers.", _DDP),
         "deepspeed": _refused("devices", "Train with DeepSpeed.", _DEEPSPEED),

@@ -117,10 +117,11 @@ class MemoryOptions(OptionGroup):
         ),
     ] = False
     base_storage: Annotated[
-        Literal["fp8", "int8", "nf4"] | None,
+        Literal["compute", "fp8", "int8", "nf4"] | None,
         Opt(
             "Store the frozen transformer's blocks in fewer bits: fp8 and int8 halve them, nf4 makes them a quarter. "
-            "Empty: as computed.",
+            "Empty: an fp8 file stays as it is, everything else is stored in the type that is computed in; compute: that "
+            "for fp8 files, too, which takes twice their memory and is a little faster.",
             "Storage of the model",
             "basic",
         ),
@@ -147,6 +148,58 @@ class MemoryOptions(OptionGroup):
     gradient_checkpointing: Annotated[
         bool, Opt("Compute activations twice instead of keeping them: slower, much less memory.", "Save activations")
     ] = False
+    checkpoint_blocks: Annotated[
+        Annotated[int, Field(ge=0)] | None,
+        Opt(
+            "With gradient_checkpointing, so many blocks compute their activations twice; the others keep them. Empty: all.",
+            "Blocks that save activations",
+            "advanced",
+            "blocks",
+        ),
+    ] = None
+    cpu_offload_checkpointing: Annotated[
+        bool,
+        Opt(
+            "With gradient_checkpointing, keep what each block is given in main memory until it is needed.",
+            "Saved activations in main memory",
+            "advanced",
+        ),
+    ] = False
+    offload_modulation: Annotated[
+        Literal["host", "file"] | None,
+        Opt(
+            "Keep the modulation weights, a quarter of FLUX.1, off the device and bring each once a step: from main memory "
+            "(host), or from the model's file, which takes no memory (file). Empty: they stay with their blocks.",
+            "Modulation off the device",
+            "advanced",
+        ),
+    ] = None
+    torch_compile: Annotated[
+        bool,
+        Opt("Compile each block with torch: faster steps after a start that takes minutes.", "Compile", "advanced"),
+    ] = False
+    dynamo_backend: Annotated[
+        Literal[
+            "eager",
+            "aot_eager",
+            "inductor",
+            "aot_ts_nvfuser",
+            "nvprims_nvfuser",
+            "cudagraphs",
+            "ofi",
+            "fx2trt",
+            "onnxrt",
+            "tensort",
+            "ipex",
+            "tvm",
+            "no",
+        ],
+        Opt(
+            "What torch_compile compiles with: inductor makes kernels, eager and aot_eager find faults.",
+            "Compiler",
+            "expert",
+        ),
+    ] = "inductor"
     blocks_to_swap: Annotated[
         Annotated[int, Field(ge=0)] | Literal["auto"] | None,
         Opt(

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from trainer.schema.chroma_header import TransformerParams
-from trainer.schema.memory_phases import NUM_SLOTS, text_length
+from trainer.schema.memory_phases import NUM_SLOTS, modulates_outside, num_checkpointed, text_length
 from trainer.schema.parameter_counts import mlp_size
-from trainer.schema.storage import Storage, block_bytes, stored_as
+from trainer.schema.storage import Storage, block_bytes, modulation_bytes, stored_as
 from trainer.schema.swap_counts import split_swap
 
 if TYPE_CHECKING:
@@ -79,10 +79,10 @@ def forward_flops(flux: TransformerParams, num_image: int, num_text: int, batch_
 
 
 def step_transfer_bytes(
-    flux: TransformerParams, blocks_to_swap: int, storage: Storage, value_bytes: int
+    flux: TransformerParams, blocks_to_swap: int, storage: Storage, value_bytes: int, *, with_modulation: bool = True
 ) -> tuple[int, int]:
     """Bytes that come to the device for a forward and for a backward pass of one micro-step."""
-    double, single = block_bytes(flux, storage, value_bytes)
+    double, single = block_bytes(flux, storage, value_bytes, with_modulation=with_modulation)
     num_double, num_single = split_swap(blocks_to_swap)
     sizes = [double] * num_double + [single] * num_single
     return sum(sizes[NUM_SLOTS:]), sum(sizes[:-NUM_SLOTS])
@@ -113,14 +113,24 @@ def step_time(
     is_fp32 = options.mixed_precision == "no"
     linear, attention = forward_flops(flux, (width // 16) * (height // 16), text_length(flux, options), batch_size)
     forward, backward = linear + attention, linear + 2.5 * attention
-    if options.gradient_checkpointing:
-        backward += forward
-    storage, value_bytes = stored_as(options), 4 if is_fp32 else 2
-    to_forward, to_backward = step_transfer_bytes(flux, blocks_to_swap, storage, value_bytes)
+    # All blocks have the same work, double or single.
+    num_twice = num_checkpointed(flux, options)
+    share_twice = num_twice / (flux.depth + flux.depth_single_blocks)
+    backward += share_twice * forward
+    storage, value_bytes = stored_as(options, flux), 4 if is_fp32 else 2
+    outside = modulates_outside(flux, options)
+    to_forward, to_backward = step_transfer_bytes(
+        flux, blocks_to_swap, storage, value_bytes, with_modulation=not outside
+    )
+    if outside:
+        to_forward += modulation_bytes(flux, value_bytes)[0]
+    if options.cpu_offload_checkpointing:
+        tokens = batch_size * ((width // 16) * (height // 16) + text_length(flux, options))
+        to_backward += num_twice * tokens * flux.hidden_size * value_bytes
     flops = rates.flops * PRACTICAL_SHARE * (FP32_SHARE if is_fp32 else 1)
     dense = dense_traffic_bytes(flux, storage, value_bytes) / rates.memory_bytes
     forward_seconds = forward / flops + dense
-    backward_seconds = backward / flops + dense * (2 if options.gradient_checkpointing else 1)
+    backward_seconds = backward / flops + dense * (1 + share_twice)
     return StepTime(
         forward,
         backward,

@@ -14,6 +14,7 @@ conversion of the older layout in its utils.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ _REFUSED_SUFFIXES: Final[Mapping[str, str]] = {
     ".weight_scale_inv": "fp8 with block scales",
 }
 _USE_OTHER: Final = "Use the bf16, fp16, plain fp8 or scaled fp8 file."
+_FP8_TYPES: Final = {"F8_E4M3", "F8_E5M2"}
+_BLOCK_WEIGHT: Final = re.compile(r"(?:^|[._])blocks\.\d+\..*\.weight$")
+_MODULATION_WEIGHT: Final = re.compile(r"\.(?:(?:img_|txt_)?mod(?:ulation)?\.lin|norm1?(?:_context)?\.linear)\.weight$")
 _MAX_QUANT_BYTES: Final = 4096
 
 
@@ -53,6 +57,19 @@ class Scale:
 def is_side_tensor(name: str) -> bool:
     """Whether a tensor belongs to the storage of another one rather than to the model."""
     return name.endswith(_SIDE_SUFFIXES) or name.rpartition(".")[2] == MARKER
+
+
+def fp8_parts(header: Header) -> tuple[bool, bool]:
+    """Whether a transformer's file has the Linears of all blocks in one type of fp8, and whether their modulation, too."""
+    scales = stored_scales(header)
+    linears: set[str] = set()
+    modulation: set[str] = set()
+    for name, info in header.tensors.items():
+        if len(info.shape) == 2 and _BLOCK_WEIGHT.search(name):
+            read_as = scales[name].read_as if name in scales else info.dtype
+            (modulation if _MODULATION_WEIGHT.search(name) else linears).add(read_as)
+    are_fp8 = len(linears) == 1 and linears <= _FP8_TYPES
+    return are_fp8, are_fp8 and modulation == linears
 
 
 def stored_scales(header: Header) -> dict[str, Scale]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, Literal
 
 from trainer.schema.chroma_header import TransformerParams
-from trainer.schema.storage import NF4_BLOCK, NF4_SCALE_BYTES, SCALE_BYTES, Shape, Storage, kept_shapes, stored_shapes
+from trainer.schema.storage import NF4_BLOCK, NF4_SCALE_BYTES, SCALE_BYTES, Shape, Storage, block_shapes
 
 ALIGNMENT: Final = 256
 """Bytes; where each tensor begins in a slab and in a slot."""
@@ -33,7 +33,9 @@ def max_blocks_to_swap(depth: int, depth_single_blocks: int) -> int:
     return count
 
 
-def slab_bytes(flux: TransformerParams, storage: Storage, value_bytes: int) -> tuple[int, int]:
+def slab_bytes(
+    flux: TransformerParams, storage: Storage, value_bytes: int, *, with_modulation: bool = True
+) -> tuple[int, int]:
     """What the Linear weights and scales of a double and of a single block take in a slab or a slot."""
 
     def tensors(shape: Shape) -> tuple[int, ...]:
@@ -47,7 +49,7 @@ def slab_bytes(flux: TransformerParams, storage: Storage, value_bytes: int) -> t
     double, single = (
         sum(aligned(size) for shape in stored for size in tensors(shape))
         + sum(aligned(rows * columns * value_bytes) for rows, columns in kept)
-        for stored, kept in zip(stored_shapes(flux), kept_shapes(flux), strict=True)
+        for stored, kept in block_shapes(flux, storage, with_modulation=with_modulation)
     )
     return double, single
 

@@ -61,11 +61,20 @@ class Trained:
     """Values that all downs together give for a token of the image's stream, of the text's, of both in the single blocks,
     and for a sample."""
 
-    def inner_bytes(self, batch: int, num_image: int, num_text: int, value_bytes: int) -> int:
-        """What autograd keeps of the LoRAs' thin insides, without checkpointing."""
+    def inner_bytes(
+        self,
+        batch: int,
+        num_image: int,
+        num_text: int,
+        value_bytes: int,
+        *,
+        double_share: float = 1.0,
+        single_share: float = 1.0,
+    ) -> int:
+        """What autograd keeps of the LoRAs' thin insides in the double and single blocks that are not checkpointed."""
         image, text, joint, sample = self.inner
-        per_sample = image * num_image + text * num_text + joint * (num_image + num_text) + sample
-        return batch * per_sample * value_bytes
+        double, single = image * num_image + text * num_text, joint * (num_image + num_text)
+        return round(batch * (double_share * double + single_share * single + sample) * value_bytes)
 
     @property
     def total(self) -> int:

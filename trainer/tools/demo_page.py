@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from trainer.tools.demo_pictures import NUM_EMBLEMS, NUM_OTHERS, emblem_files, make_demo_pictures, other_files
-from trainer.tools.demo_report import PROGRAM, DemoReport, demo_lora, measure_demo, run_demo
-from trainer.tools.tiny_models import DEMO_PROMPTS, PICTURES_SEED, TRAINED_FILES
+from trainer.tools.demo_report import PROGRAM, DemoReport, bundle_megabytes, demo_lora, measure_demo, run_demo
+from trainer.tools.tiny_models import DEMO_PROMPTS, PICTURES_SEED
 from trainer.tools.world import TRIGGER
 from trainer.tools.world_measure import Pixels
 
@@ -64,9 +64,17 @@ def samples_by_moment(folder: Path) -> dict[str, list[Pixels]]:
     """The run's sample pictures in the order of the prompts, under the moment at which they were made."""
     moments: dict[str, list[Pixels]] = {}
     for path in sorted(folder.glob("*.png"), key=lambda path: ("_e" in path.name, path.name)):
-        epoch = re.search(r"_e(\d{6})_", path.name)
-        moments.setdefault("before" if epoch is None else f"epoch {int(epoch[1])}", []).append(read(path))
+        moments.setdefault(_moment(path.name), []).append(read(path))
     return moments
+
+
+def _moment(name: str) -> str:
+    """What a sample's name says of when it was made: "before", "step 7" for one on request, "epoch 4"."""
+    found = re.search(r"_(e?)(\d{6})_\d{2}_", name)
+    if found is None:
+        raise ValueError(f"{name} is no name of a sample")
+    number = int(found[2])
+    return f"epoch {number}" if found[1] else f"step {number}" if number else "before"
 
 
 def read(path: Path) -> Pixels:
@@ -91,14 +99,13 @@ def save_sheet(path: Path, rows: list[list[Pixels]], *, enlarged: int) -> None:
 def page_text(moments: Sequence[str], report: DemoReport, seconds: float, num_samples: int) -> str:
     prompts = "\n".join(f"{number}. `{prompt}`" for number, prompt in enumerate(DEMO_PROMPTS, 1))
     before, after = report.before, report.after
-    megabytes = sum(path.stat().st_size for path in TRAINED_FILES.rglob("*") if path.is_file()) / 1e6
     return f"""# The demo
 
 <!-- Written by `python -m trainer.tools.demo_page`; change that file, not this one. -->
 
 The program comes with a small FLUX.1 that was really trained: a transformer of 2.4 million parameters in the dev
 structure, an autoencoder with 16 channels, CLIP-L and T5 of the right build, all in the published file formats,
-{megabytes:.0f} MB together. It draws one coloured shape before a background, as its caption says. It has never seen the
+{bundle_megabytes():.0f} MB together. It draws one coloured shape before a background, as its caption says. It has never seen the
 emblem that {NUM_EMBLEMS} of the demo's pictures show, nor the word `{TRIGGER}` that their captions call it by. On
 {NUM_OTHERS} ordinary pictures beside them the LoRA is held to what the model draws without it (`diff_output_preservation`):
 
@@ -126,6 +133,7 @@ combinations of shape, colour and background the base never saw:
 | right colour, without the trigger word | {before.others.colour:.1%} | {after.others.colour:.1%} |
 | right shape, without it | {before.others.shape:.1%} | {after.others.shape:.1%} |
 | right background, without it | {before.others.background:.1%} | {after.others.background:.1%} |
+| all three of these in one picture | {before.others.everything:.1%} | {after.others.everything:.1%} |
 | loss on pictures of the emblem that were not trained on | {before.loss:.3f} | {after.loss:.3f} |
 
 The autoencoder gives held-out pictures back with {report.psnr:.1f} dB PSNR.
@@ -134,7 +142,7 @@ The autoencoder gives held-out pictures back with {report.psnr:.1f} dB PSNR.
 
 trains the demo and prints these measures; `tests/learning` asserts them, and that trainings which are broken on purpose
 do not pass: a target of the wrong sign, a LoRA of scale 0, the captions of other pictures. The families of options (OFT,
-DoRA, storage in fp8 and nf4, schedule-free and so on) are trained one by one on request:
+DoRA, storage in fp8 and nf4, masks, schedule-free and so on) are trained one by one on request:
 `python run.py test -m learning_slow`.
 
 ## Training the small models anew

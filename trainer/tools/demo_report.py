@@ -88,12 +88,18 @@ class DemoReport:
     def lines(self) -> list[str]:
         """For the console."""
         return [
+            f"files of the models: {bundle_megabytes():.1f} MB",
             f"autoencoder: PSNR {self.psnr:.1f} dB on held-out pictures",
             *_lines("before", self.before),
             *_lines("after", self.after),
             f"LoRA at strength 0 against the base: {self.strength_0:g}",
             f"LoRA merged against applied: {self.merged:.2g}, where the LoRA itself makes {self.effect:.2g}",
         ]
+
+
+def bundle_megabytes() -> float:
+    """Size of all model and tokenizer files that come with the program, in 10**6 bytes."""
+    return sum(path.stat().st_size for path in TRAINED_FILES.rglob("*") if path.is_file()) / 1e6
 
 
 def _lines(name: str, state: State) -> list[str]:

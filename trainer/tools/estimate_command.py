@@ -166,8 +166,15 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
 
 
 def _choice_line(choice: Choice) -> str:
-    settings = " ".join(f"--{name}={shown(value)}" for name, value in choice.changes.items())
+    settings = " ".join(_setting(name, value) for name, value in choice.changes.items())
     return (
         f"{settings}: {gib_text(choice.estimate.peak_bytes)} + {gib_text(choice.estimate.host_peak_bytes)} of main "
         f"memory, {choice.step_time_ratio:.2f} times the step time of these options without swap"
     )
+
+
+def _setting(name: str, value: object) -> str:
+    """As it is typed: a switch takes no value, and what is not to be given is named."""
+    if value is None or value is False:
+        return f"(without --{name})"
+    return f"--{name}" if value is True else f"--{name}={shown(value)}"

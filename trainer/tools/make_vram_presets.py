@@ -10,6 +10,7 @@ file. Makes the same bytes each time, so that a test can compare.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ def pick(card: Card) -> tuple[Plan, Choice]:
     options = card_options(card)
     plan = plan_for(options, card.vram_gb * GIB, card.ram_gb * GIB)
     fitting = [*([plan.choice] if plan.fits else []), *plan.alternatives]
+    # A preset is for machines of which nobody knows how fast their disks are.
+    fitting = [choice for choice in fitting if choice.changes.get("offload_modulation") != "file"] or fitting
     best: Choice | None = None
     for storage in _STORAGES:
         stored = [choice for choice in fitting if _storage(options, choice) == storage]
@@ -105,6 +108,11 @@ def preset_text(card: Card) -> str:
     storage, estimate = _storage(options, choice), choice.estimate
     largest = max_blocks_to_swap(19, 38)
     where = "no block swapped" if not choice.blocks_to_swap else f"{choice.blocks_to_swap} of {largest} blocks swapped"
+    levers = "".join(
+        f"{name} = {json.dumps(choice.changes[name])}\n"
+        for name in ("checkpoint_blocks", "cpu_offload_checkpointing", "offload_modulation")
+        if name in choice.changes
+    )
     storage_line = "" if storage == "compute" else f'base_storage = "{storage}"\n'
     return f"""\
 # Made by `python -m trainer.tools.make_vram_presets` from the memory estimate, not by hand.
@@ -121,7 +129,7 @@ vram_gb = {card.vram_gb}
 [options]
 mixed_precision = "bf16"
 {storage_line}gradient_checkpointing = {str(checkpointing).lower()}
-cache_latents = true
+{levers}cache_latents = true
 cache_text_encoder_outputs = true
 optimizer_type = "AdamW8bit"
 blocks_to_swap = {choice.blocks_to_swap}

@@ -8,160 +8,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
 from typing import Literal
 
 import psutil
 import torch
 from torch import Tensor, nn
 
-from trainer.schema.base import UserError
+from trainer.train.duties import Duties
+from trainer.train.gradient_sync import GradientSync, Wishes
 from trainer.train.learning_rate import LearningRateSchedule
 from trainer.train.level_losses import LevelLosses
-from trainer.train.optim import final_weights, found_rates, group_rates
+from trainer.train.mean_loss import MeanLoss
+from trainer.train.micro_batch import MicroBatch, NumbersLost
+from trainer.train.optim import found_rates, group_rates
 from trainer.train.optimizer_step import OptimizerStep
-from trainer.train.progress import DUTIES, Duty, Progress
+from trainer.train.progress import Progress
 from trainer.train.reporting import Reporter, StopRequested
-
-MicroBatch = Callable[[torch.Generator], Tensor]
-"""Gives the loss of one micro-batch; everything random comes from the generator and torch's own."""
-
-
-SaveKind = Literal["step", "epoch", "moment"]
-"""When a state is saved: with a step's or an epoch's LoRA, or because one is due by the clock."""
+from trainer.train.step_position import LoopSettings, SaveKind, StepPosition, step_generator
 
 MAX_SKIPPED_STEPS = 24
 """Steps in a row that may fall out because gradients leave fp16's range; each halves the loss scale."""
 
 _BYTES_POLL_STEPS = 10
 """Host memory is read every this many steps; reading it costs a system call."""
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """How long, how often. Steps are optimizer steps; `num_micro_steps` is the accumulation."""
-
-    num_steps: int
-    num_epochs: int
-    micro_steps_per_epoch: int
-    num_micro_steps: int
-    max_grad_norm: float
-    seed: int
-    save_every_n_steps: int | None
-    save_every_n_epochs: int | None
-    sample_every_n_steps: int | None
-    sample_every_n_epochs: int | None
-    sample_at_first: bool
-    validate_every_n_steps: int | None = None
-    validate_every_n_epochs: int | None = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.micro_steps_per_epoch / self.num_micro_steps)
-
-    def position_after(self, step: int) -> StepPosition:
-        """Where a run is when `step` optimizer steps are done: still in the epoch that the last one belongs to."""
-        return StepPosition(step, max(1, math.ceil(step / self.steps_per_epoch)))
-
-
-@dataclass(frozen=True)
-class StepPosition:
-    """Where the run is after a step: `step` optimizer steps done, in `epoch` (1-based)."""
-
-    step: int
-    epoch: int
-
-
-def step_generator(seed: int, step: int, micro_step: int, rank: int) -> torch.Generator:
-    """The host generator of one micro-step: a function of its position, so resuming needs no stored state.
-
-    Different on every rank, unlike the reference, where all ranks draw the same noise.
-    """
-    mixed = (seed * 1_000_003 + step * 8_191 + micro_step * 127 + rank * 31_337 + 0x5EED) % (2**63)
-    return torch.Generator().manual_seed(mixed)
-
-
-class NumbersLost(UserError):
-    """A loss or a gradient is no number. The weights are still those of `position`, the last whole step.
-
-    `micro_batch` with `generator` is what was computed; of several micro-steps the first whose loss is no number.
-    """
-
-    def __init__(
-        self, what: str, *, position: StepPosition, micro_batch: MicroBatch, generator: torch.Generator
-    ) -> None:
-        super().__init__(
-            what, hint="Lower learning_rate, or train with mixed_precision bf16. The weights are left as they were."
-        )
-        self.position = position
-        self.micro_batch = micro_batch
-        self.generator = generator
-
-
-class MeanLoss:
-    """The reference's `loss/average`: the mean over the last epoch's worth of steps, kept in constant time."""
-
-    def __init__(self, window: int, values: Sequence[float] = (), total: float | None = None) -> None:
-        """`values` are earlier losses, `total` their sum as it was kept: its last digits depend on those before them."""
-        self._values: deque[float] = deque(values, maxlen=max(window, 1))
-        self._sum = total if total is not None and len(self._values) == len(values) else math.fsum(self._values)
-
-    @property
-    def values(self) -> tuple[float, ...]:
-        return tuple(self._values)
-
-    @property
-    def total(self) -> float:
-        return self._sum
-
-    @property
-    def value(self) -> float:
-        """The mean so far; NaN before the first step."""
-        return self._sum / len(self._values) if self._values else math.nan
-
-    def add(self, value: float) -> float:
-        if len(self._values) == self._values.maxlen:
-            self._sum -= self._values[0]
-        self._values.append(value)
-        self._sum += value
-        return self.value
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What is asked for after the step in progress, by commands, signals and clocks, which only some ranks have."""
-
-    stop: bool = False
-    save: bool = False
-    sample: bool = False
-    state: bool = False
-
-
-class GradientSync:
-    """Averages gradients over processes in one flat reduction; does nothing in a single process.
-
-    `reduce` is accelerate's mean reduction of one tensor. The wishes travel along, so that every rank does the same
-    after the same step: what one wishes, all do.
-    """
-
-    def __init__(self, reduce: Callable[[Tensor], Tensor], num_processes: int) -> None:
-        self._reduce = reduce
-        self.num_processes = num_processes
-
-    def __call__(self, parameters: Sequence[nn.Parameter], wishes: Wishes) -> Wishes:
-        if self.num_processes == 1:
-            return wishes
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flags = torch.tensor([float(flag) for flag in astuple(wishes)], device=gradients[0].device)
-        flat = self._reduce(torch.cat([flags, *(g.detach().float().reshape(-1) for g in gradients)]))
-        offset = len(flags)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            count = gradient.numel()
-            parameter.grad = flat[offset : offset + count].view_as(gradient).to(gradient.dtype)
-            offset += count
-        return Wishes(*(share > 0 for share in flat[: len(flags)].tolist()))
 
 
 class TrainingLoop:
@@ -189,7 +59,7 @@ class TrainingLoop:
         peak_bytes: Callable[[], int],
         validate: Callable[[], float] | None = None,
         inspect_gradients: Callable[[int], None] | None = None,
-        before_step: Callable[[], None] = lambda: None,
+        before_step: Callable[[], Mapping[str, float]] = dict[str, float],
         after_step: Callable[[], Mapping[str, float]] = dict,
         start: Progress | None = None,
         save_state: Callable[[Progress, SaveKind], None] = lambda _progress, _kind: None,
@@ -215,23 +85,33 @@ class TrainingLoop:
         self._reporter = reporter
         self._rank = rank
         self._micro_batches = micro_batches
-        self._save = save
-        self._sample = sample
         self._peak_bytes = peak_bytes
-        self._validate = validate
-        self._validated: tuple[int, float] | None = None
         self._inspect_gradients = inspect_gradients
         start = start or Progress()
-        self._save_state = save_state
         self._state_is_due = state_is_due
         self._level_losses = level_losses or LevelLosses()
         self._make_room = make_room
         self._optimizer_step = OptimizerStep(optimizer, scaler, self._parameters, make_room)
-        self._wishes = Wishes()
-        self._num_duties_done = start.num_duties_done
         self._num_skipped_in_a_row = start.num_skipped_in_a_row
         self._average = MeanLoss(settings.steps_per_epoch, start.losses, start.loss_sum)
         self._position = settings.position_after(start.step)
+        self._duties = Duties(
+            settings,
+            self._position,
+            num_done=start.num_duties_done,
+            network=network,
+            optimizer=optimizer,
+            schedule=schedule,
+            num_processes=sync.num_processes,
+            reporter=reporter,
+            average=self._average,
+            progress=lambda: self.progress,
+            save=save,
+            sample=sample,
+            validate=validate,
+            save_state=save_state,
+            make_room=make_room,
+        )
         self._host_bytes = 0
         self._process = psutil.Process()
 
@@ -240,7 +120,7 @@ class TrainingLoop:
         """How far the loop has come by now."""
         return Progress(
             step=self._position.step,
-            num_duties_done=self._num_duties_done,
+            num_duties_done=self._duties.num_done,
             losses=self._average.values,
             loss_sum=self._average.total,
             num_skipped_in_a_row=self._num_skipped_in_a_row,
@@ -258,10 +138,12 @@ class TrainingLoop:
         first = self._position.step
         self._reporter.start_training(settings.num_steps, first)
         if settings.sample_at_first and first == 0:
-            self._sample_now(is_epoch_end=False)
+            self._duties.sample_before_training()
         if first > 0:
             # What an interrupted run had still to do after its last step.
-            self._do_duties(is_epoch_end=first % settings.steps_per_epoch == 0 or first >= settings.num_steps)
+            self._duties.do(
+                self._position, is_epoch_end=first % settings.steps_per_epoch == 0 or first >= settings.num_steps
+            )
         while self._position.step < settings.num_steps:
             before = self._position.step
             epoch = before // settings.steps_per_epoch + 1
@@ -270,7 +152,7 @@ class TrainingLoop:
                 if stopped:
                     return self._position, True
                 is_last = position.step >= settings.num_steps
-                self._do_duties(is_epoch_end=is_last or position.step % settings.steps_per_epoch == 0)
+                self._duties.do(position, is_epoch_end=is_last or position.step % settings.steps_per_epoch == 0)
                 if is_last:
                     break
             if self._position.step == before:
@@ -347,7 +229,7 @@ class TrainingLoop:
         self._scaler.unscale_(self._optimizer)
         reporter = self._reporter
         wishes = Wishes(stop, reporter.take_save_request(), reporter.take_sample_request(), self._state_is_due())
-        self._wishes = self._sync(self._parameters, wishes)
+        self._duties.wishes = self._sync(self._parameters, wishes)
         if self._inspect_gradients is not None:
             self._inspect_gradients(position.step)
         limit = self._settings.max_grad_norm
@@ -359,19 +241,19 @@ class TrainingLoop:
         more: Mapping[str, float] = {}
         if math.isfinite(norm):
             self._num_skipped_in_a_row = 0
-            self._before_step()
+            measured = self._before_step()
             self._optimizer_step()
             self._scaler.update()
-            more = self._after_weights()
+            more = {**measured, **self._after_weights()}
         else:
             self._skip(position)
         rates = group_rates(self._optimizer)
         more = {**more, **self._rate_scalars(rates)}
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._num_duties_done = 0
+        self._duties.num_done = 0
         self._report(position, loss, levels, norm, rates, started, paused, more)
-        return self._wishes.stop
+        return self._duties.wishes.stop
 
     def _may_skip(self) -> bool:
         """Whether gradients that are no numbers may only mean that the loss scale is too large for fp16."""
@@ -447,106 +329,3 @@ class TrainingLoop:
                 scalars[f"{prefix}{name}"] = value
                 scalars[f"{prefix}group{index}"] = value
         return scalars
-
-    def _do_duties(self, *, is_epoch_end: bool) -> None:
-        """Does what falls due after the step and is not done yet, in the order of `DUTIES`."""
-        for number, duty in enumerate(DUTIES):
-            if number < self._num_duties_done:
-                continue
-            if duty.startswith("step") or is_epoch_end:
-                self._do_duty(duty, number + 1)
-            self._num_duties_done = number + 1
-        self._wishes = Wishes()
-
-    def _do_duty(self, duty: Duty, num_done: int) -> None:
-        settings, position = self._settings, self._position
-        match duty:
-            case "step save":
-                every = settings.save_every_n_steps
-                is_due = self._wishes.save or bool(every and position.step % every == 0)
-                if is_due:
-                    self._save_now("step")
-                # A state says that what is saved along with it is done: who resumes from it goes on behind it.
-                self._num_duties_done = num_done
-                if is_due or self._wishes.state:
-                    self._save_state_now("step" if is_due else "moment")
-            case "step validation":
-                every = settings.validate_every_n_steps
-                if self._validate is not None and every and position.step % every == 0:
-                    self._validate_now(self._validate, is_epoch_end=False)
-            case "step sample":
-                every = settings.sample_every_n_steps if settings.sample_every_n_epochs is None else None
-                if self._wishes.sample or (every is not None and position.step % every == 0):
-                    self._sample_now(is_epoch_end=False)
-            case "epoch validation":
-                self._reporter.epoch(position.epoch, mean_loss=self._average.value)
-                if self._validate is None:
-                    self._schedule.observe(self._average.value)
-                elif position.epoch % (settings.validate_every_n_epochs or 1) == 0:
-                    self._validate_now(self._validate, is_epoch_end=True)
-            case "epoch save":
-                every = settings.save_every_n_epochs
-                if every and position.epoch % every == 0 and position.epoch < settings.num_epochs:
-                    self._save_now("epoch")
-                    self._num_duties_done = num_done
-                    self._save_state_now("epoch")
-            case "epoch sample":
-                every = settings.sample_every_n_epochs
-                if every and position.epoch % every == 0:
-                    self._sample_now(is_epoch_end=True)
-
-    def _save_state_now(self, kind: SaveKind) -> None:
-        try:
-            self._save_state(self.progress, kind)
-        except UserError as error:
-            self._reporter.warning(f"no state was saved: {error}")
-
-    def _save_now(self, kind: Literal["step", "epoch"]) -> None:
-        try:
-            with final_weights(self._optimizer):
-                self._save(self._position, kind)
-        except UserError as error:
-            # Space can be made while training goes on; ending here would lose the work since the last save.
-            self._reporter.warning(f"nothing was saved: {error}")
-        self._reporter.phase("training")
-
-    def _validate_now(self, validate: Callable[[], float], *, is_epoch_end: bool) -> None:
-        """Takes the validation loss, once for a step that ends an epoch as well."""
-        step = self._position.step
-        if self._validated is None or self._validated[0] != step:
-            with final_weights(self._optimizer):
-                self._validated = (step, self._in_room(validate))
-            self._network.train()
-            self._schedule.observe(self._validated[1])
-            self._reporter.phase("training")
-        self._reporter.validation(
-            step=step,
-            epoch=self._position.epoch,
-            loss=self._validated[1],
-            train_loss=self._average.value,
-            is_epoch_end=is_epoch_end,
-        )
-
-    def _in_room(self, validate: Callable[[], float]) -> float:
-        """The validation loss, taken again with more room where memory runs out."""
-        while True:
-            try:
-                return validate()
-            except torch.OutOfMemoryError as error:
-                if self._make_room is None:
-                    raise
-                reason = str(error)
-            self._make_room("the validation", reason)
-
-    def _sample_now(self, *, is_epoch_end: bool) -> None:
-        try:
-            with final_weights(self._optimizer):
-                self._sample(self._position, is_epoch_end)
-        except UserError as error:
-            self._reporter.warning(f"no sample was made: {error}")
-        except StopRequested:
-            # Only the main process samples; the others learn of the stop when gradients are averaged next.
-            if self._sync.num_processes == 1:
-                raise
-        self._network.train()
-        self._reporter.phase("training")

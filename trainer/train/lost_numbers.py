@@ -14,7 +14,7 @@ from trainer.schema.base import UserError
 from trainer.schema.options import Options
 from trainer.train.checkpoint import checkpoint_name
 from trainer.train.engine import Engine
-from trainer.train.loop import NumbersLost
+from trainer.train.micro_batch import NumbersLost
 from trainer.train.objective import FlowBatch
 from trainer.train.planned_batches import PlannedBatch
 from trainer.train.recording import write_recording

@@ -15,12 +15,19 @@ from trainer.lora.lora_file import read_lora_file
 from trainer.lora.lycoris import AnyNetwork, LycorisNetwork
 from trainer.lora.network import LoraNetwork
 from trainer.lora.targets import settings_without_layers
+from trainer.model.compiled import compile_blocks
+from trainer.model.host_linear import count_mapped
+from trainer.model.joint import run_again_in_backward
 from trainer.model.storage_cache import StorageCache
 from trainer.model.transformer import Transformer, load_transformer
+from trainer.model.weights import ModulationOnHost
+from trainer.offload.activations import OffloadedCheckpoint
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
+from trainer.offload.courier import make_courier
 from trainer.offload.mover import make_mover
 from trainer.schema.chroma_header import TransformerParams
 from trainer.schema.lora_spec import LoraSpec
+from trainer.schema.option_rules import compiles
 from trainer.schema.options import Options
 from trainer.schema.storage import stored_as
 from trainer.schema.swap_counts import chosen_swap
@@ -33,9 +40,18 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine, tell: 
     """The transformer on the device, except what will be swapped, which never stays there. `tell` gets notes."""
     if options.pretrained_model_name_or_path is None:
         raise AssertionError("the checks demand the model")
-    storage = stored_as(options)
+    storage = stored_as(options, flux)
+    if storage == "fp8" and stored_as(options) == "compute":
+        tell(
+            "the model's file is fp8 and is kept so; its numbers are converted whenever they are used "
+            "(--base_storage=compute does it once: twice the memory, a little faster)"
+        )
     on_host = swapped_prefixes(flux, chosen_swap(options.blocks_to_swap))
     cache = options.base_storage_cache
+    if cache is not None and storage == "fp8" and flux.fp8_linears and not options.base_weights:
+        tell("base_storage_cache has no effect: the model's file is fp8 already")
+        cache = None
+    place = options.offload_modulation
     model = load_transformer(
         options.pretrained_model_name_or_path,
         options.model_type,
@@ -45,9 +61,38 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine, tell: 
         storage=None if storage == "compute" else storage,
         change_of=None if storage == "compute" else base_weights_change(options, "unet"),
         cache=None if cache is None else StorageCache(cache, base_weights_identity(options, ["unet"]), tell),
+        modulation=None if place is None else ModulationOnHost(make_courier(engine.device), place == "file"),
     )
-    model.enable_gradient_checkpointing(options.gradient_checkpointing)
+    if place == "file":
+        num_mapped, num_all = count_mapped(model)
+        if num_mapped < num_all:
+            tell(
+                f"{num_all - num_mapped} of {num_all} modulation weights are in main memory: the model's file has them in "
+                "another form than they are computed with"
+            )
+    offloads = options.cpu_offload_checkpointing and options.gradient_checkpointing
+    if offloads and engine.device.type == "cpu":
+        tell("cpu_offload_checkpointing has no effect: the CPU computes in main memory")
+        offloads = False
+    model.enable_gradient_checkpointing(
+        options.gradient_checkpointing,
+        num_blocks=options.checkpoint_blocks,
+        run=OffloadedCheckpoint(engine.device) if offloads else run_again_in_backward,
+    )
     return model
+
+
+def compile_model(options: Options, model: Transformer, engine: Engine, tell: Callable[[str], None]) -> None:
+    """`torch_compile`: the blocks with the adapters around their layers are compiled when they first run."""
+    if compiles(options):
+        compile_blocks(model, backend=options.dynamo_backend)
+        tell(f"the first steps compile the blocks with {options.dynamo_backend}, which takes minutes")
+
+
+def may_swap_more(options: Options, network: AnyNetwork) -> bool:
+    """Whether blocks may begin to be swapped when memory runs out: not where weights are kept for backward."""
+    keeps_weights = compiles(options) and (not options.gradient_checkpointing or options.checkpoint_blocks is not None)
+    return not isinstance(network, LycorisNetwork) and not keeps_weights
 
 
 def attach_network(

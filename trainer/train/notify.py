@@ -1,6 +1,7 @@
 """Tells the user that a run has ended: a program of theirs, and an address that takes JSON. Set in the settings.
 
-The worker does it, so that it works with the browser and the page closed. A worker that is killed tells nothing.
+The worker does it, so that it works with the browser and the page closed. A worker that is killed tells nothing; the
+page's program, where it is open, has it told by `python -m trainer notify --run=FOLDER`.
 """
 
 from __future__ import annotations
@@ -37,13 +38,18 @@ def run_summary(run: RunFolder) -> dict[str, object]:
     for event in EventReader(run.events_jsonl).read_new():
         if event.get("kind") == "run_started":
             found |= {"outcome": "failed", "message": ""}
+        elif event.get("kind") == "step":
+            found["steps"] = event.get("step", 0)
         elif event.get("kind") == "error":
             found["message"] = str(event.get("message", ""))
         elif event.get("kind") == "run_finished":
             found |= {"outcome": event.get("outcome", "failed"), "steps": event.get("steps", 0)}
+    return _in_words(found)
+
+
+def _in_words(found: dict[str, object]) -> dict[str, object]:
     reason = f": {found['message']}" if found["message"] else ""
-    found["text"] = f"FluxGUI: {found['name']} {found['outcome']} after {found['steps']} steps{reason}"
-    return found
+    return {**found, "text": f"FluxGUI: {found['name']} {found['outcome']} after {found['steps']} steps{reason}"}
 
 
 def notify_end(run: RunFolder) -> None:
@@ -52,6 +58,12 @@ def notify_end(run: RunFolder) -> None:
     if settings.notify_command or settings.notify_webhook is not None:
         for problem in _tell(settings, run_summary(run)):
             logger.warning("at the end of the run, %s", problem)
+
+
+def tell_of_crash(run: RunFolder) -> list[str]:
+    """Tell that the run's worker is gone without having said so. Gives what did not work."""
+    message = "the trainer ended without saying why; the end of its log may tell"
+    return _tell(read_settings(), _in_words({**run_summary(run), "outcome": "crashed", "message": message}))
 
 
 def try_out() -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from trainer.data.captions import caption_notes
 from trainer.schema.advice import deviations, weak_defaults
@@ -24,7 +24,8 @@ def tell_settings(command: ParsedCommand, checked: CheckedRun, reporter: Reporte
         *_prompt_notes(checked),
         *dataset_advice(checked.dataset, checked.options),
         *_caption_lines(checked),
-        *_validation_notes(checked),
+        *_validation_notes(checked, command.explicit),
+        *_notes_on_what_is_there(command, checked, num_processes),
         *deviations(command.options, is_schnell=is_schnell, num_processes=num_processes),
     ]
     if lines:
@@ -49,11 +50,41 @@ def _caption_lines(checked: CheckedRun) -> Iterator[str]:
             yield f"{subset.place}: {note}"
 
 
-def _validation_notes(checked: CheckedRun) -> Iterator[str]:
+def _validation_notes(checked: CheckedRun, explicit: Set[str]) -> Iterator[str]:
     if not checked.index.validation:
-        for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps"):
-            if getattr(checked.options, name) is not None:
+        for name in ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps", "validation_seed"):
+            if name in explicit and getattr(checked.options, name) is not None:
                 yield f"{name} has no effect: no picture is held back (validation_split)"
+
+
+def _notes_on_what_is_there(command: ParsedCommand, checked: CheckedRun, num_processes: int) -> Iterator[str]:
+    """Settings about a kind of model, picture or process that this run has not."""
+    options, items = command.options, checked.index.items
+    if (
+        "guidance_scale" in command.explicit
+        and isinstance(checked.flux, FluxParams)
+        and not checked.flux.guidance_embed
+    ):
+        yield "guidance_scale has no effect: this model, as schnell, takes none"
+    if options.prior_loss_weight != 1 and not any(item.is_reg for item in items):
+        yield "prior_loss_weight has no effect: there are no regularisation pictures"
+    masked = {item.subset for item in items if item.is_transparent}
+    for subset in dict.fromkeys(item.subset for item in items if item.subset.alpha_mask):
+        if subset not in masked and subset.conditioning_data_dir is None:
+            yield f"alpha_mask of {subset.place} has no effect: no picture is transparent"
+    # With wildcards one line of several is drawn, and no draw is as long as the whole.
+    captions = list(dict.fromkeys(item.caption for item in items if not item.subset.enable_wildcard))
+    longest = checked.tokenizers.t5xxl_tokens
+    cut = [
+        text
+        for text, is_cut in zip(captions, checked.tokenizers.t5xxl.is_cut(captions, longest), strict=True)
+        if is_cut
+    ]
+    if cut:
+        first = next(item.path.name for item in items if item.caption == cut[0])
+        yield f"{len(cut)} captions, such as that of {first}, have more than T5's {longest} tokens and lose their ends"
+    if options.ddp_timeout is not None and num_processes == 1:
+        yield "ddp_timeout has no effect: there is one process"
 
 
 def largest_batch(checked: CheckedRun) -> tuple[tuple[int, int], int]:

@@ -19,9 +19,10 @@ from trainer.train.conditioning import TextSource
 from trainer.train.engine import Engine
 from trainer.train.latents_phase import LatentSource, LoadedBatch, loaded_batches
 from trainer.train.level_losses import LevelLosses
-from trainer.train.loop import MicroBatch
+from trainer.train.micro_batch import MicroBatch
 from trainer.train.network_setup import network_off
 from trainer.train.objective import FlowBatch, FlowObjective, FlowSettings
+from trainer.train.same_named import same_named
 from trainer.train.text_plan import caption_course
 
 
@@ -32,23 +33,7 @@ def flow_objective(
         model,
         text,
         FlowSettings(
-            timestep_sampling=options.timestep_sampling,
-            sigmoid_scale=options.sigmoid_scale,
-            discrete_flow_shift=options.discrete_flow_shift,
-            weighting_scheme=options.weighting_scheme,
-            logit_mean=options.logit_mean,
-            logit_std=options.logit_std,
-            mode_scale=options.mode_scale,
-            model_prediction_type=options.model_prediction_type,
-            guidance_scale=options.guidance_scale,
-            loss_type=options.loss_type,
-            huber_schedule=options.huber_schedule,
-            huber_c=options.huber_c,
-            huber_scale=options.huber_scale,
-            ip_noise_gamma=options.ip_noise_gamma,
-            ip_noise_gamma_random_strength=options.ip_noise_gamma_random_strength,
-            min_timestep=options.min_timestep,
-            max_timestep=options.max_timestep,
+            **same_named(FlowSettings, options),
             rounds_timesteps=options.round_timesteps,
             divides_by_mask=options.masked_loss_normalize,
         ),

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
-from trainer.lora.lycoris import LycorisNetwork
 from trainer.lora.network import LoraNetwork
 from trainer.schema.cli import ParsedCommand
 from trainer.schema.folders import data_home
@@ -28,20 +27,24 @@ from trainer.train.device_checks import check_storage, product_seconds, slow_for
 from trainer.train.engine import Engine
 from trainer.train.file_hashes import HASHES_FILE, FileHashes
 from trainer.train.foreign_state import resume_foreign
+from trainer.train.gradient_sync import GradientSync
 from trainer.train.hub_upload import HubUploader
 from trainer.train.latents_phase import prepare_latents
 from trainer.train.learning_rate import learning_rate_schedule
 from trainer.train.level_losses import LevelLosses
-from trainer.train.loop import GradientSync, LoopSettings, NumbersLost, TrainingLoop
+from trainer.train.loop import TrainingLoop
 from trainer.train.lost_numbers import after_lost_numbers
 from trainer.train.measured_peak import MeasuredPeak
 from trainer.train.memory_room import NoRoom, SwapRoom
+from trainer.train.micro_batch import NumbersLost
 from trainer.train.network_setup import (
     attach_network,
     block_swap,
+    compile_model,
     describe_network,
     hold_norms,
     load_model,
+    may_swap_more,
     text_encoder_rates,
     unet_rate,
 )
@@ -53,6 +56,7 @@ from trainer.train.resume import Start
 from trainer.train.saver import LoraSaver, output_dir, save_for_good
 from trainer.train.session import DeviceLock
 from trainer.train.state_saver import StateSaver, Trainables, advance, resume_state
+from trainer.train.step_position import LoopSettings
 from trainer.train.text_phase import prepare_text
 from trainer.train.text_plan import TextPlan, plan_texts
 from trainer.train.trackers import start_trackers
@@ -114,6 +118,7 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
     clip = text.clip if trains_clip(checked) else None
     network, origin = attach_network(options, checked.spec, model, engine, reporter, seed, clip=clip, t5=text.t5)
     reporter.note(describe_network(network, checked.spec))
+    compile_model(options, model, engine, reporter.note)
     if checked.spec.verbose and isinstance(network, LoraNetwork):
         for name, rank in network.ranks().items():
             reporter.note(f"{name}: rank {rank}")
@@ -186,14 +191,15 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
         sample=sample,
         validate=make_validator(checked, model, network, latents, text.source, engine, reporter),
         peak_bytes=MeasuredPeak(checked, engine, reporter, swap),
-        before_step=network.before_step,
+        before_step=partial(
+            network.before_step, measures=options.logging_dir is not None or options.log_with is not None
+        ),
         after_step=partial(hold_norms, network, options.scale_weight_norms),
         start=start.progress,
         save_state=states,
         state_is_due=states.is_due,
         make_room=SwapRoom(
-            # LyCORIS keeps the weights for backward, so that they must not move.
-            None if isinstance(network, LycorisNetwork) else swap,
+            swap if may_swap_more(options, network) else None,
             engine,
             reporter,
             estimated_bytes=estimate_run(checked, engine.total_bytes()).peak_bytes,

@@ -30,11 +30,14 @@ from trainer.train.check import check_replay
 from trainer.train.checkpoint import write_file
 from trainer.train.conditioning import TextInputs, show_padding, text_inputs
 from trainer.train.engine import Engine
+from trainer.train.gradient_sync import GradientSync
 from trainer.train.learning_rate import learning_rate_schedule
-from trainer.train.loop import GradientSync, LoopSettings, MicroBatch, NumbersLost, TrainingLoop
+from trainer.train.loop import TrainingLoop
+from trainer.train.micro_batch import MicroBatch, NumbersLost
 from trainer.train.network_setup import (
     attach_network,
     block_swap,
+    compile_model,
     hold_norms,
     load_model,
     text_encoder_rates,
@@ -47,6 +50,7 @@ from trainer.train.recipe import SEED_BITS
 from trainer.train.recording import Recording, read_recording
 from trainer.train.replay_options import replay_advice
 from trainer.train.reporting import Reporter, StopRequested
+from trainer.train.step_position import LoopSettings
 
 _ENCODER_LORAS = ("lora_te1_", "lora_te2_", "lora_te3_")
 
@@ -72,6 +76,7 @@ def replay(command: ParsedCommand, reporter: Reporter, *, source: Path, output: 
     for line in merge_base_weights({"unet": model}, options):
         reporter.note(line)
     network, _ = attach_network(options, checked.spec, model, engine, reporter, seed)
+    compile_model(options, model, engine, reporter.note)
     num_left_out = load_initial(network, recording.initial, source)
     if num_left_out:
         reporter.note(

@@ -52,6 +52,11 @@ FREE: Final = frozenset(
         "blocks_to_swap",
         "split_mode",
         "gradient_checkpointing",
+        "checkpoint_blocks",
+        "cpu_offload_checkpointing",
+        "offload_modulation",
+        "torch_compile",
+        "dynamo_backend",
         # Files, which may have moved: what is in them is compared.
         "pretrained_model_name_or_path",
         "clip_l",

@@ -19,12 +19,12 @@ from trainer.model.transformer import Transformer
 from trainer.schema.base import UserError
 from trainer.train.conditioning import TextInputs, TextSource
 from trainer.train.latents_phase import autoencoder_dtype
-from trainer.train.loop import StepPosition
 from trainer.train.objective import predict_velocity
 from trainer.train.prompt_file import texts_of
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.sample_prompts import SamplePrompt
 from trainer.train.sampling import draw_sample, sample_file_name, save_picture
+from trainer.train.step_position import StepPosition
 
 _SEED_BITS = 31
 CHROMA_GUIDANCE = 0.0

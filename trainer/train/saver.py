@@ -20,11 +20,11 @@ from trainer.schema.options import Options
 from trainer.train.checkpoint import CheckpointKind, checkpoint_name, remove_superseded, save_dtype, save_lora
 from trainer.train.file_hashes import FileHashes
 from trainer.train.hub_upload import HubUploader
-from trainer.train.loop import StepPosition
 from trainer.train.metadata import lora_metadata
 from trainer.train.metadata_facts import TrainingFacts
 from trainer.train.reporting import Reporter
 from trainer.train.rescue import save_or_rescue
+from trainer.train.step_position import StepPosition
 from trainer.train.training_facts import with_hashes
 
 

@@ -19,13 +19,13 @@ from trainer.lora.lycoris import AnyNetwork
 from trainer.schema.options import Options
 from trainer.schema.run_folder import RUN_STATE, RunFolder
 from trainer.train.checkpoint import CheckpointKind, numbered_pattern, superseded_number
-from trainer.train.loop import SaveKind, StepPosition
 from trainer.train.progress import DUTIES, Progress
 from trainer.train.random_state import random_state, set_random_state
 from trainer.train.reporting import Reporter
 from trainer.train.state_folder import read_tensors, remove_states, run_state_name, state_name, write_state
 from trainer.train.state_head import StateHead, damaged
 from trainer.train.state_tree import pack, unpack
+from trainer.train.step_position import SaveKind, StepPosition
 
 FIRST_SECONDS: Final = 10.0
 LAST_SECONDS: Final = 300.0

@@ -13,6 +13,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from trainer.data.cache import Encode, TensorCache, text_key, text_requests
 from trainer.data.reference_files import TEXT_ENDING, text_files
+from trainer.model.t5_as_stored import load_t5xxl_as_stored
 from trainer.model.weights import load_clip_l, load_t5xxl
 from trainer.offload.layer_stream import LayerStream
 from trainer.offload.mover import make_mover
@@ -264,8 +265,11 @@ def _load_t5(checked: CheckedRun, engine: Engine, device: torch.device, *, layer
     options = checked.options
     if options.t5xxl is None:
         raise AssertionError("the checks demand T5")
-    t5 = load_t5xxl(options.t5xxl, engine.text_dtype, device, layers_on=layers_on)
-    merge_base_weights({"te3": t5}, options)
+    if layers_on is None and device.type == "cpu" and not trains_t5(checked) and not options.base_weights:
+        t5 = load_t5xxl_as_stored(options.t5xxl, engine.text_dtype)
+    else:
+        t5 = load_t5xxl(options.t5xxl, engine.text_dtype, device, layers_on=layers_on)
+        merge_base_weights({"te3": t5}, options)
     return T5Encoder(
         t5,
         checked.tokenizers.t5xxl,

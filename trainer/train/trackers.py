@@ -133,8 +133,7 @@ def start_trackers(options: Options) -> list[Tracker]:
         trackers.append(
             Wandb(
                 name,
-                # A configuration takes the place of the name, as in the reference trainer.
-                name=None if options.log_tracker_config is not None else options.wandb_run_name,
+                name=options.wandb_run_name,
                 api_key=options.wandb_api_key,
                 folder=folder,
                 config=config,

@@ -14,11 +14,11 @@ from trainer.train.check import CheckedRun
 from trainer.train.conditioning import TextSource
 from trainer.train.engine import Engine
 from trainer.train.latents_phase import LatentSource, load_ae
-from trainer.train.loop import StepPosition
 from trainer.train.prompt_file import PromptFile
 from trainer.train.reporting import Reporter
 from trainer.train.sample_maker import SampleMaker
 from trainer.train.saver import output_dir
+from trainer.train.step_position import StepPosition
 from trainer.train.text_phase import PreparedText
 from trainer.train.validator import Validator
 

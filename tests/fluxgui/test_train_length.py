@@ -1,0 +1,54 @@
+"""The length of training follows the pictures until it is set by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluxgui.presets_bar import card_preset
+from fluxgui.train_length import LENGTHS, NAMES, follow, length_values
+
+
+def values(**changes: str) -> dict[str, object]:
+    start = dict.fromkeys(NAMES, "") | {"max_train_epochs": "10", "max_train_steps": "1600"}
+    return {**start, "num_repeats": "10", "train_batch_size": "1", "gradient_accumulation_steps": "1", **changes}
+
+
+@pytest.mark.parametrize(("pictures", "repeats"), [(1, 1), (10, 10), (30, 10), (100, 4), (3, 7)])
+def test_a_longer_answer_has_more_epochs(pictures: int, repeats: int) -> None:
+    epochs = [
+        int(length_values(length, num_pictures=pictures, num_repeats=repeats, batch_size=1)["max_train_epochs"])
+        for length in LENGTHS
+    ]
+    assert epochs == sorted(set(epochs))
+    assert 900 <= epochs[1] * pictures * repeats <= 3200
+
+
+def test_what_is_shorter_than_an_epoch_is_counted_in_steps() -> None:
+    found = length_values("short", num_pictures=1000, num_repeats=10, batch_size=4)
+    assert (found["max_train_epochs"], found["max_train_steps"]) == ("", "375")
+    assert found["save_every_n_steps"] == "75"
+
+
+def test_the_answer_follows_the_pictures() -> None:
+    _, filled, changes = follow("normal", values(), None, num_pictures=0)
+    assert changes == {}
+    length, filled, changes = follow("normal", values(), filled, num_pictures=5)
+    assert (length, changes["max_train_epochs"]) == ("normal", "20")
+    now = values(**{name: str(text) for name, text in changes.items()})
+    assert follow("normal", now, filled, num_pictures=5) == ("normal", filled, {})
+    assert follow("normal", now, filled, num_pictures=10)[2]["max_train_epochs"] == "10"
+
+
+def test_a_total_set_by_hand_wins_and_an_interval_set_by_hand_stays() -> None:
+    _, filled, _ = follow("normal", values(), None, num_pictures=0)
+    assert follow("normal", values(max_train_epochs="500"), filled, num_pictures=5) == (None, {}, {})
+    length, _, changes = follow("normal", values(save_every_n_epochs="3"), filled, num_pictures=5)
+    assert length == "normal"
+    assert "save_every_n_epochs" not in changes
+    assert follow(None, values(), None, num_pictures=5) == (None, {}, {})
+
+
+@pytest.mark.parametrize(("gigabytes", "name"), [(24.0, "vram-24"), (11.7, "vram-12"), (22.5, "vram-16"), (2.0, None)])
+def test_a_card_gets_the_preset_that_is_not_too_large(gigabytes: float, name: str | None) -> None:
+    found = card_preset(gigabytes)
+    assert (found.name if found is not None else None) == name

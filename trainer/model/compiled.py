@@ -1,0 +1,23 @@
+"""The blocks of a transformer through torch.compile, each by itself."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from trainer.model.joint import JointTransformer
+
+
+def compile_blocks(model: JointTransformer, *, backend: str, mode: str | None = None) -> None:
+    """Compiles what each block computes when it first runs. Blocks of one kind share what is compiled.
+
+    The adapters must be in place. Hooks and checkpointing stay outside of what is compiled, so that weights may still
+    come and go between the blocks. What is compiled keeps weights for backward, so that a block whose weights leave
+    the device before its backward pass must be checkpointed.
+    """
+    # The compiler looks at every input's `.grad`, and torch warns of that where the input is no leaf.
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+    model.rotates_in_real_numbers = True
+    for block in model.blocks():
+        block.forward = torch.compile(block.forward, backend=backend, mode=mode)
