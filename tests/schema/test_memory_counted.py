@@ -33,8 +33,8 @@ from trainer.schema.options import Options
 from trainer.schema.parameter_counts import PUBLISHED_DEV
 from trainer.schema.swap_counts import max_blocks_to_swap
 
-SHARE = 0.01
-"""So much more than was counted the estimate may say; two per cent is what it promises."""
+SHARE = 0.02
+"""So much more than was counted the estimate may say."""
 COUNTED = ("saved block inputs", "saved activations", "latents, noise, text and loss")
 
 

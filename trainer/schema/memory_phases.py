@@ -9,6 +9,7 @@ from trainer.schema.activation_counts import (
     dora_values_per_token,
     dora_work_per_token,
     forward_per_token,
+    fp16_values_per_token,
     last_saved_bytes,
     saved_values_per_token,
     small_saved_bytes,
@@ -212,6 +213,10 @@ class Sums:
         # and the gradients of two such tensors are there at once.
         saved_double, saved_single = saved_double + 2 * (stream - 1), saved_single + stream - 1
         one_block += 4 * (stream - 1)
+        if self.options.mixed_precision == "fp16":
+            more_double, more_single = fp16_values_per_token(flux)
+            saved_double, saved_single = saved_double + more_double, saved_single + more_single
+            one_block += max(more_double, more_single)
         num_blocks, num_twice = flux.depth + flux.depth_single_blocks, num_checkpointed(flux, self.options)
         passing = self.trained.passing
         # Beside every block's input the last layer keeps what the last block gives.
