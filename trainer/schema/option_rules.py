@@ -16,6 +16,7 @@ from trainer.schema.swap_counts import chosen_swap, max_blocks_to_swap
 
 # The published transformer's depth; a pruned one has less.
 _FLUX_DEPTH: Final = (19, 38)
+_COMPILERS: Final = ("eager", "aot_eager", "inductor")
 _MAX_NAME_BYTES: Final = 150
 """File systems take 255; step, time and the mark of an unfinished file come on top."""
 
@@ -137,6 +138,12 @@ def _memory_contradictions(options: Options) -> Iterator[tuple[tuple[str, ...], 
             ("offload_modulation", "base_weights"),
             "offload_modulation file reads the model's file in every step, in which base_weights are not merged",
             "Use --offload_modulation=host.",
+        )
+    if compiles(options) and options.dynamo_backend not in _COMPILERS:
+        yield (
+            ("dynamo_backend", "torch_compile"),
+            f"dynamo_backend {options.dynamo_backend} cannot compile a training of blocks with LoRA",
+            "Use --dynamo_backend=inductor.",
         )
     if compiles(options) and is_lycoris:
         yield (

@@ -211,20 +211,6 @@ _NETWORK_SD: Final = "does not fit FLUX; use networks.lora_flux"
 REFUSED_VALUES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
     {
         "save_model_as": dict.fromkeys(("ckpt", "pt"), _PICKLE),
-        "dynamo_backend": dict.fromkeys(
-            (
-                "aot_ts_nvfuser",
-                "nvprims_nvfuser",
-                "cudagraphs",
-                "ofi",
-                "fx2trt",
-                "onnxrt",
-                "tensort",
-                "ipex",
-                "tvm",
-            ),
-            "does not run a training of blocks whose weights move; use inductor",
-        ),
         "network_module": {
             **dict.fromkeys(
                 ("networks.lora_fa", "networks.dylora", "networks.oft", "networks.lora_sd3", "networks.loha"),

@@ -179,8 +179,26 @@ class MemoryOptions(OptionGroup):
         Opt("Compile each block with torch: faster steps after a start that takes minutes.", "Compile", "advanced"),
     ] = False
     dynamo_backend: Annotated[
-        Literal["eager", "aot_eager", "inductor", "no"],
-        Opt("What torch_compile compiles with; inductor makes kernels, the others find faults.", "Compiler", "expert"),
+        Literal[
+            "eager",
+            "aot_eager",
+            "inductor",
+            "aot_ts_nvfuser",
+            "nvprims_nvfuser",
+            "cudagraphs",
+            "ofi",
+            "fx2trt",
+            "onnxrt",
+            "tensort",
+            "ipex",
+            "tvm",
+            "no",
+        ],
+        Opt(
+            "What torch_compile compiles with: inductor makes kernels, eager and aot_eager find faults.",
+            "Compiler",
+            "expert",
+        ),
     ] = "inductor"
     blocks_to_swap: Annotated[
         Annotated[int, Field(ge=0)] | Literal["auto"] | None,
