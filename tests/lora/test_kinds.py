@@ -179,6 +179,22 @@ def test_oft_rotates_and_keeps_every_angle_and_length(multiplier: float) -> None
     assert (weight - base).abs().max() > 0.1
 
 
+def test_ofts_turns_are_the_cayley_rotations_of_the_paper() -> None:
+    """R = (I + Q) (I - Q)^-1 of a skew Q: orthogonal, of determinant 1, and never a mirroring."""
+    adapter = cast("OftLinear", shaken(OftLinear(linear(), 3, 10.0, PARTS)))
+    for blocks, turns in zip(adapter.blocks(), adapter.turns(), strict=True):
+        for block, turn in zip(blocks.detach(), turns, strict=True):
+            identity, q = torch.eye(len(block)), block - block.t()
+            rotation = turn.detach() + identity
+            torch.testing.assert_close(rotation @ (identity - q), identity + q, atol=1e-5, rtol=0)
+            torch.testing.assert_close(rotation @ rotation.t(), identity, atol=1e-5, rtol=0)
+            assert float(torch.linalg.det(rotation)) == pytest.approx(1, abs=1e-5)
+    whole = torch.block_diag(*(turn.detach() + torch.eye(2) for turns in adapter.turns() for turn in turns))
+    x = torch.randn(4, IN, generator=generator(2))
+    expected = F.linear(x, adapter.base.weight) @ whole + adapter.base.bias
+    torch.testing.assert_close(adapter(x), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_ofts_constraint_holds_the_rotation_back() -> None:
     adapter = shaken(OftLinear(linear(), 3, 1e-4, (OUT,)), size=5.0)
     for turn in cast("OftLinear", adapter).turns():
@@ -296,6 +312,27 @@ def test_ggpos_noise_follows_its_formula() -> None:
         torch.testing.assert_close(spread, expected, rtol=0.05, atol=0)
         adapter.eval()
         assert torch.equal(adapter(x), quiet)
+
+
+def test_no_gradient_passes_through_ggpos_noise_whose_mean_is_zero() -> None:
+    adapter = cast("LoraLinear", shaken(LoraLinear(linear(), RANK, 2, generator())))
+    x = torch.randn(4, IN, generator=generator(4), requires_grad=True)
+    weighting = torch.randn(4, OUT, generator=generator(6))
+    wanted = [x, adapter.lora_down, adapter.lora_up]
+    quiet = adapter(x)
+    expected = torch.autograd.grad((quiet * weighting).sum(), wanted)
+    adapter.perturbation = Perturbation(adapter.base, 0.3, 2.0)
+    adapter.perturbation.update(
+        adapter.lora_down, adapter.lora_up, adapter.parts, (expected[1], expected[2]), adapter.scale
+    )
+    torch.manual_seed(0)
+    noisy = adapter(x)
+    assert not torch.equal(noisy, quiet)
+    for ours, correct in zip(torch.autograd.grad((noisy * weighting).sum(), wanted), expected, strict=True):
+        assert torch.equal(ours, correct)
+    with torch.no_grad():
+        added = torch.stack([adapter(x) - quiet for _ in range(2000)])
+    assert (added.mean(dim=0).abs() < 5 * added.std(dim=0) / 2000**0.5).all()
 
 
 def test_row_norms_are_those_of_the_product() -> None:

@@ -66,16 +66,17 @@ def test_a_preset_that_the_package_cannot_use_is_named(text: str, tiny_dev: nn.M
     assert error.value.exit_code == 2
 
 
+@pytest.mark.parametrize("fault", [KeyError("some layer"), AssertionError("duplicated lora name"), AssertionError()])
 def test_a_fault_inside_the_package_is_not_called_a_wrong_setting(
-    tiny_dev: nn.Module, monkeypatch: pytest.MonkeyPatch
+    tiny_dev: nn.Module, monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
     kohya = pytest.importorskip("lycoris.kohya", exc_type=ImportError)
 
     def broken(*_: object, **__: object) -> None:
-        raise KeyError("some layer")
+        raise fault
 
     monkeypatch.setattr(kohya, "create_network", broken)
-    with pytest.raises(KeyError):
+    with pytest.raises(type(fault)):
         LycorisNetwork.attach(tiny_dev, None, lycoris_spec("algo=lokr"), 1)
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.diffusers_flux import diffusers_names
+from trainer.model.t5_as_stored import load_t5xxl_as_stored
 from trainer.model.weights import load_clip_l, load_flux, load_t5xxl
 from trainer.schema.checkpoint_header import read_header
 
@@ -125,3 +126,26 @@ def test_plain_fp8_of_both_kinds_is_cast(golden: Path, tmp_path: Path, dtype: to
     save_file({name: tensor.to(dtype) for name, tensor in plain.items()}, tmp_path / "a.safetensors", metadata=metadata)
     for name, tensor in load_t5xxl(tmp_path / "a.safetensors", torch.bfloat16, "cpu").state_dict().items():
         assert torch.equal(tensor, plain[name].to(dtype).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("style", [*STYLES, "plain e5m2", "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_t5_as_stored_gives_what_t5_gives_and_takes_the_files_size(
+    golden: Path, tmp_path: Path, style: str, dtype: torch.dtype
+) -> None:
+    source, path = golden / "model_t5xxl.safetensors", tmp_path / "t5.safetensors"
+    if style in ("plain e5m2", "fp16"):
+        stored_type = torch.float8_e5m2 if style == "plain e5m2" else torch.float16
+        tensors = {name: tensor.to(stored_type) for name, tensor in load_file(source).items()}
+        save_file(tensors, path, metadata={"config": read_header(source).metadata["config"]})
+    else:
+        scaled_file(source, path, style)
+    whole, narrow = load_t5xxl(path, dtype, "cpu"), load_t5xxl_as_stored(path, dtype)
+    is_narrower = style != "fp16" or dtype is torch.float32
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(narrow(input_ids=ids)[0], whole(input_ids=ids)[0])
+            kept = sum(p.numel() for p in narrow.encoder.block.parameters() if p.dim() == 2)
+            dense = sum(p.numel() for p in whole.encoder.block.parameters() if p.dim() == 2)
+            assert kept < 0.1 * dense if is_narrower else kept == dense, "between two uses the blocks hold no weights"

@@ -14,6 +14,8 @@ import pytest
 from tests.tiny import TinyModels
 from trainer.schema.base import UserError
 from trainer.schema.checkpoint_header import (
+    FluxParams,
+    Header,
     ModelKind,
     TensorInfo,
     autoencoder_params,
@@ -24,8 +26,10 @@ from trainer.schema.checkpoint_header import (
     read_header,
     t5_params,
 )
+from trainer.schema.key_names import flux_in_diffusers
 from trainer.schema.model_check import check_kind
 from trainer.schema.model_kinds import COMFYUI_PREFIX
+from trainer.schema.model_shapes import flux_shapes
 
 BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "U8": 1}
 
@@ -177,6 +181,33 @@ def test_descriptions_name_variant_type_and_size(golden: Path) -> None:
     assert describe(read_header(golden / "model_dev.safetensors")) == "FLUX.1 dev, bf16, 2.7 MB"
     assert describe(read_header(golden / "model_schnell.safetensors")) == "FLUX.1 schnell, bf16, 1.2 MB"
     assert describe(read_header(golden / "model_t5xxl.safetensors")) == "T5 text encoder, bf16, 229.4 kB"
+
+
+@pytest.mark.parametrize("in_diffusers", [False, True])
+@pytest.mark.parametrize(
+    ("depths", "guidance", "channels", "expected"),
+    [
+        # Nothing in these files tells the three apart.
+        ((19, 38), True, 64, "FLUX.1 dev (or Krea, Kontext), bf16"),
+        ((19, 38), False, 64, "FLUX.1 schnell, bf16"),
+        ((8, 38), True, 64, "FLUX.1 dev of 8 + 38 blocks, bf16"),
+        ((19, 38), True, 384, "FLUX.1 Fill, bf16"),
+        ((19, 38), True, 128, "FLUX.1 Canny or Depth, bf16"),
+    ],
+)
+def test_published_sizes_are_named_for_what_they_can_be(
+    depths: tuple[int, int], guidance: bool, channels: int, expected: str, in_diffusers: bool
+) -> None:
+    params = FluxParams(channels, 64, 768, 4096, 3072, 4.0, 24, *depths, (16, 56, 56), 10_000, True, guidance)
+    tensors: dict[str, TensorInfo] = {}
+    for name, shape in flux_shapes(params).items():
+        names = [part.name for part in flux_in_diffusers(name)] if in_diffusers else [name]
+        tensors |= {part: TensorInfo("BF16", shape, 0, 2 * math.prod(shape)) for part in names}
+    header = Header(Path("model.safetensors"), tensors, {}, 23_800_000_000)
+    assert describe(header) == f"{expected}, 23.8 GB"
+    if channels != 64:
+        with pytest.raises(UserError, match=f"this is FLUX.1 .*: it takes {channels} input channels instead of 64"):
+            flux_params(header)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,10 @@ from trainer.schema.lycoris_args import PRESETS
 
 PACKAGE: Final = "lycoris-lora"
 
-_REFUSALS: Final = (AssertionError, ValueError, NotImplementedError)
+_REFUSALS: Final = (ValueError, NotImplementedError)
 """What the package raises for settings that it cannot carry out. Anything else is a fault of the program."""
+_REFUSING_ASSERTION: Final = "lora_dim must be"
+"""How the one assertion of the package begins that is about a setting (of dylora); its others are about itself."""
 
 _UP: Final = "lora_up"
 _BARE_CLIP, _PUBLISHED_CLIP = "lora_te1_", "lora_te1_text_model_"
@@ -103,7 +105,9 @@ class LycorisNetwork(nn.Module):
                     warn_on_unmatched=False,
                     **{"dropout": spec.dropout, **spec.lycoris},
                 )
-        except _REFUSALS as error:
+        except (AssertionError, *_REFUSALS) as error:
+            if isinstance(error, AssertionError) and not str(error).startswith(_REFUSING_ASSERTION):
+                raise
             raise UserError(
                 f"{PACKAGE} refuses these settings: {str(error) or type(error).__name__}",
                 "--network_args",

@@ -2,7 +2,8 @@
 
 The marks are names that only one family of published models has. Models of FLUX.1's own family differ in the width of
 their input: a control model (Fill, Canny, Depth) reads a condition beside the noisy latents. Krea and Kontext have the
-shapes of dev and can't be told from it by the header; both are trained as dev.
+names and shapes of dev and can't be told from it by the header: what is said of such a file names all three. They are
+trained as dev.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ CONTROL_MODELS: Final[Mapping[int, tuple[str, str]]] = {
     384: ("FLUX.1 Fill", "a masked picture and its mask"),
     128: ("FLUX.1 Canny or Depth", "an edge or depth picture"),
 }
+
+_PUBLISHED_WIDTH: Final = 3072
+_PUBLISHED_DEPTHS: Final = (19, 38)
+_DOUBLE_BLOCKS: Final = ("double_blocks.", "transformer_blocks.")
+_SINGLE_BLOCKS: Final = ("single_blocks.", "single_transformer_blocks.")
 
 _LORA_MARKS: Final = (
     ".lora_down.",
@@ -195,7 +201,18 @@ def _variant(stripped: Mapping[str, TensorInfo], first: str, last: str, guidance
             control = CONTROL_MODELS.get(num_in[0])
     if control is not None:
         return "flux", control[0], f"a {control[0]} model"
-    return "flux", f"FLUX.1 {variant}", f"a FLUX.1 {variant} model"
+    if first not in stripped or stripped[first].shape[:1] != (_PUBLISHED_WIDTH,):
+        return "flux", f"FLUX.1 {variant}", f"a FLUX.1 {variant} model"
+    depths = tuple(_num_blocks(stripped, names) for names in (_DOUBLE_BLOCKS, _SINGLE_BLOCKS))
+    if depths != _PUBLISHED_DEPTHS:
+        size = f"{depths[0]} + {depths[1]} blocks"
+        return "flux", f"FLUX.1 {variant} of {size}", f"a FLUX.1 {variant} model of {size} instead of 19 + 38"
+    alike = " (or Krea, Kontext)" if variant == "dev" else ""
+    return "flux", f"FLUX.1 {variant}{alike}", f"a FLUX.1 {variant} model{alike}"
+
+
+def _num_blocks(stripped: Mapping[str, TensorInfo], prefixes: tuple[str, ...]) -> int:
+    return len({name.split(".")[1] for name in stripped if name.startswith(prefixes)})
 
 
 def _identify_text_encoder(tensors: Mapping[str, TensorInfo]) -> Identity | None:

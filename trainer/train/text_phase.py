@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from trainer.data.cache import Encode, TensorCache, text_key, text_requests
 from trainer.data.reference_files import TEXT_ENDING, text_files
+from trainer.model.t5_as_stored import load_t5xxl_as_stored
 from trainer.model.weights import load_clip_l, load_t5xxl
 from trainer.schema.chroma_header import VISIBLE_PADDING
 from trainer.schema.folders import data_home
@@ -241,8 +242,11 @@ def _load_t5(checked: CheckedRun, engine: Engine, device: torch.device) -> T5Enc
     options = checked.options
     if options.t5xxl is None:
         raise AssertionError("the checks demand T5")
-    t5 = load_t5xxl(options.t5xxl, engine.text_dtype, device)
-    merge_base_weights({"te3": t5}, options)
+    if device.type == "cpu" and not trains_t5(checked) and not options.base_weights:
+        t5 = load_t5xxl_as_stored(options.t5xxl, engine.text_dtype)
+    else:
+        t5 = load_t5xxl(options.t5xxl, engine.text_dtype, device)
+        merge_base_weights({"te3": t5}, options)
     return T5Encoder(
         t5,
         checked.tokenizers.t5xxl,
