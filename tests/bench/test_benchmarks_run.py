@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import bench_step, gpu
+from tests.bench import bench_levers, bench_step, gpu
 
 
 def test_the_step_benchmark_times_both_sides_in_every_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,3 +36,9 @@ def test_the_gpu_benchmark_makes_its_whole_table_at_the_smallest_size(tmp_path: 
     text = table.read_text(encoding="utf-8")
     assert "end of the first step" in text
     assert "failed" not in text
+
+
+def test_the_levers_are_timed_against_the_same_step_without_them(capsys: pytest.CaptureFixture[str]) -> None:
+    quick = [lever for lever in bench_levers.LEVERS if lever != "torch_compile"]
+    assert bench_levers.main(["--size=tiny", "--steps=1", "--levers", *quick]) == 0
+    assert capsys.readouterr().out.count("ratio") == len(quick)
