@@ -6,8 +6,8 @@ them into values by name, and from there on nothing knows of positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,11 +27,18 @@ from fluxgui.pictures import broken_pictures, check_folder, take_in, thumbnails,
 from fluxgui.presets import USUAL_START, delete_own, preset_form_values, presets_of_kind, save_own, start_values
 from fluxgui.presets_bar import PresetsBar, card_preset, choices
 from fluxgui.runs import create_and_start
+from fluxgui.train_values import (
+    NUM_DECODED,
+    any_given,
+    first_reason,
+    not_larger,
+    whole_number,
+    without_broken_pictures,
+)
 from fluxgui.vram import Gpu
 from trainer.schema.base import Problem, UserError
 from trainer.schema.folders import models_dir
 from trainer.schema.memory_plan import Plan
-from trainer.schema.options_data import parse_resolution
 from trainer.schema.settings import read_settings
 
 QUIETLY: Final[dict[str, Any]] = {"show_progress": "hidden", "concurrency_limit": 8}
@@ -41,8 +48,6 @@ USUAL_LENGTH: Final = "normal"
 QUICK_TEST: Final = "quick-test"
 """The purpose that has a length of its own."""
 NUM_THUMBNAILS: Final = 12
-NUM_DECODED: Final = 300
-"""Pictures that are decoded while the page waits; the trainer looks at all of them."""
 
 Data = Mapping[Component, Any]
 Updates = dict[Block, Any]
@@ -111,7 +116,7 @@ class TrainTab:
         # The user's own start preset says how long, and for which card.
         card = card_preset(self.gpu.gigabytes) if self.gpu is not None and purpose is not None else None
         return {
-            **self.fill({**values, **(_not_larger(card.values, values.get("resolution")) if card is not None else {})}),
+            **self.fill({**values, **(not_larger(card.values, values.get("resolution")) if card is not None else {})}),
             parts["length_choice"]: USUAL_LENGTH if purpose is not None else None,
             bar.purpose: purpose,
             bar.card: card.name if card is not None else None,
@@ -168,10 +173,12 @@ class TrainTab:
         return updates | {
             parts["marks"]: marks,
             parts["estimate_is_old"]: memory_view.is_old() if is_old else "",
-            parts["model_none"]: train_view.empty_state("model_none") if not _any(values, MODELS) else "",
-            parts["pictures_none"]: train_view.empty_state("pictures_none") if not _any(values, ["image_dir"]) else "",
+            parts["model_none"]: train_view.empty_state("model_none") if not any_given(values, MODELS) else "",
+            parts["pictures_none"]: train_view.empty_state("pictures_none")
+            if not any_given(values, ["image_dir"])
+            else "",
             parts["problems"]: train_view.problems(reading, {name: field.label for name, field in self.fields.items()}),
-            parts["length"]: train_view.length(reading, num_repeats=_whole_number(values["num_repeats"])),
+            parts["length"]: train_view.length(reading, num_repeats=whole_number(values["num_repeats"])),
             parts["preview_command"]: reading.command_line,
             parts["preview_config"]: reading.config_toml,
             parts["preview_dataset"]: reading.dataset_toml,
@@ -228,7 +235,7 @@ class TrainTab:
                 parts["alternatives"]: gr.update(visible=False, value=None),
             }
         blocks = str(plan.choice.blocks_to_swap)
-        counted = train_view.num_steps(reading, num_repeats=_whole_number(values["num_repeats"]))
+        counted = train_view.num_steps(reading, num_repeats=whole_number(values["num_repeats"]))
         accumulation = reading.options.gradient_accumulation_steps if reading.options is not None else 1
         shown = memory_view.plan_html(
             plan, num_steps=counted[1] if counted is not None else None, accumulation=accumulation
@@ -272,10 +279,10 @@ class TrainTab:
     def start(self, data: Data) -> Updates:
         """Start a run, or show what keeps it from starting."""
         values = self.values(data)
-        reading = _without_broken_pictures(read_form(values))
+        reading = without_broken_pictures(read_form(values))
         job = reading.job
         if job is None:
-            gr.Warning(say("train.not_started", reason=_first_reason(reading)))
+            gr.Warning(say("train.not_started", reason=first_reason(reading)))
             strict = {**data, self.parts["strict"]: True}
             return {**self.show(reading, values, strict), self.parts["strict"]: True}
         try:
@@ -321,7 +328,7 @@ class TrainTab:
     def apply_card(self, name: str | None, resolution: str | None) -> Updates:
         """Put the values for a card into the form; what they do not name stays."""
         values = _preset(name)
-        shown = self.fill(_not_larger(values, resolution))
+        shown = self.fill(not_larger(values, resolution))
         return {**shown, self.parts["vram_gb"]: gr.update(value=values.get("vram_gb"))}
 
     def load_preset(self, name: str | None) -> Updates:
@@ -367,43 +374,6 @@ class TrainTab:
         return {bar.own: gr.update(choices=choices("own"), value=None), bar.deleting.box: gr.update(visible=False)}
 
 
-def _without_broken_pictures(reading: Reading) -> Reading:
-    """The reading, with a problem and no job when pictures are broken: the trainer would refuse them a little later.
-
-    They have been decoded when the folder was chosen, so that this takes no time.
-    """
-    broken = broken_pictures(reading.pictures.images[:NUM_DECODED]) if reading.pictures is not None else []
-    if reading.pictures is None or not broken:
-        return reading
-    names = "; ".join(broken[: train_view.NAMES_SHOWN])
-    if len(broken) > train_view.NAMES_SHOWN:
-        names += f"; {say('train.and_more', number=len(broken) - train_view.NAMES_SHOWN)}"
-    problem = Problem(
-        say("train.unusable_pictures", names=names),
-        str(reading.pictures.path),
-        say("train.unusable_hint"),
-        field="image_dir",
-    )
-    return replace(reading, problems=(*reading.problems, problem), job=None)
-
-
-def _not_larger(preset: Mapping[str, object], resolution: object) -> dict[str, object]:
-    """A card's preset without its size where the form's is smaller: what fits stays as quick as it is."""
-    try:
-        keeps = max(parse_resolution(str(resolution))) < max(parse_resolution(str(preset["resolution"])))
-    except (KeyError, ValueError):
-        keeps = False
-    return {name: value for name, value in preset.items() if not (keeps and name == "resolution")}
-
-
-def _any(values: Mapping[str, object], names: Iterable[str]) -> bool:
-    return any(str(values[name] or "").strip() for name in names)
-
-
-def _whole_number(value: object) -> int:
-    return int(value) if isinstance(value, str) and value.strip().isdecimal() else 1
-
-
 def _preset(name: str | None) -> dict[str, object]:
     if not name:
         raise gr.Error(say("train.choose_preset"), print_exception=False)
@@ -411,9 +381,3 @@ def _preset(name: str | None) -> dict[str, object]:
         return preset_form_values(name)
     except (OSError, UserError) as error:
         raise gr.Error(str(error), print_exception=False) from None
-
-
-def _first_reason(reading: Reading) -> str:
-    if reading.problems:
-        return reading.problems[0].what
-    return say("train.is_missing", what=train_view.missing_text(reading.missing[0]))

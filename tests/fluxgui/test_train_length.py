@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import gradio as gr
 import pytest
 
 from fluxgui.presets_bar import card_preset
+from fluxgui.train_layout import build_train_tab
 from fluxgui.train_length import LENGTHS, NAMES, follow, length_values
+from fluxgui.vram import Gpu
+from trainer.schema.presets import load_preset
 
 
 def values(**changes: str) -> dict[str, object]:
@@ -52,3 +58,24 @@ def test_a_total_set_by_hand_wins_and_an_interval_set_by_hand_stays() -> None:
 def test_a_card_gets_the_preset_that_is_not_too_large(gigabytes: float, name: str | None) -> None:
     found = card_preset(gigabytes)
     assert (found.name if found is not None else None) == name
+
+
+def test_a_detected_card_is_chosen_on_the_first_visit_and_what_was_left_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLUXGUI_HOME", str(tmp_path))
+    with gr.Blocks():
+        tab = build_train_tab(Gpu("A card", 12 * 2**30))
+    card = load_preset("vram-12").values
+    first = tab.arrive(None)
+    assert first[tab.presets.card] == "vram-12"
+    assert first[tab.presets.purpose] == "character"
+    assert first[tab.form["blocks_to_swap"]]["value"] == str(card["blocks_to_swap"])
+    assert first[tab.form["base_storage"]]["value"] == card["base_storage"]
+    assert first[tab.form["resolution"]]["value"] == "512", "the card does not make the pictures larger"
+    beside = {"length": "long", "filled": {}, "purpose": "style", "card": None, "vram_gb": 8, "ram_gb": 16}
+    again = tab.arrive({"network_dim": "48", "beside the form": beside})
+    assert again[tab.form["network_dim"]]["value"] == "48"
+    assert (again[tab.presets.purpose], again[tab.parts["length_choice"]]) == ("style", "long")
+    assert again[tab.parts["vram_gb"]] == 8
+    assert tab.form["blocks_to_swap"] not in again

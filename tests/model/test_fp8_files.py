@@ -59,6 +59,25 @@ def test_a_file_in_fp8_stays_so_and_loses_nothing(golden: Path, tmp_path: Path, 
         assert sum(weight.nbytes for weight in weights) == expected
 
 
+def test_of_a_mixed_file_what_is_fp8_stays_so(golden: Path, tmp_path: Path) -> None:
+    """Such as files whose first blocks or whose modulation were left in bf16."""
+    source, path = golden / "model_dev.safetensors", tmp_path / "mixed.safetensors"
+    tensors = load_file(source)
+    for number, (name, tensor) in enumerate(sorted(tensors.items())):
+        if tensor.dim() == 2:
+            tensors[name] = tensor.to((torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)[number % 3])
+    save_file(tensors, path, metadata={"config": read_header(source).metadata["config"]})
+    assert stored_as(Options.model_validate({}), flux_params(read_header(path))) == "compute", "an upper bound"
+    kept, expanded = (load_flux(path, torch.bfloat16, "cpu", storage=storage) for storage in ("file", None))
+    stored = {f"{name}.weight": part for name, part in kept.named_modules() if isinstance(part, StoredLinear)}
+    is_fp8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+    assert stored.keys() == {name for name in tensors if "_blocks." in name and tensors[name].dtype in is_fp8}
+    assert any("mod" in name for name in stored)
+    for name, parameter in expanded.named_parameters():
+        found = stored[name].dense_weight(torch.bfloat16) if name in stored else kept.get_parameter(name)
+        assert torch.equal(found, parameter), name
+
+
 def test_outputs_and_gradients_are_the_same(golden: Path, tmp_path: Path) -> None:
     path = fp8_file(golden / "model_dev.safetensors", tmp_path, "older")
     outputs: list[torch.Tensor] = []
@@ -83,6 +102,7 @@ def test_outputs_and_gradients_are_the_same(golden: Path, tmp_path: Path) -> Non
         ({"base_storage": "compute"}, "compute"),
         ({"base_storage": "nf4"}, "nf4"),
         ({"network_module": "lycoris.kohya"}, "compute"),
+        ({"device": "mps"}, "compute"),
         ({"base_weights": ["other.safetensors"]}, "compute"),
         ({"base_weights": ["other.safetensors"], "fp8_base": True}, "fp8"),
     ],

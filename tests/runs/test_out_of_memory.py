@@ -231,3 +231,31 @@ def test_main_memory_that_runs_out_is_no_bug(
     assert "the machine ran out of main memory: this run has" in found.output
     assert is_host_out_of_memory(MemoryError())
     assert not is_host_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_memory_that_runs_out_in_the_optimizer_is_recovered_where_its_state_is_made_and_else_told(
+    run: Callable[..., tuple[Answer, str]], own_patches: pytest.MonkeyPatch, at: int
+) -> None:
+    calls = 0
+    step = torch.optim.AdamW.step
+
+    def breaks_off(optimizer: torch.optim.AdamW, closure: None = None) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            # The state is there by now, and some weights have changed already.
+            step(optimizer, closure)
+            raise torch.OutOfMemoryError(MESSAGE)
+        return step(optimizer, closure)
+
+    own_patches.setattr(torch.optim.AdamW, "step", breaks_off)
+    found, weights = run("short", "--blocks_to_swap=1", "--optimizer_type=AdamW")
+    own_patches.undo()
+    if at == 1:
+        assert found.code == 0, found.output
+        assert "out of memory in the optimizer's step" in found.output
+        assert weights == run("plenty", "--blocks_to_swap=1", "--optimizer_type=AdamW")[1]
+    else:
+        assert found.code == 3
+        assert "some weights have taken this step" in found.problems[0]

@@ -29,7 +29,7 @@ from trainer.schema.memory import (
     Estimate,
     estimate,
     pick_blocks_to_swap,
-    text_encoders_fit,
+    text_place,
     usable_bytes,
 )
 from trainer.schema.memory_phases import CUDA_CONTEXT_BYTES, GIB, Phase
@@ -312,7 +312,7 @@ def test_samples_are_a_phase_of_their_own_and_need_the_autoencoder(tmp_path: Pat
     assert part(result, "autoencoder weights") == 0, "it waits in host memory between samples"
     assert part(result, "autoencoder weights", "sampling") == 2 * 83_819_683
     assert part(result, "LoRA gradients", "sampling") == 0
-    decoding = (3 * 256 + 2 * 256) * 1024 * 1024 * 2
+    decoding = (256 + 2 * 128) * 1024 * 1024 * 2 + 24 * 2**24
     assert part(result, "activations of sampling and decoding", "sampling") == decoding
 
 
@@ -464,16 +464,25 @@ def test_what_cannot_fit_says_why_and_what_helps() -> None:
     assert "Set mixed_precision to bf16, turn on cache_text_encoder_outputs," in careless.reason
 
 
-def test_text_encoders_that_are_too_large_for_the_card_run_on_the_host() -> None:
-    small, large = pick(8), pick(24)
-    assert small.text_on_host
-    assert phase(small, "text encoders").peak_bytes == CUDA_CONTEXT_BYTES
-    assert small.host_peak_bytes >= 2 * (4_762_310_656 + 123_060_480)
+def test_text_encoders_that_are_too_large_for_the_card_come_in_layers_or_run_on_the_host() -> None:
+    tiny, small, large = pick(2), pick(6, side=512), pick(24)
+    assert tiny.text_on_host
+    assert not tiny.text_streamed
+    assert phase(tiny, "text encoders").peak_bytes == CUDA_CONTEXT_BYTES
+    assert tiny.host_peak_bytes >= 2 * (4_762_310_656 + 123_060_480)
+    assert small.fits
+    assert small.text_streamed
+    assert phase(small, "text encoders").peak_bytes < 5 * GIB
+    layer = 4 * 4096 * 4096 + 3 * 4096 * 10_240
+    assert part(small, "slots for layers", "text encoders") == 2 * 2 * layer
+    assert part(small, "T5-XXL weights", "text encoders") == 2 * (4_762_310_656 - 24 * layer)
+    assert small.host_peak_bytes >= 2 * 24 * layer
     assert not large.text_on_host
+    assert not large.text_streamed
     assert part(large, "T5-XXL weights", "text encoders") == 2 * 4_762_310_656
     assert estimate(DEV, usual_options(), width=512, height=512, batch_size=1).fits is None
-    fitting = [text_encoders_fit(DEV, usual_options(), vram_bytes=n * GIB, batch_size=1) for n in (8, 10, 11, 24)]
-    assert fitting == [False, False, True, True]
+    places = [text_place(DEV, usual_options(), vram_bytes=n * GIB, batch_size=1) for n in (2, 4, 6, 10, 11, 24)]
+    assert places == ["host", "streamed", "streamed", "streamed", "device", "device"]
 
 
 def test_a_picked_estimate_is_that_of_its_count() -> None:

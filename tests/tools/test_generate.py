@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from tests.lora.random_lora import random_lora
+from tests.model.test_scaled_fp8 import scaled_file
 from tests.runs.in_process import answer
 from tests.tiny import TinyModels
 from trainer.lora.forms import converted
@@ -82,6 +83,17 @@ def test_a_lora_of_another_form_gives_the_same_picture_and_progress_goes_to_the_
     assert results[0]["path"].startswith("output/")
     assert events[-1]["kind"] == "finished"
     assert any(event["kind"] == "progress" and event["total"] == 4 for event in events)
+
+
+def test_an_fp8_file_gives_the_picture_of_its_expanded_weights(tiny_models: TinyModels, tmp_path: Path) -> None:
+    path = scaled_file(tiny_models.flux_dev, tmp_path / "fp8.safetensors", "older")
+    pictures: list[dict[str, bytes]] = []
+    for name, words in (("kept", ()), ("expanded", ("--base_storage=compute",)), ("int8", ("--base_storage=int8",))):
+        words = (*tiny_models.arguments(), *SMALL, f"--pretrained_model_name_or_path={path}", "--prompt=a cat", *words)
+        done = answer("generate", *words, f"--output_dir={tmp_path / name}")
+        assert done.code == 0, done.output
+        pictures.append(pictures_of(tmp_path / name))
+    assert pictures[0] == pictures[1] != pictures[2]
 
 
 def test_the_same_picture_is_planned_once() -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import CLIPTextModel, T5EncoderModel
 
 from tests.tiny import TinyModels, make_tiny_dataset
+from tests.train.test_auto_swap import Card, Notes
 from trainer.__main__ import main
 from trainer.data.batches import epoch_batches
 from trainer.data.cache_files import CACHE_FOLDER
 from trainer.schema.cli import parse_command_line
 from trainer.schema.events import EventReader, EventWriter
+from trainer.schema.memory import TextPlace
 from trainer.schema.model_kinds import format_bytes
+from trainer.train import text_phase
 from trainer.train.check import CheckedRun, check_run
 from trainer.train.engine import Engine
 from trainer.train.recipe import train
@@ -163,3 +168,35 @@ def test_check_says_which_network_settings_are_about_no_layer(
     assert main(["check", *arguments]) == 0
     printed = capsys.readouterr()
     assert line.format("single_blocks_99") in printed.out + printed.err
+
+
+def num_encoders() -> int:
+    gc.collect()
+    return sum(type(one) in (T5EncoderModel, CLIPTextModel) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("place", ["device", "streamed", "host"])
+def test_text_encoders_are_encoded_with_where_there_is_room_and_gone_afterwards(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: TextPlace
+) -> None:
+    checked = checked_run(tiny_models, tmp_path, *EVERY_RULE)
+    # The tiny T5 has no more layers than there are slots: no card is too small for it and large enough for its layers.
+    monkeypatch.setattr(text_phase, "text_place", lambda *_sizes, **_more: place)
+    plan = plan_texts(checked, seed=5)
+    assert plan is not None
+    reporter = Notes()
+    usual, before = Engine.start(checked.options), num_encoders()
+    card = Card(usual.device, usual.dtype, 0, 1, usual.reduce_mean, total=1)
+    found = prepare_text(checked, plan, card, reporter)
+    said = [line for line in reporter.lines if "too large for this card" in line]
+    assert [("in turn" in line or "one after the other" in line) for line in said] == {
+        "device": [],
+        "streamed": [True],
+        "host": [False],
+    }[place]
+    assert num_encoders() == before
+    expected = prepare_text(checked, plan, usual, Reporter(is_main=False))
+    for text in plan.texts:
+        a, b = found.source([text]), expected.source([text])
+        torch.testing.assert_close(a.txt, b.txt)
+        torch.testing.assert_close(a.vec, b.vec)

@@ -124,6 +124,7 @@ def test_settings_are_kept_the_token_never_shown_and_the_language_changes_with_a
     choose(page, "settings-language", "中文")
     wait_until(lambda: 'language = "zh"' in (app.home / "settings.toml").read_text("utf-8"))
 
+    page.goto("about:blank")  # a page that loses its server reloads itself when it is back
     app.kill()
     app.start()
     visit(page, app, "?tab=settings")

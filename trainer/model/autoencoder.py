@@ -1,14 +1,20 @@
 """The FLUX.1 autoencoder: images to latents and back. State-dict names are those of the published `ae.safetensors`.
 
+Layers of large pictures are computed in strips of rows, which changes nothing but the rounding: see `strips`.
+
 B batch, C channels, H W image size, h w latent size (H/8, W/8 for the published sizes).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.model import strips
 from trainer.schema.checkpoint_header import AutoencoderParams
 
 NUM_GROUPS = 32
@@ -33,7 +39,7 @@ class AttentionBlock(nn.Module):
         query, key, value = (
             layer(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for layer in (self.q, self.k, self.v)
         )
-        attended = F.scaled_dot_product_attention(query, key, value).squeeze(1)
+        attended = strips.attention(query, key, value).squeeze(1)
         return x + self.proj_out(attended.transpose(1, 2).reshape(x.shape))
 
 
@@ -50,6 +56,9 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, h, w) -> (B, C_out, h, w)."""
+        if strips.wants_strips(x.numel() // x.shape[1] * max(self.conv1.in_channels, self.conv1.out_channels)):
+            hidden = strips.norm_silu_conv(x, self.norm1, self.conv1)
+            return strips.norm_silu_conv(hidden, self.norm2, self.conv2, x, self.nin_shortcut)
         hidden = self.conv1(F.silu(self.norm1(x)))
         hidden = self.conv2(F.silu(self.norm2(hidden)))
         return hidden + (x if self.nin_shortcut is None else self.nin_shortcut(x))
@@ -64,6 +73,8 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h/2, w/2)."""
+        if strips.wants_strips(x.numel()):
+            return strips.downsampled_conv(x, self.conv)
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -76,11 +87,17 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, 2h, 2w)."""
+        if strips.wants_strips(4 * x.numel()):
+            return strips.upsampled_conv(x, self.conv)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class _Level(nn.Module):
-    """One resolution: residual blocks, then a change of size except at the last level."""
+    """One resolution: residual blocks, then a change of size except at the last level.
+
+    Its `layers` are run by encoder and decoder themselves: who called a level would hold its input, a tensor of the
+    largest size, until its last layer is done.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int) -> None:
         super().__init__()
@@ -88,36 +105,35 @@ class _Level(nn.Module):
             ResnetBlock(in_channels if index == 0 else out_channels, out_channels) for index in range(num_blocks)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return x
+    def layers(self) -> Iterator[nn.Module]:
+        """In the order of the computation."""
+        yield from self.block
 
 
 class DownLevel(_Level):
-    """A level of the encoder."""
+    """A level of the encoder: (B, C_in, h, w) -> (B, C_out, h/2, w/2), or the same size at the last level."""
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, *, is_last: bool) -> None:
         super().__init__(in_channels, out_channels, num_blocks)
         self.downsample = None if is_last else Downsample(out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, h, w) -> (B, C_out, h/2, w/2), or the same size at the last level."""
-        x = super().forward(x)
-        return x if self.downsample is None else self.downsample(x)
+    def layers(self) -> Iterator[nn.Module]:
+        yield from super().layers()
+        if self.downsample is not None:
+            yield self.downsample
 
 
 class UpLevel(_Level):
-    """A level of the decoder."""
+    """A level of the decoder: (B, C_in, h, w) -> (B, C_out, 2h, 2w), or the same size at the last level."""
 
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, *, is_last: bool) -> None:
         super().__init__(in_channels, out_channels, num_blocks)
         self.upsample = None if is_last else Upsample(out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, h, w) -> (B, C_out, 2h, 2w), or the same size at the last level."""
-        x = super().forward(x)
-        return x if self.upsample is None else self.upsample(x)
+    def layers(self) -> Iterator[nn.Module]:
+        yield from super().layers()
+        if self.upsample is not None:
+            yield self.upsample
 
 
 class Middle(nn.Module):
@@ -158,8 +174,9 @@ class Encoder(nn.Module):
         """(B, 3, H, W) -> (B, 2 * z_channels, h, w)."""
         hidden = self.conv_in(x)
         for level in self.down:
-            hidden = level(hidden)
-        return self.conv_out(F.silu(self.norm_out(self.mid(hidden))))
+            for layer in cast("_Level", level).layers():
+                hidden = layer(hidden)
+        return _last(self.mid(hidden), self.norm_out, self.conv_out)
 
 
 class Decoder(nn.Module):
@@ -186,8 +203,9 @@ class Decoder(nn.Module):
         """(B, z_channels, h, w) -> (B, 3, H, W)."""
         hidden = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            hidden = level(hidden)
-        return self.conv_out(F.silu(self.norm_out(hidden)))
+            for layer in cast("_Level", level).layers():
+                hidden = layer(hidden)
+        return _last(hidden, self.norm_out, self.conv_out)
 
 
 class AutoEncoder(nn.Module):
@@ -238,6 +256,12 @@ class AutoEncoder(nn.Module):
 
     def _dtype(self) -> torch.dtype:
         return self.encoder.conv_in.weight.dtype
+
+
+def _last(hidden: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
+    if strips.wants_strips(hidden.numel()):
+        return strips.norm_silu_conv(hidden, norm, conv)
+    return conv(F.silu(norm(hidden)))
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

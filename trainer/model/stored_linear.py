@@ -13,6 +13,7 @@ O out features, I in features. The forms and their bytes are described in `train
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any, Final, Literal, cast
 
@@ -97,9 +98,15 @@ class StoredLinear(FrozenLinear):
         return f"{super().extra_repr()}, storage={self.storage}"
 
 
-def use_storage(blocks: nn.Module, storage: PackedStorage, *, with_modulation: bool = False) -> dict[str, StoredLinear]:
+def use_storage(
+    blocks: nn.Module,
+    storage: PackedStorage,
+    *,
+    with_modulation: bool = False,
+    only: Collection[str] | None = None,
+) -> dict[str, StoredLinear]:
     """Puts a `StoredLinear` without memory in the place of every Linear below `blocks`, those of the modulation only with
-    `with_modulation`.
+    `with_modulation`; of those, where `only` is given, the ones with these paths.
 
     Gives the new modules by path. Which Linears these are is also what `trainer.schema.storage.block_shapes` counts.
     """
@@ -108,7 +115,7 @@ def use_storage(blocks: nn.Module, storage: PackedStorage, *, with_modulation: b
         if isinstance(module, Modulation) and not with_modulation:
             continue
         for name, child in list(module.named_children()):
-            if isinstance(child, FrozenLinear):
+            if isinstance(child, FrozenLinear) and (only is None or f"{path}.{name}" in only):
                 linear = StoredLinear(
                     child.in_features,
                     child.out_features,

@@ -11,7 +11,7 @@ from trainer.model.chroma import Chroma
 from trainer.model.flux import Flux
 from trainer.model.storage_cache import StorageCache
 from trainer.model.stored_linear import PackedStorage
-from trainer.model.weights import ChangeOf, ModulationOnHost, PlaceTensor, load_chroma, load_flux
+from trainer.model.weights import ChangeOf, FileStorage, ModulationOnHost, PlaceTensor, load_chroma, load_flux
 
 Transformer = Flux | Chroma
 
@@ -23,7 +23,7 @@ def load_transformer(
     device: torch.device | str,
     *,
     device_of: PlaceTensor | None = None,
-    storage: PackedStorage | None = None,
+    storage: PackedStorage | FileStorage | None = None,
     change_of: ChangeOf | None = None,
     cache: StorageCache | None = None,
     modulation: ModulationOnHost | None = None,

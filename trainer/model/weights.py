@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from trainer.schema.key_plans import (
     flux_plan,
     t5_plan,
 )
-from trainer.schema.stored_scales import fp8_parts
+from trainer.schema.stored_scales import FP8, fp8_parts
 from trainer.schema.weight_files import read_weights
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, T5EncoderModel
 
 PlaceTensor = Callable[[str], torch.device | str]
+FileStorage = Literal["file"]
 ChangeOf = Callable[[str], Callable[[Tensor], Tensor] | None]
 """For a module's path what is to be made of its weight in float32, or None."""
 
@@ -75,7 +76,7 @@ def load_flux(
     device: torch.device | str,
     *,
     device_of: PlaceTensor | None = None,
-    storage: PackedStorage | None = None,
+    storage: PackedStorage | FileStorage | None = None,
     change_of: ChangeOf | None = None,
     cache: StorageCache | None = None,
     modulation: ModulationOnHost | None = None,
@@ -85,7 +86,8 @@ def load_flux(
     `device_of` may give another device for single parameters, by state-dict name, so that blocks which are to be swapped
     do not stay on the accelerator. With `storage` the blocks' Linears are stored in that form, one after the other while
     they are read, which is computed on `device`; `change_of` gives what is made of each of these before, and
-    `cache` keeps them for the next time. `modulation` keeps the blocks' modulation weights off the device. Raises `UserError` when the file is not a whole FLUX.1 model.
+    `cache` keeps them for the next time. With the storage `file` those of them that the file has in fp8 stay so, whatever
+    the others are, and the last two are not asked. `modulation` keeps the blocks' modulation weights off the device. Raises `UserError` when the file is not a whole FLUX.1 model.
     """
     header = read_weights(path, "flux")
     with torch.device("meta"):
@@ -102,7 +104,7 @@ def load_chroma(
     device: torch.device | str,
     *,
     device_of: PlaceTensor | None = None,
-    storage: PackedStorage | None = None,
+    storage: PackedStorage | FileStorage | None = None,
     change_of: ChangeOf | None = None,
     cache: StorageCache | None = None,
 ) -> Chroma:
@@ -123,20 +125,30 @@ def _fill_transformer(
     dtype: torch.dtype,
     device: torch.device,
     device_of: PlaceTensor | None,
-    storage: PackedStorage | None,
+    storage: PackedStorage | FileStorage | None,
     change_of: ChangeOf | None,
     cache: StorageCache | None,
     modulation: ModulationOnHost | None = None,
 ) -> None:
     stored: dict[str, StoredLinear] = {}
-    if storage is not None:
+    if storage == "file":
+        cache = change_of = None
+        for kind in ("double_blocks", "single_blocks"):
+            paths = {
+                planned.target.removeprefix(f"{kind}.").removesuffix(".weight")
+                for planned in plan
+                if planned.target.startswith(f"{kind}.") and _fp8_of(planned) is not None
+            }
+            found = use_storage(model.get_submodule(kind), "fp8", with_modulation=modulation is None, only=paths)
+            stored |= {f"{kind}.{path}.weight": linear for path, linear in found.items()}
+    elif storage is not None:
         # What the file has in fp8 stays so; in fewer bits than it has them, modulation layers are not stored.
         with_modulation = storage == "fp8" and fp8_parts(header)[1] and modulation is None
         for kind in ("double_blocks", "single_blocks"):
             found = use_storage(model.get_submodule(kind), storage, with_modulation=with_modulation)
             stored |= {f"{kind}.{path}.weight": linear for path, linear in found.items()}
     with contextlib.ExitStack() as stack:
-        cached = stack.enter_context(cache.open(header, storage)) if cache is not None and storage is not None else None
+        cached = stack.enter_context(cache.open(header, storage)) if cache and storage and storage != "file" else None
         _fill(
             model,
             header,
@@ -206,13 +218,22 @@ def empty_clip_l(params: ClipParams, activation: str = "quick_gelu") -> CLIPText
         return CLIPTextModel(config)
 
 
-def load_t5xxl(path: Path, dtype: torch.dtype, device: torch.device | str) -> T5EncoderModel:
-    """The T5 encoder that `path` names, frozen, in `dtype` on `device`."""
+def load_t5xxl(
+    path: Path, dtype: torch.dtype, device: torch.device | str, *, layers_on: torch.device | str | None = None
+) -> T5EncoderModel:
+    """The T5 encoder that `path` names, frozen, in `dtype` on `device`; with `layers_on` its layers' Linears are there."""
     header = read_weights(path, "t5xxl")
     model = empty_t5xxl(t5_params(header))
     # One embedding under two names: both must go on being the same parameter.
     model.encoder.embed_tokens = model.shared
-    _fill(model, header, t5_plan(header), dtype, lambda _: device)
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    _fill(
+        model,
+        header,
+        t5_plan(header),
+        dtype,
+        lambda name: layers_on if layers_on is not None and name in linears else device,
+    )
     return model.eval()
 
 
@@ -349,8 +370,8 @@ def _fill_stored(
     change: Callable[[Tensor], Tensor] | None,
 ) -> None:
     """The weight in its stored form. Numbers that the file has in that form already are taken over, with their scales."""
-    types = {_read_as(piece) for piece in planned.pieces}
-    if change is None and linear.storage == "fp8" and (types == {"F8_E4M3"} or types == {"F8_E5M2"}):
+    fp8 = _fp8_of(planned)
+    if change is None and linear.storage == "fp8" and fp8 is not None:
         raw = dataclasses.replace(planned, pieces=tuple(_without_scale(piece) for piece in planned.pieces))
         scale = torch.ones(linear.out_features)
         start = 0
@@ -360,11 +381,17 @@ def _fill_stored(
             if given is not None:
                 scale[start : start + end - first] = given if len(given) == 1 else given[first:end]
             start += end - first
-        weight = _read_parameter(files, header, raw, DTYPES[types.pop()], device)
+        weight = _read_parameter(files, header, raw, DTYPES[fp8], device)
     else:
         dense = _read_parameter(files, header, planned, torch.float32, packs_on)
         weight, scale = linear.pack(dense if change is None else change(dense))
     linear.set_stored(weight.to(device), scale.to(device))
+
+
+def _fp8_of(planned: PlannedTensor) -> str | None:
+    """The type of fp8 that the file has all of a matrix in, with scales or without; None for any other."""
+    types = {_read_as(piece) for piece in planned.pieces}
+    return types.pop() if len(planned.shape) == 2 and len(types) == 1 and types <= FP8 else None
 
 
 def _read_as(piece: Piece) -> str:

@@ -72,6 +72,8 @@ class CudaCourier(Courier):
             if memory is not None:
                 memory.record_stream(self._stream)
             memory = self._places[index] = torch.empty(weight.nbytes, dtype=torch.uint8, device=self.device)
+            # Whoever had this memory before may not be done with it.
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
         return _cut(memory, weight)
 
 

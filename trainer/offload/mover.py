@@ -170,6 +170,11 @@ class CudaMover(HostMover):
         self._free: dict[int, torch.cuda.Event] = {}
         self._arrived: dict[int, torch.cuda.Event] = {}
 
+    def take(self, blocks: Mapping[int, Sequence[nn.Parameter]], num_slots: int) -> None:
+        super().take(blocks, num_slots)
+        # Whoever had the slots' memory before may not be done with it.
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+
     def fetch(self, key: int, slot: int) -> None:
         block = self._blocks[key]
         free = self._free.get(slot)

@@ -53,6 +53,14 @@ def work_per_token(flux: TransformerParams) -> float:
     return max(double + 2 + 2 * m, single + 2 + 2 * (1 + m))
 
 
+def fp16_values_per_token(flux: TransformerParams) -> tuple[float, float]:
+    """What fp16 keeps besides, of a double and of a single block, to stay in its range: the norms' insides in fp32 (4 a
+    norm), every Linear's output before it is held in the range, and the scaled inputs and outputs of those that are added
+    to a stream."""
+    m = mlp_size(flux) / flux.hidden_size
+    return 16 + 3 * m, 11 + 2 * m
+
+
 def forward_per_token(flux: TransformerParams) -> float:
     """What a forward pass without gradients has at most, in tensors of C values per token."""
     m = mlp_size(flux) / flux.hidden_size

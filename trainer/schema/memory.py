@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from trainer.schema.base import UserError
 from trainer.schema.chroma_header import TransformerParams
@@ -43,7 +43,8 @@ class Estimate:
     """Memory for one setting of `blocks_to_swap`. `peak_bytes` is the most on the device at any moment.
 
     `fits` compares with `usable_bytes` of the card, None when no card was named; `reason` says why it does not fit and
-    what helps. `text_on_host` is True when captions have to be encoded by the CPU because the text encoders alone are too large for the card.
+    what helps. Where the text encoders alone are too large for the card, `text_streamed` is True when T5's layers come to it
+    in turn, and `text_on_host` when even so captions have to be encoded by the CPU.
     """
 
     peak_bytes: int
@@ -53,6 +54,7 @@ class Estimate:
     fits: bool | None = None
     reason: str = ""
     text_on_host: bool = False
+    text_streamed: bool = False
     host_parts: tuple[Part, ...] = ()
     """What `host_peak_bytes` is made of."""
 
@@ -103,17 +105,19 @@ def _estimate(
     phases = [sums.text_phase(), sums.latents_phase(), sums.training_phase()]
     if sums.makes_samples:
         phases.append(sums.sampling_phase())
-    text_on_host = vram_bytes is not None and sums.caches_text and not _text_fits(phases[0], vram_bytes)
+    place = "device" if vram_bytes is None else _text_place(sums, vram_bytes)
     # While texts are encoded nothing is swapped yet, and when blocks are swapped the text encoders are gone.
     host = [Part("swapped blocks", sums.slab_bytes, "weights"), *sums.host_modulation(), *sums.host_inputs()]
     if sums.is_cpu:
         host += max(phases, key=lambda phase: phase.peak_bytes).parts
     elif sums.makes_samples and sums.caches_latents:
         host.append(sums.autoencoder_weights())
-    if text_on_host:
-        on_host = [part for part in phases[0].parts if part != sums.context]
+    if place != "device":
+        on_host = [sums.t5_slabs] if place == "streamed" else [part for part in phases[0].parts if part != sums.context]
         host = max(host, on_host, key=lambda parts: sum(part.bytes for part in parts))
-        phases[0] = make_phase("text encoders", [sums.context])
+        phases[0] = (
+            sums.text_phase(is_streamed=True) if place == "streamed" else make_phase("text encoders", [sums.context])
+        )
     host = [
         Part("Python, torch and libraries", HOST_PROCESS_BYTES),
         *(part for part in host if part.bytes),
@@ -121,23 +125,31 @@ def _estimate(
     ]
     peak = max(phase.peak_bytes for phase in phases)
     host_bytes = sum(part.bytes for part in host)
-    result = Estimate(peak, host_bytes, tuple(phases), swap, text_on_host=text_on_host, host_parts=tuple(host))
+    result = Estimate(
+        peak,
+        host_bytes,
+        tuple(phases),
+        swap,
+        text_on_host=place == "host",
+        text_streamed=place == "streamed",
+        host_parts=tuple(host),
+    )
     if vram_bytes is None:
         return result
     fits = result.peak_bytes <= usable_bytes(vram_bytes)
     return dataclasses.replace(result, fits=fits, reason="" if fits else _why_not(result, options, vram_bytes))
 
 
-def text_encoders_fit(
-    flux: TransformerParams, options: Options, *, vram_bytes: int, batch_size: int, models: OtherModels | None = None
-) -> bool:
-    """Whether captions that are cached can be encoded on a card of `vram_bytes`.
+TextPlace = Literal["device", "streamed", "host"]
+"""Where captions are encoded that are cached: on the device, there with T5's layers brought in turn, or by the CPU."""
 
-    Where not, the trainer encodes them on the CPU, and `estimate` counts them there.
-    """
+
+def text_place(
+    flux: TransformerParams, options: Options, *, vram_bytes: int, batch_size: int, models: OtherModels | None = None
+) -> TextPlace:
+    """The first place that a card of `vram_bytes` has the room for. The trainer acts on it, and `estimate` counts it."""
     models = models or usual_models(flux)
-    sums = Sums(flux, options, models, 0, 0, batch_size, 0, trained_by(flux, options, models))
-    return _text_fits(sums.text_phase(), vram_bytes)
+    return _text_place(Sums(flux, options, models, 0, 0, batch_size, 0, trained_by(flux, options, models)), vram_bytes)
 
 
 def pick_blocks_to_swap(
@@ -172,8 +184,10 @@ def pick_blocks_to_swap(
     return at(first)
 
 
-def _text_fits(text_phase: Phase, vram_bytes: int) -> bool:
-    return text_phase.peak_bytes <= usable_bytes(vram_bytes)
+def _text_place(sums: Sums, vram_bytes: int) -> TextPlace:
+    if not sums.caches_text or sums.text_phase().peak_bytes <= usable_bytes(vram_bytes):
+        return "device"
+    return "streamed" if sums.text_phase(is_streamed=True).peak_bytes <= usable_bytes(vram_bytes) else "host"
 
 
 def usable_bytes(vram_bytes: int) -> int:

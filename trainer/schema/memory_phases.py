@@ -9,6 +9,7 @@ from trainer.schema.activation_counts import (
     dora_values_per_token,
     dora_work_per_token,
     forward_per_token,
+    fp16_values_per_token,
     last_saved_bytes,
     saved_values_per_token,
     small_saved_bytes,
@@ -23,6 +24,7 @@ from trainer.schema.parameter_counts import (
     clip_count,
     flux_counts,
     t5_count,
+    t5_layer_linear,
 )
 from trainer.schema.storage import Storage, block_bytes, modulation_bytes, saved_bytes, scratch_bytes, stored_as
 from trainer.schema.swap_counts import slab_bytes, split_swap
@@ -46,6 +48,13 @@ CUDA_CONTEXT_BYTES: Final = round(0.6 * GIB)
 """CUDA context, kernels and cuBLAS workspace of one process. Unmeasured; 0.3 to 0.6 GiB is usual."""
 ALLOCATOR_SHARE: Final = 0.05
 """What rounding and fragmentation add to tensors that come and go. Unmeasured."""
+STREAMED_BATCH: Final = 4
+"""Captions that are encoded at once while T5's layers come to the device in turn, unless a number is given: every batch
+brings all of them."""
+STRIP_VALUES: Final = 1 << 24
+"""The autoencoder computes larger tensors than this in strips of rows, each of about so many values."""
+_STRIP_BYTES: Final = 24
+"""What comes and goes for each value of a strip: it in float32 twice, as a convolution's input and output, and its copies."""
 
 _CLIP_TOKENS: Final = 77
 
@@ -102,6 +111,11 @@ def text_length(flux: TransformerParams, options: Options) -> int:
     return options.t5xxl_max_token_length or (256 if flux.is_schnell else 512)
 
 
+def text_batch_size(options: Options, *, is_streamed: bool = False) -> int:
+    """Captions that are encoded at once beforehand."""
+    return options.text_encoder_batch_size or max(options.train_batch_size, STREAMED_BATCH if is_streamed else 1)
+
+
 def modulates_outside(flux: TransformerParams, options: Options) -> bool:
     """Whether the modulation weights are kept off the device; Chroma's blocks have none."""
     return options.offload_modulation is not None and not isinstance(flux, ChromaParams)
@@ -142,6 +156,7 @@ class Sums:
         # In fp16 the streams between the blocks are kept in fp32, and the autoencoder stays out of half precision.
         self.stream_bytes = 2 if options.mixed_precision == "bf16" else 4
         self.autoencoder_bytes = 4 if options.no_half_vae or options.mixed_precision != "bf16" else 2
+        self.text_bytes = self.value_bytes
         self.num_text = text_length(flux, options)
         self.num_image = (width // 16) * (height // 16)
         self.caches_text = caches_text(options)
@@ -155,13 +170,24 @@ class Sums:
 
     # ---- phases ----
 
-    def text_phase(self) -> Phase:
-        batch = (self.options.text_encoder_batch_size or self.batch) if self.caches_text else self.batch
+    def text_phase(self, *, is_streamed: bool = False) -> Phase:
+        """With `is_streamed` T5's layers lie in main memory and come to the device in turn: see `t5_slabs`."""
+        batch = text_batch_size(self.options, is_streamed=is_streamed) if self.caches_text else self.batch
         work = _part("text encoder activations", self._t5_work(batch))
         if not self.caches_text:
             return self._phase("text encoders", self._resident(with_gradients=True), work)
-        weights = [self._t5_weights(), *self._clip_weights()]
-        return self._phase("text encoders", weights, work)
+        t5 = [self._t5_weights()]
+        if is_streamed:
+            layer = t5_layer_linear(self.models.t5) * self.text_bytes
+            stays = t5[0].bytes - self.t5_slabs.bytes
+            t5 = [Part("T5-XXL weights", stays, "weights"), Part("slots for layers", NUM_SLOTS * layer, "weights")]
+        return self._phase("text encoders", [*t5, *self._clip_weights()], work)
+
+    @property
+    def t5_slabs(self) -> Part:
+        """What of T5 lies in main memory while its layers come to the device in turn."""
+        t5 = self.models.t5
+        return Part("T5-XXL layers", t5.num_layers * t5_layer_linear(t5) * self.text_bytes, "weights")
 
     def latents_phase(self) -> Phase:
         batch = self.options.vae_batch_size if self.caches_latents else self.batch
@@ -187,6 +213,10 @@ class Sums:
         # and the gradients of two such tensors are there at once.
         saved_double, saved_single = saved_double + 2 * (stream - 1), saved_single + stream - 1
         one_block += 4 * (stream - 1)
+        if self.options.mixed_precision == "fp16":
+            more_double, more_single = fp16_values_per_token(flux)
+            saved_double, saved_single = saved_double + more_double, saved_single + more_single
+            one_block += max(more_double, more_single)
         num_blocks, num_twice = flux.depth + flux.depth_single_blocks, num_checkpointed(flux, self.options)
         passing = self.trained.passing
         # Beside every block's input the last layer keeps what the last block gives.
@@ -430,14 +460,18 @@ class Sums:
         return clip.num_hidden_layers * (values + scores) * self.value_bytes
 
     def _encode_work(self, batch: int) -> int:
-        """Five tensors at full size and width in the first level, and a convolution's copies of its input and output."""
-        return 7 * batch * self.pixels * self.models.autoencoder.ch * self.autoencoder_bytes
+        """In strips: input, inside and output of a block of the first level. Smaller pictures at once: five tensors of this
+        size and a convolution's copies of its input and output."""
+        unit = batch * self.pixels * self.models.autoencoder.ch * self.autoencoder_bytes
+        return min(7 * unit, 3 * unit + _STRIP_BYTES * STRIP_VALUES)
 
     def _decode_work(self) -> int:
-        """As above in the last level, where the first block still has the second level's width."""
+        """As above in the last level, where the first block's input still has the second level's width."""
         autoencoder = self.models.autoencoder
         first, second = (autoencoder.ch * factor for factor in (*autoencoder.ch_mult, autoencoder.ch_mult[-1])[:2])
-        return (max(3 * second, second + 4 * first) + 2 * second) * self.pixels * self.autoencoder_bytes
+        unit = self.pixels * self.autoencoder_bytes
+        whole = (max(3 * second, second + 4 * first) + 2 * second) * unit
+        return min(whole, max(second + 2 * first, 3 * first) * unit + _STRIP_BYTES * STRIP_VALUES)
 
 
 def _part(name: str, num_bytes: float, kind: Kind = "activations") -> Part:

@@ -131,6 +131,11 @@ def t5_count(t5: T5Params) -> int:
     return t5.vocab_size * t5.d_model + t5.num_layers * layer + t5.num_buckets * t5.num_heads + t5.d_model
 
 
+def t5_layer_linear(t5: T5Params) -> int:
+    """Linear weights of one layer, which can come to the device in turn."""
+    return 4 * t5.d_model * t5.num_heads * t5.d_kv + 3 * t5.d_model * t5.d_ff
+
+
 def clip_count(clip: ClipParams) -> int:
     """Parameters of a CLIP text encoder; 123,060,480 for CLIP-L."""
     c, m = clip.hidden_size, clip.intermediate_size

@@ -41,8 +41,14 @@ def stored_as(options: Options, flux: TransformerParams | None = None) -> Storag
         return options.base_storage
     if options.fp8_base or options.fp8_base_unet:
         return "fp8"
-    keeps_file = options.network_module != "lycoris.kohya" and not options.base_weights
-    return "fp8" if flux is not None and flux.fp8_linears and keeps_file else "compute"
+    return "fp8" if flux is not None and flux.fp8_linears and keeps_file(options) else "compute"
+
+
+def keeps_file(options: Options) -> bool:
+    """Whether weights that the file has in fp8 stay so without being asked for. An Apple GPU cannot compute with them."""
+    is_asked = options.base_storage is not None or options.fp8_base or options.fp8_base_unet
+    is_dense = options.network_module == "lycoris.kohya" or bool(options.base_weights) or options.device == "mps"
+    return not is_asked and not is_dense
 
 
 def linear_bytes(shape: Shape, storage: Storage, value_bytes: int) -> int:

@@ -75,6 +75,7 @@ def _as_json(result: Estimate, plan: Plan, *, is_planned: bool) -> dict[str, obj
         "height": plan.height,
         "batch_size": plan.batch_size,
         "text_on_host": result.text_on_host,
+        "text_streamed": result.text_streamed,
         "phases": [
             {
                 "name": phase.name,
@@ -127,6 +128,8 @@ def _lines(result: Estimate, plan: Plan, *, is_planned: bool) -> Iterator[str]:
                 yield f"  {_NAMES[kind]:<18}{gib_text(split[kind]):>10}   {_names(phase.parts, kind)}"
     if result.text_on_host:
         yield "  (the text encoders are too large for the card and run on the CPU)"
+    if result.text_streamed:
+        yield "  (the text encoders are too large for the card: T5's layers come to it in turn)"
     yield f"\nmain memory: {gib_text(result.host_peak_bytes)}"
     for part in result.host_parts:
         yield f"  {gib_text(part.bytes):>10}   {part.name}"

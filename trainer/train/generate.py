@@ -41,6 +41,7 @@ from trainer.train.engine import Engine
 from trainer.train.findings import Findings
 from trainer.train.latents_phase import autoencoder_dtype, load_ae
 from trainer.train.model_checks import Tokenizers, check_models, check_tokenizers, fetch_models, read_flux
+from trainer.train.network_setup import asked_storage
 from trainer.train.objective import predict_velocity
 from trainer.train.prompt_file import texts_of
 from trainer.train.reporting import Reporter
@@ -271,6 +272,7 @@ def _draw(
         engine.dtype,
         engine.device,
         device_of=lambda name: "cpu" if name.startswith(on_host) else engine.device,
+        storage=asked_storage(options, flux, engine.device),
     )
     runtime = RuntimeLoras(model, "unet", loras, engine.device)
     for path, unknown in runtime.unknown.items():

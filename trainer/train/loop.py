@@ -22,6 +22,7 @@ from trainer.train.level_losses import LevelLosses
 from trainer.train.mean_loss import MeanLoss
 from trainer.train.micro_batch import MicroBatch, NumbersLost
 from trainer.train.optim import found_rates, group_rates
+from trainer.train.optimizer_step import OptimizerStep
 from trainer.train.progress import Progress
 from trainer.train.reporting import Reporter, StopRequested
 from trainer.train.step_position import LoopSettings, SaveKind, StepPosition, step_generator
@@ -90,6 +91,7 @@ class TrainingLoop:
         self._state_is_due = state_is_due
         self._level_losses = level_losses or LevelLosses()
         self._make_room = make_room
+        self._optimizer_step = OptimizerStep(optimizer, scaler, self._parameters, make_room)
         self._num_skipped_in_a_row = start.num_skipped_in_a_row
         self._average = MeanLoss(settings.steps_per_epoch, start.losses, start.loss_sum)
         self._position = settings.position_after(start.step)
@@ -240,7 +242,7 @@ class TrainingLoop:
         if math.isfinite(norm):
             self._num_skipped_in_a_row = 0
             measured = self._before_step()
-            self._scaler.step(self._optimizer)
+            self._optimizer_step()
             self._scaler.update()
             more = {**measured, **self._after_weights()}
         else:

@@ -19,8 +19,9 @@ from trainer.model.compiled import compile_blocks
 from trainer.model.host_linear import count_mapped
 from trainer.model.joint import run_again_in_backward
 from trainer.model.storage_cache import StorageCache
+from trainer.model.stored_linear import PackedStorage, StoredLinear
 from trainer.model.transformer import Transformer, load_transformer
-from trainer.model.weights import ModulationOnHost
+from trainer.model.weights import FileStorage, ModulationOnHost
 from trainer.offload.activations import OffloadedCheckpoint
 from trainer.offload.block_swap import BlockSwap, swapped_prefixes
 from trainer.offload.courier import make_courier
@@ -29,7 +30,7 @@ from trainer.schema.chroma_header import TransformerParams
 from trainer.schema.lora_spec import LoraSpec
 from trainer.schema.option_rules import compiles
 from trainer.schema.options import Options
-from trainer.schema.storage import stored_as
+from trainer.schema.storage import keeps_file, stored_as
 from trainer.schema.swap_counts import chosen_swap
 from trainer.train.base_weights import base_weights_change, base_weights_identity
 from trainer.train.engine import Engine
@@ -41,6 +42,9 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine, tell: 
     if options.pretrained_model_name_or_path is None:
         raise AssertionError("the checks demand the model")
     storage = stored_as(options, flux)
+    asked = asked_storage(options, flux, engine.device)
+    if asked is None:
+        storage = "compute"
     if storage == "fp8" and stored_as(options) == "compute":
         tell(
             "the model's file is fp8 and is kept so; its numbers are converted whenever they are used "
@@ -58,11 +62,14 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine, tell: 
         engine.dtype,
         engine.device,
         device_of=lambda name: "cpu" if name.startswith(on_host) else engine.device,
-        storage=None if storage == "compute" else storage,
+        storage=asked,
         change_of=None if storage == "compute" else base_weights_change(options, "unet"),
         cache=None if cache is None else StorageCache(cache, base_weights_identity(options, ["unet"]), tell),
         modulation=None if place is None else ModulationOnHost(make_courier(engine.device), place == "file"),
     )
+    num_kept = sum(isinstance(module, StoredLinear) for module in model.modules())
+    if storage == "compute" and num_kept:
+        tell(f"{num_kept} layers are fp8 in the model's file and are kept so; --base_storage=compute expands them")
     if place == "file":
         num_mapped, num_all = count_mapped(model)
         if num_mapped < num_all:
@@ -80,6 +87,16 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine, tell: 
         run=OffloadedCheckpoint(engine.device) if offloads else run_again_in_backward,
     )
     return model
+
+
+def asked_storage(
+    options: Options, flux: TransformerParams, device: torch.device
+) -> PackedStorage | FileStorage | None:
+    """How the blocks' weights are to be loaded: `file` where of a file that has some layers in fp8 these stay so."""
+    storage, can_keep = stored_as(options, flux), keeps_file(options) and device.type != "mps"
+    if storage == "compute" or (stored_as(options) == "compute" and not can_keep):
+        return "file" if can_keep else None
+    return storage
 
 
 def compile_model(options: Options, model: Transformer, engine: Engine, tell: Callable[[str], None]) -> None:

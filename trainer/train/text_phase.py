@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,12 @@ from trainer.data.cache import Encode, TensorCache, text_key, text_requests
 from trainer.data.reference_files import TEXT_ENDING, text_files
 from trainer.model.t5_as_stored import load_t5xxl_as_stored
 from trainer.model.weights import load_clip_l, load_t5xxl
+from trainer.offload.layer_stream import LayerStream
+from trainer.offload.mover import make_mover
 from trainer.schema.chroma_header import VISIBLE_PADDING
 from trainer.schema.folders import data_home
-from trainer.schema.memory import text_encoders_fit
+from trainer.schema.memory import TextPlace, text_place
+from trainer.schema.memory_phases import text_batch_size
 from trainer.schema.model_kinds import ModelKind
 from trainer.schema.options import Options
 from trainer.schema.parameter_counts import t5_count
@@ -99,25 +103,28 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
     if missing and reference is not None:
         missing = reference.read(missing)
     if missing:
-        device = _encoding_device(checked, engine, reporter)
-        cache.fill(
-            missing,
-            encode_in_room(
-                _encoder(checked, engine, device),
-                None if device.type == "cpu" else lambda: _encoder(checked, engine, torch.device("cpu")),
-                "captions",
-                engine,
-                reporter,
-            ),
-            batch_size=_batch_size(options),
-            progress=reporter.progress,
-            check_commands=reporter.check_stop,
-            share=(engine.rank, engine.num_processes),
-        )
+        place = _encoding_place(checked, engine, reporter)
+        is_streamed = place == "streamed"
+        device = torch.device("cpu") if place == "host" else engine.device
+        encoder = _Encoder(checked, engine, device, reporter=reporter if is_streamed else None)
+
+        def on_cpu() -> Encode[str]:
+            encoder.close()
+            return _Encoder(checked, engine, torch.device("cpu"))
+
+        with contextlib.closing(encoder):
+            cache.fill(
+                missing,
+                encode_in_room(encoder, None if device.type == "cpu" else on_cpu, "captions", engine, reporter),
+                batch_size=text_batch_size(options, is_streamed=is_streamed),
+                progress=reporter.progress,
+                check_commands=reporter.check_stop,
+                share=(engine.rank, engine.num_processes),
+            )
     else:
         reporter.note("all captions and prompts are cached: the text encoders are not needed")
     # The device is full of the transformer by the time that one is found to be lost.
-    cache.recover_with(requests, lambda: _encoder(checked, engine, torch.device("cpu")))
+    cache.recover_with(requests, lambda: _Encoder(checked, engine, torch.device("cpu")))
     engine.free_cached_memory()
     if reference is not None and writes_reference_text(options) and engine.rank == 0:
         reference.write(options)
@@ -144,30 +151,46 @@ def prepare_text(checked: CheckedRun, plan: TextPlan | None, engine: Engine, rep
             reporter.note(
                 f"{len(missing)} new texts of sample prompts: the text encoders are loaded for this moment, on {device.type}"
             )
-            cache.fill(missing, _encoder(checked, engine, device), batch_size=1, check_commands=reporter.check_stop)
+            with contextlib.closing(_Encoder(checked, engine, device)) as encoder:
+                cache.fill(missing, encoder, batch_size=1, check_commands=reporter.check_stop)
             engine.free_cached_memory()
 
     return PreparedText(source, _clip_model(live_clip), add=add)
 
 
-def _encoder(checked: CheckedRun, engine: Engine, device: torch.device) -> Encode[str]:
-    """What fills the cache. It holds encoders of its own on `device`, which go when it goes."""
-    options, dtype = checked.options, _text_dtype(checked.options)
-    encode_clip = _load_clip(checked, engine, device)
-    encode_t5 = _load_t5(checked, engine, device)
+class _Encoder:
+    """What fills the cache, with encoders of its own on `device`. With a `reporter`, which is told of memory that could not
+    be page-locked, T5's layers lie in main memory and come to the device in turn. `close` lets go of everything.
+    """
 
-    def encode(_keys: list[str], captions: list[str]) -> list[dict[str, Tensor]]:
-        with torch.no_grad(), engine.text_autocast(device):
-            vec = encode_clip(captions)
-            txt, mask = encode_t5(captions)
+    def __init__(
+        self, checked: CheckedRun, engine: Engine, device: torch.device, *, reporter: Reporter | None = None
+    ) -> None:
+        self._options, self._engine, self._device = checked.options, engine, device
+        self._held = contextlib.ExitStack()
+        self._clip: ClipSource | None = _load_clip(checked, engine, device)
+        self._t5: T5Encoder | None = _load_t5(checked, engine, device, layers_on=None if reporter is None else "cpu")
+        if reporter is not None:
+            layers = list(self._t5.model.encoder.block)
+            self._held.enter_context(LayerStream(layers, make_mover(device, reporter.warning)))
+
+    def __call__(self, _keys: list[str], captions: list[str]) -> list[dict[str, Tensor]]:
+        if self._clip is None or self._t5 is None:
+            raise ValueError("the encoders are closed")
+        dtype = _text_dtype(self._options)
+        with torch.no_grad(), self._engine.text_autocast(self._device):
+            vec = self._clip(captions)
+            txt, mask = self._t5(captions)
         # What mixed precision makes of them as soon as the transformer reads them.
         vec, txt = vec.to(dtype), txt.to(dtype)
-        if not options.apply_t5_attn_mask:
+        if not self._options.apply_t5_attn_mask:
             return [{"vec": vec[row], "txt": txt[row]} for row in range(len(captions))]
         lengths = mask.sum(dim=1).tolist()
         return [{"vec": vec[row], "txt": txt[row, : int(lengths[row])]} for row in range(len(captions))]
 
-    return encode
+    def close(self) -> None:
+        self._held.close()
+        self._clip = self._t5 = None
 
 
 def _reference_caches(checked: CheckedRun, identity: str, cache: TensorCache, reporter: Reporter) -> ReferenceCaches:
@@ -195,19 +218,23 @@ def _reference_caches(checked: CheckedRun, identity: str, cache: TensorCache, re
     return found
 
 
-def _encoding_device(checked: CheckedRun, engine: Engine, reporter: Reporter) -> torch.device:
-    """Where captions are encoded beforehand: the CPU when the encoders are too large for the card."""
+def _encoding_place(checked: CheckedRun, engine: Engine, reporter: Reporter) -> TextPlace:
+    """Where captions are encoded beforehand, by what the card has room for."""
     total_bytes = engine.total_bytes()
-    if total_bytes is None or text_encoders_fit(
+    if total_bytes is None:
+        return "device"
+    place = text_place(
         checked.flux,
         checked.options,
         vram_bytes=total_bytes,
-        batch_size=_batch_size(checked.options),
+        batch_size=checked.options.train_batch_size,
         models=checked.models,
-    ):
-        return engine.device
-    reporter.note("the text encoders are too large for this card: captions are encoded on the CPU")
-    return torch.device("cpu")
+    )
+    if place == "streamed":
+        reporter.note("the text encoders are too large for this card: T5's layers come to it one after the other")
+    elif place == "host":
+        reporter.note("the text encoders are too large for this card: captions are encoded on the CPU")
+    return place
 
 
 def _device_beside_model(checked: CheckedRun, engine: Engine) -> torch.device:
@@ -217,10 +244,6 @@ def _device_beside_model(checked: CheckedRun, engine: Engine) -> torch.device:
     if free_bytes is None or free_bytes > wanted * _ROOM_FACTOR:
         return engine.device
     return torch.device("cpu")
-
-
-def _batch_size(options: Options) -> int:
-    return options.text_encoder_batch_size or options.train_batch_size
 
 
 def _load_clip(checked: CheckedRun, engine: Engine, device: torch.device) -> ClipSource:
@@ -238,14 +261,14 @@ def _clip_model(source: ClipSource | None) -> CLIPTextModel | None:
     return source.model if isinstance(source, ClipEncoder) else None
 
 
-def _load_t5(checked: CheckedRun, engine: Engine, device: torch.device) -> T5Encoder:
+def _load_t5(checked: CheckedRun, engine: Engine, device: torch.device, *, layers_on: str | None = None) -> T5Encoder:
     options = checked.options
     if options.t5xxl is None:
         raise AssertionError("the checks demand T5")
-    if device.type == "cpu" and not trains_t5(checked) and not options.base_weights:
+    if layers_on is None and device.type == "cpu" and not trains_t5(checked) and not options.base_weights:
         t5 = load_t5xxl_as_stored(options.t5xxl, engine.text_dtype)
     else:
-        t5 = load_t5xxl(options.t5xxl, engine.text_dtype, device)
+        t5 = load_t5xxl(options.t5xxl, engine.text_dtype, device, layers_on=layers_on)
         merge_base_weights({"te3": t5}, options)
     return T5Encoder(
         t5,
