@@ -54,11 +54,10 @@ def work_per_token(flux: TransformerParams) -> float:
 
 
 def fp16_values_per_token(flux: TransformerParams) -> tuple[float, float]:
-    """What fp16 keeps besides, of a double and of a single block, to stay in its range: the norms' insides in fp32 (4 a
-    norm), every Linear's output before it is held in the range, and the scaled inputs and outputs of those that are added
-    to a stream."""
+    """What fp16 keeps besides, of a double and of a single block, to stay in its range: what the norms and the sums make
+    in fp32, and the inputs of the last Linears as they are scaled. The numbers are counted ones: of real passes."""
     m = mlp_size(flux) / flux.hidden_size
-    return 16 + 3 * m, 11 + 2 * m
+    return 11 + m, 6 + m
 
 
 def forward_per_token(flux: TransformerParams) -> float:

@@ -220,8 +220,10 @@ class Sums:
         num_blocks, num_twice = flux.depth + flux.depth_single_blocks, num_checkpointed(flux, self.options)
         passing = self.trained.passing
         # Beside every block's input the last layer keeps what the last block gives.
-        last = stream * per_token + last_saved_bytes(flux, self.batch * self.num_image, self.batch, self.value_bytes)
-        small_double, small_single = small_saved_bytes(flux, tokens, self.batch, self.value_bytes)
+        last = stream * per_token + last_saved_bytes(flux, self.batch * self.num_image, self.batch, self.stream_bytes)
+        # In fp16 its normed input is there in fp32 as well.
+        last += 2 * (self.stream_bytes - self.value_bytes) * self.batch * self.num_image * c
+        small_double, small_single = small_saved_bytes(flux, tokens, self.batch, self.stream_bytes)
         inputs = num_twice * stream * per_token
         if self.offloads_inputs:
             # Those on their way: two to main memory, and two that take turns in backward.
