@@ -70,6 +70,9 @@ def test_a_file_in_fp8_trains_as_it_is_to_the_same_lora(tiny_models: TinyModels,
         kept, output = train(tiny_models, dataset, tmp_path / name, *more, *words)
         assert "the model's file is fp8 and is kept so" in output
         assert all(torch.equal(tensor, kept[key]) for key, tensor in expanded.items())
+    base = tmp_path / "kept" / "lora.safetensors"
+    _, output = train(tiny_models, dataset, tmp_path / "merged", *more, f"--base_weights={base}")
+    assert "fp8 file is expanded to twice its size: base_weights are merged into it" in output
 
 
 @pytest.mark.parametrize(

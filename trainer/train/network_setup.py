@@ -50,6 +50,8 @@ def load_model(options: Options, flux: TransformerParams, engine: Engine, tell: 
             "the model's file is fp8 and is kept so; its numbers are converted whenever they are used "
             "(--base_storage=compute does it once: twice the memory, a little faster)"
         )
+    if flux.fp8_linears and asked is None and options.base_storage is None:
+        tell(f"the model's fp8 file is expanded to twice its size: {_why_expanded(options)}")
     on_host = swapped_prefixes(flux, chosen_swap(options.blocks_to_swap))
     cache = options.base_storage_cache
     if cache is not None and storage == "fp8" and flux.fp8_linears and not options.base_weights:
@@ -97,6 +99,14 @@ def asked_storage(
     if storage == "compute" or (stored_as(options) == "compute" and not can_keep):
         return "file" if can_keep else None
     return storage
+
+
+def _why_expanded(options: Options) -> str:
+    if options.network_module == "lycoris.kohya":
+        return "lycoris.kohya computes with the weights themselves"
+    if options.base_weights:
+        return "base_weights are merged into it (--base_storage=fp8 rounds the result to fp8 again)"
+    return "an Apple GPU does not compute with fp8"
 
 
 def compile_model(options: Options, model: Transformer, engine: Engine, tell: Callable[[str], None]) -> None:
