@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import gradio as gr
 from gradio.blocks import Block
@@ -20,6 +20,10 @@ PLAIN: Final = gr.InputHTMLAttributes(autocomplete="off", spellcheck=False)
 def html_part(value: str = "", *, elem_id: str | None = None) -> gr.HTML:
     """A part of the page that is written as HTML, with no script of its own."""
     return gr.HTML(value, elem_id=elem_id, js_on_load=None, elem_classes="part")
+
+
+NOTHING: Final = cast("dict[Any, Any]", gr.skip())
+"""What a handler gives that changes nothing. An empty dict is taken for a single value, which fails with more outputs."""
 
 
 @dataclass(frozen=True)

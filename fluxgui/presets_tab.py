@@ -14,7 +14,7 @@ from gradio.components import Component
 from fluxgui.exporting import FORMATS, Project, export_project
 from fluxgui.fields import make_fields, option_field
 from fluxgui.form import read_form
-from fluxgui.form_parts import html_part
+from fluxgui.form_parts import NOTHING, html_part
 from fluxgui.importing import KEPT_FOR_EXPORT, as_job, dataset_text, fill_form, read_pasted
 from fluxgui.language import say
 from fluxgui.presets_bar import choices
@@ -241,7 +241,7 @@ def build_presets_tab(train: TrainTab, tabs: gr.Tabs, page: gr.Tab) -> None:
 
     def take_back(what: tuple[str, str] | None) -> Updates:
         if what is None:
-            return {}
+            return NOTHING
         with _Telling():
             restore_preset(Path(what[0]), what[1])
         gr.Info(say("presets.restored", name=what[1]))
@@ -249,7 +249,7 @@ def build_presets_tab(train: TrainTab, tabs: gr.Tabs, page: gr.Tab) -> None:
 
     def take_in(path: str | None) -> Updates:
         if not path:
-            return {}
+            return NOTHING
         with _Telling():
             try:
                 text = Path(path).read_text(encoding="utf-8-sig")
@@ -288,7 +288,7 @@ def build_presets_tab(train: TrainTab, tabs: gr.Tabs, page: gr.Tab) -> None:
             filling = fill_form(read_pasted(text, more))
         gr.Info(say("presets.filled"))
         return {
-            **train.fill(filling.values),
+            **train.take_over(filling.values),
             left_out: list_box("warn", say("presets.not_in_form"), filling.left_out),
             # What the form has no place for stands here, where it has to be read first.
             **({} if filling.left_out else {tabs: gr.update(selected="train")}),
@@ -313,8 +313,8 @@ def build_presets_tab(train: TrainTab, tabs: gr.Tabs, page: gr.Tab) -> None:
 
     read.click(look, [pasted, files], [result, fill, exactly, left_out, source], **QUIETLY)
     filled = [
-        load.click(load_chosen, [chosen], [*train.form.values(), train.parts["vram_gb"], tabs], **QUIETLY),
-        fill.click(show, [pasted, files], [*train.form.values(), left_out, tabs], **QUIETLY),
+        load.click(load_chosen, [chosen], [*train.taken_over, tabs], **QUIETLY),
+        fill.click(show, [pasted, files], [*train.taken_over, left_out, tabs], **QUIETLY),
     ]
     for event in filled:
         event.success(train.check, train.inputs, train.outputs, **IN_ORDER)

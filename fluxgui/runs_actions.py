@@ -10,6 +10,7 @@ import gradio as gr
 from gradio.blocks import Block
 
 from fluxgui import run_view
+from fluxgui.form_parts import NOTHING
 from fluxgui.importing import fill_form, read_pasted
 from fluxgui.language import say
 from fluxgui.run_start import waiting_runs
@@ -146,7 +147,7 @@ def _connect_commands(layout: RunsLayout) -> None:
     def ask_to_stop(run_id: str | None) -> dict[Block, object]:
         found = find_run(run_id)
         if found is None:
-            return {}
+            return NOTHING
         state = tab.watcher.look(found).state
         return stopping.ask(
             say("runs.ask_to_stop", name=run_name(found), step=state.step, total=state.num_steps),
@@ -184,7 +185,7 @@ def _connect_ends(layout: RunsLayout) -> None:
     def ask_to_delete(run_id: str | None) -> dict[Block, object]:
         found = find_run(run_id)
         if found is None:
-            return {}
+            return NOTHING
         return deleting.ask(run_view.deletion(run_name(found), contents(found), str(bin_dir())), found.path.name)
 
     def delete_it(run_id: str | None) -> None:
@@ -230,15 +231,15 @@ def _connect_duplicate(layout: RunsLayout, train: TrainTab, pages: gr.Tabs) -> N
     def fill(run_id: str | None) -> dict[Block, Any]:
         found = find_run(run_id)
         if found is None:
-            return {}
+            return NOTHING
         values, left_out = _or_error(say("runs.not_duplicated"), lambda: form_values(found))
         gr.Info(say("runs.duplicated", name=run_name(found)))
         for line in left_out:
             gr.Warning(line)
-        return {**train.fill(values), pages: gr.update(selected=TRAIN_PAGE)}
+        return {**train.take_over(values), pages: gr.update(selected=TRAIN_PAGE)}
 
     layout.duplicate.click(
-        fill, [layout.tab.inputs[0]], [*train.form.values(), pages], show_progress="hidden", concurrency_limit=8
+        fill, [layout.tab.inputs[0]], [*train.taken_over, pages], show_progress="hidden", concurrency_limit=8
     ).then(train.check, train.inputs, train.outputs, **IN_ORDER)
 
 

@@ -79,6 +79,8 @@ def build_train_tab(gpu: Gpu | None) -> TrainTab:
         "estimated_for": gr.State(None),
         "alternative_changes": gr.State([]),
         "length_filled": gr.State(None),
+        "card_applied": gr.State(None),
+        "num_cards": gr.State(0),
         "remembered": gr.BrowserState({}, storage_key="fluxgui-form", secret="fluxgui"),
     }
     tab = TrainTab(fields, form, parts, presets, tuple(folds), gpu)
@@ -244,9 +246,15 @@ def _connect(tab: TrainTab, *, start: gr.Button, estimate: gr.Button, find: gr.B
     alternatives = parts["alternatives"]
     assert isinstance(alternatives, gr.Radio)
     used = alternatives.input(
-        tab.use_alternative, [alternatives, parts["alternative_changes"]], [*form.values()], **QUIETLY
+        tab.use_alternative,
+        [alternatives, parts["alternative_changes"], form["more_options"]],
+        [*form.values()],
+        **QUIETLY,
     )
-    card = bar.card.input(tab.apply_card, [bar.card, form["resolution"]], everything, **QUIETLY)
+    num_cards = parts["num_cards"]
+    assert isinstance(num_cards, gr.State)
+    card = [bar.card, form["resolution"], parts["card_applied"], num_cards]
+    bar.card.input(tab.apply_card, card, everything, **QUIETLY)
     fills = [
         drop.upload(tab.upload, {*whole_form, drop}, everything, show_progress="minimal"),
         find.click(tab.fill_from_models_folder, whole_form, [*form.values()], **QUIETLY),
@@ -255,7 +263,7 @@ def _connect(tab: TrainTab, *, start: gr.Button, estimate: gr.Button, find: gr.B
         bar.purpose.input(tab.apply_purpose, whole_form, everything, **QUIETLY),
         estimate_after(estimate.click),
         estimate_after(used.success),
-        estimate_after(card.success),
+        estimate_after(num_cards.change),
         *_connect_presets(tab),
     ]
     # Ticks and choices that the program fills in are not the user's input.
@@ -281,4 +289,4 @@ def _connect_presets(tab: TrainTab) -> list[Dependency]:
     bar.replacing.yes.click(tab.replace_preset, {*tab.inputs, bar.replacing.subject}, saved, **QUIETLY)
     bar.delete.click(tab.ask_to_delete, [bar.own], bar.deleting.outputs, **QUIETLY)
     bar.deleting.yes.click(tab.delete_preset, [bar.deleting.subject], [bar.own, bar.deleting.box], **QUIETLY)
-    return [bar.load.click(tab.load_preset, [bar.own], [*tab.form.values()], **QUIETLY)]
+    return [bar.load.click(tab.load_preset, [bar.own], tab.taken_over, **QUIETLY)]

@@ -17,9 +17,9 @@ from gradio.components import Component
 
 from fluxgui import memory_view, train_length, train_view
 from fluxgui.demo import demo_form_values, make_demo
-from fluxgui.fields import MODELS, NOT_IN_PRESETS, Field
+from fluxgui.fields import MODELS, NOT_IN_PRESETS, Field, option_field
 from fluxgui.form import Reading, preset_values, read_form, typed_value
-from fluxgui.form_parts import component_value, mark
+from fluxgui.form_parts import NOTHING, component_value, mark
 from fluxgui.language import say
 from fluxgui.memory_plan import plan_memory
 from fluxgui.models import found_models, recognised, remember_models
@@ -33,6 +33,7 @@ from fluxgui.train_values import (
     first_reason,
     not_larger,
     whole_number,
+    with_options,
     without_broken_pictures,
 )
 from fluxgui.vram import Gpu
@@ -77,12 +78,18 @@ class TrainTab:
     @property
     def arrival(self) -> list[Element]:
         """What `arrive` updates."""
-        beside = ("length_choice", "length_filled", "vram_gb", "ram_gb")
+        beside = ("length_choice", "length_filled", "vram_gb", "ram_gb", "card_applied")
         return [*self.form.values(), *(self.parts[name] for name in beside), self.presets.purpose, self.presets.card]
 
     @property
     def outputs(self) -> list[Element]:
         return [*self.form.values(), *self.parts.values(), *(fold for _, fold in self.folds)]
+
+    @property
+    def taken_over(self) -> list[Element]:
+        """What `take_over` and `apply_preset` update."""
+        beside = (self.parts[name] for name in ("length_choice", "card_applied", "vram_gb"))
+        return [*self.form.values(), *beside, self.presets.purpose, self.presets.card]
 
     def values(self, data: Data) -> dict[str, object]:
         """The form's values by field name."""
@@ -96,6 +103,11 @@ class TrainTab:
             if name in self.form
         }
 
+    def take_over(self, values: Mapping[str, object]) -> Updates:
+        """Put settings from elsewhere into the form as they are: the answers beside it no longer change any of them."""
+        answers = (self.parts["length_choice"], self.parts["card_applied"], self.presets.purpose, self.presets.card)
+        return {**self.fill(values), **dict.fromkeys(answers)}
+
     def arrive(self, remembered: Mapping[str, object] | None) -> Updates:
         """The form as this browser left it, with the answers beside it; on the first visit as the machine suggests."""
         bar, parts = self.presets, self.parts
@@ -108,6 +120,7 @@ class TrainTab:
                 parts["length_filled"]: kept.get("filled"),
                 bar.purpose: kept.get("purpose"),
                 bar.card: kept.get("card"),
+                parts["card_applied"]: kept.get("card"),
                 **{parts[name]: kept[name] for name in ("vram_gb", "ram_gb") if name in kept},
             }
         start = read_settings().start_preset or USUAL_START
@@ -120,6 +133,7 @@ class TrainTab:
             parts["length_choice"]: USUAL_LENGTH if purpose is not None else None,
             bar.purpose: purpose,
             bar.card: card.name if card is not None else None,
+            parts["card_applied"]: card.name if card is not None else None,
         }
 
     def check(self, data: Data) -> Updates:
@@ -206,7 +220,7 @@ class TrainTab:
     def upload(self, data: Data) -> Updates:
         files = [Path(path) for path in data[self.parts["drop"]] or []]
         if not files:
-            return {}
+            return NOTHING
         current = typed_value(self.fields["image_dir"], data[self.form["image_dir"]])
         wanted = str(data[self.form["output_name"]] or "pictures")
         name = upload_folder_name(current if isinstance(current, Path) else None, wanted)
@@ -249,7 +263,8 @@ class TrainTab:
         }
 
     def _show_alternatives(self, plan: Plan) -> Updates:
-        labels = {name: field.label for name, field in self.fields.items()}
+        labels = {name: option_field(name).label for other in plan.alternatives for name in other.changes}
+        labels |= {name: field.label for name, field in self.fields.items()}
         others = plan.alternatives[: memory_view.NUM_ALTERNATIVES]
         choices = [(memory_view.alternative_text(other, labels), str(number)) for number, other in enumerate(others)]
         return {
@@ -257,11 +272,17 @@ class TrainTab:
             self.parts["alternative_changes"]: [dict(other.changes) for other in others],
         }
 
-    def use_alternative(self, number: str | None, changes: list[dict[str, object]]) -> Updates:
-        """Fill in what the chosen alternative changes."""
+    def use_alternative(self, number: str | None, changes: list[dict[str, object]], more: str | None) -> Updates:
+        """Fill in what the chosen alternative changes; what has no field of its own goes into the lines of more options."""
         if number is None or int(number) >= len(changes):
-            return {}
-        return self.fill(changes[int(number)])
+            return NOTHING
+        chosen = changes[int(number)]
+        apart = {name: value for name, value in chosen.items() if name not in self.form}
+        try:
+            lines = with_options(more or "", apart)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return {**self.fill(chosen), **({self.form["more_options"]: lines} if apart else {})}
 
     def set_length(self, data: Data) -> Updates:
         """Let the answer fill in its values, whatever was set by hand before. The check after it does so."""
@@ -325,16 +346,37 @@ class TrainTab:
     def _of(self, values: Mapping[str, object]) -> list[str]:
         return [name for name in values if name in self.form]
 
-    def apply_card(self, name: str | None, resolution: str | None) -> Updates:
-        """Put the values for a card into the form; what they do not name stays."""
+    def apply_card(self, name: str | None, resolution: str | None, applied: str | None, count: int) -> Updates:
+        """Put the values for a card into the form; what they do not name stays.
+
+        gradio tells of an input whenever the list is left, so that only another card than before counts.
+        """
+        parts = self.parts
+        if not name or name == applied:
+            return NOTHING
         values = _preset(name)
         shown = self.fill(not_larger(values, resolution))
-        return {**shown, self.parts["vram_gb"]: gr.update(value=values.get("vram_gb"))}
+        return {
+            **shown,
+            parts["vram_gb"]: gr.update(value=values.get("vram_gb")),
+            parts["card_applied"]: name,
+            parts["num_cards"]: count + 1,
+        }
 
     def load_preset(self, name: str | None) -> Updates:
         """Make the form equal to one of the user's presets: what was empty when it was saved is emptied."""
         values = _preset(name)
-        return self.fill({field: values.get(field) for field in self.form if field not in NOT_IN_PRESETS})
+        return self.take_over({field: values.get(field) for field in self.form if field not in NOT_IN_PRESETS})
+
+    def apply_preset(self, name: str) -> Updates:
+        """Put a built-in preset's values into the form, and show it as the answer that it is."""
+        values, bar, parts = _preset(name), self.presets, self.parts
+        if name in train_view.PURPOSES:
+            return {**self.fill(values), parts["length_choice"]: None, bar.purpose: name}
+        vram_gb = values.get("vram_gb")
+        if vram_gb is None:
+            return self.take_over(values)
+        return {**self.fill(values), bar.card: name, parts["card_applied"]: name, parts["vram_gb"]: vram_gb}
 
     def ask_to_save(self, data: Data) -> Updates:
         """Save under a new name at once; ask before a preset of that name is replaced."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Final, cast
+
+import tomlkit
+from tomlkit.exceptions import TOMLKitError
 
 from fluxgui import train_view
 from fluxgui.form import Reading
 from fluxgui.language import say
 from fluxgui.pictures import broken_pictures
-from trainer.schema.base import Problem
+from trainer.schema.base import Problem, UserError
 from trainer.schema.options_data import parse_resolution
 
 NUM_DECODED: Final = 300
@@ -44,6 +47,28 @@ def not_larger(preset: Mapping[str, object], resolution: object) -> dict[str, ob
     except (KeyError, ValueError):
         keeps = False
     return {name: value for name, value in preset.items() if not (keeps and name == "resolution")}
+
+
+def with_options(lines: str, changes: Mapping[str, object]) -> str:
+    """The lines of more options with other values; an option that is to be left out (None, False) goes.
+
+    Raises `UserError` when the lines cannot be read.
+    """
+    try:
+        document = tomlkit.parse(lines)
+    except TOMLKitError as error:
+        raise UserError(say("train.not_toml", reason=error), say("train.more_options")) from None
+    for name, value in changes.items():
+        tables = [document, *(table for table in document.values() if isinstance(table, dict))]
+        holder = cast("dict[str, object]", next((table for table in tables if name in table), document))
+        if value is None or value is False:
+            holder.pop(name, None)
+        elif holder is document and name not in document:
+            # Above the first section, as it would belong to the last one else.
+            document = tomlkit.parse(tomlkit.dumps({name: value}) + tomlkit.dumps(document))
+        else:
+            holder[name] = value
+    return tomlkit.dumps(document).strip()
 
 
 def any_given(values: Mapping[str, object], names: Iterable[str]) -> bool:

@@ -94,6 +94,15 @@ def test_a_preset_is_copied_renamed_deleted_and_taken_back(page: Page, app: App,
     assert (app.home / "presets" / "oils.toml").exists()
     page.locator("#presets-load").click()
     expect(page.get_by_role("tab", name="Train")).to_have_attribute("aria-selected", "true")
+    # A built-in one is shown as the answer that it is.
+    for title, place, value in (
+        ("Built in, purpose: Style", "#preset-purpose input:checked", "style"),
+        ("Built in, memory of the card: 12 GB", "#vram-gb input", "12"),
+    ):
+        page.get_by_role("tab", name="Presets").click()
+        choose(page, "presets-list", title)
+        page.locator("#presets-load").click()
+        expect(page.locator(place)).to_have_value(value)
 
 
 def test_settings_are_kept_the_token_never_shown_and_the_language_changes_with_a_restart(

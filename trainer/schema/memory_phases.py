@@ -121,6 +121,11 @@ def modulates_outside(flux: TransformerParams, options: Options) -> bool:
     return options.offload_modulation is not None and not isinstance(flux, ChromaParams)
 
 
+def may_map_modulation(flux: TransformerParams, options: Options) -> bool:
+    """Whether the modulation weights can be used as they lie in the file: the published one is bf16, and others fp8."""
+    return options.mixed_precision == "bf16" and not flux.fp8_modulation
+
+
 def num_checkpointed(flux: TransformerParams, options: Options) -> int:
     """How many blocks compute their activations twice."""
     if not options.gradient_checkpointing:
@@ -344,8 +349,7 @@ class Sums:
         if not self.modulates_outside:
             return []
         every, largest = modulation_bytes(self.flux, self.value_bytes)
-        # The published file is bf16; in another type than it has, its weights cannot be used as they are.
-        is_mapped = self.options.offload_modulation == "file" and self.options.mixed_precision == "bf16"
+        is_mapped = self.options.offload_modulation == "file" and may_map_modulation(self.flux, self.options)
         passing = 0 if self.is_cpu else 2 * power_of_two(largest)
         return [Part("modulation weights", (0 if is_mapped else every) + passing, "weights")]
 

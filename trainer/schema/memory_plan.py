@@ -35,8 +35,10 @@ from trainer.schema.memory_phases import (
     caches_latents,
     caches_text,
     gib_text,
+    may_map_modulation,
     num_checkpointed,
 )
+from trainer.schema.option_rules import compiles
 from trainer.schema.options import Options
 from trainer.schema.options_data import CHANGES_PIXELS, parse_resolution
 from trainer.schema.parameter_counts import PUBLISHED_CHROMA, PUBLISHED_DEV, OtherModels, usual_models
@@ -275,7 +277,11 @@ class _Planner:
         if key in self._seen:
             return self._seen[key]
         options, (width, height), batch_size = self._changed(changes)
-        may_swap = options.device != "cpu" and options.network_module != "lycoris.kohya"
+        # Compiled code keeps weights for backward, unless every block is computed twice.
+        keeps_weights = compiles(options) and (
+            not options.gradient_checkpointing or options.checkpoint_blocks is not None
+        )
+        may_swap = options.device != "cpu" and options.network_module != "lycoris.kohya" and not keeps_weights
         if self.vram_bytes is None or not may_swap:
             result = estimate(
                 self.flux,
@@ -346,7 +352,7 @@ class _Planner:
     def _may_map_modulation(self, options: Options) -> bool:
         return (
             options.offload_modulation is None
-            and options.mixed_precision == "bf16"
+            and may_map_modulation(self.flux, options)
             and options.network_module != "lycoris.kohya"
             and not options.base_weights
             and not isinstance(self.flux, ChromaParams)
