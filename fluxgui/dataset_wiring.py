@@ -56,9 +56,6 @@ def connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
     def by(work: Callable[[DatasetTab, Data], Updates]) -> Callable[[Data], Updates]:
         return lambda data: work(tab, data)
 
-    def choose(data: Data) -> Updates:
-        return tab.choose(tab.dataset(data))
-
     def check(data: Data) -> Iterator[Updates]:
         yield from dataset_check.check(tab, data)
 
@@ -98,7 +95,7 @@ def connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
 
         return turned
 
-    when(parts["list"].input, choose).then(None, [parts["list"]], None, js=DATASET_IN_ADDRESS)
+    when(parts["list"].input, by(dataset_sets.choose)).then(None, [parts["list"]], None, js=DATASET_IN_ADDRESS)
     for event in (buttons["create"].click, parts["new_name"].submit):
         when(event, by(dataset_sets.create)).then(None, [parts["list"]], None, js=DATASET_IN_ADDRESS)
     for event in (buttons["add"].click, parts["new_path"].submit):
