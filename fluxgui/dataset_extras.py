@@ -31,9 +31,10 @@ _MASK_ENDINGS: Final = ("_mask", "-mask", ".mask")
 
 @dataclass(frozen=True)
 class Repeats:
-    """How often the folder is repeated in an epoch, and single pictures beyond that, by file name."""
+    """How often the folder is repeated in an epoch (None while nobody set it), and single pictures beyond that, by file
+    name."""
 
-    folder: int = 1
+    folder: int | None = None
     pictures: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def of(self, name: str) -> int:
@@ -174,12 +175,14 @@ def _size(path: Path) -> tuple[int, int] | None:
 
 
 def read_repeats(folder: Path) -> Repeats:
-    """What is set for the folder; once for everything where nothing is, or where the file is damaged."""
+    """What is set for the folder; nothing where the file is missing or damaged."""
     try:
         stored = json.loads((folder / REPEATS_FILE).read_text(encoding="utf-8"))
         pictures = {str(name): _checked(times) for name, times in dict(stored.get("pictures", {})).items()}
-        return Repeats(_checked(stored.get("folder", 1)), pictures)
-    except (OSError, ValueError, TypeError, AttributeError, UserError):
+        folder = stored.get("folder")
+        return Repeats(_checked(folder) if folder is not None else None, pictures)
+    # Numbers without end and brackets without end are damage too.
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, UserError):
         return Repeats()
 
 
@@ -209,10 +212,10 @@ def set_folder_repeats(dataset: Dataset, times: object) -> bool:
 
 
 def _checked(times: object) -> int:
-    whole = int(times) if isinstance(times, (int, float)) and times == int(times) else None
-    if whole is None or isinstance(times, bool) or not 1 <= whole <= MAX_REPEATS:
+    number = times if isinstance(times, (int, float)) and not isinstance(times, bool) else 0
+    if not 1 <= number <= MAX_REPEATS or number != int(number):
         raise UserError(say("dataset.bad_repeats", most=MAX_REPEATS))
-    return whole
+    return int(number)
 
 
 def _write(dataset: Dataset, repeats: Repeats, what: str) -> None:

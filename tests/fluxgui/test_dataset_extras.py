@@ -102,20 +102,21 @@ def test_repeats_are_set_kept_in_the_folder_and_undone(cats: Dataset) -> None:
     assert set_repeats(cats, items(cats, "a.png", "b.png"), 3) == 2
     assert set_repeats(cats, items(cats, "a.png", "b.png"), 3.0) == 0, "nothing new is no change"
     assert set_repeats(cats, items(cats, "b.png"), 1) == 1
+    assert read_repeats(cats.path).folder is None, "repeats of pictures say nothing about the folder"
     assert set_folder_repeats(cats, 5)
     assert not set_folder_repeats(cats, 5)
     extras = read_extras(cats)
     assert (extras.repeats.folder, dict(extras.repeats.pictures)) == (5, {"a.png": 3})
-    for wrong in (0, -1, 1.5, None, True, 1001):
+    for wrong in (0, -1, 1.5, None, True, 1001, float("inf"), float("nan")):
         with pytest.raises(UserError, match="whole number"):
             set_repeats(cats, items(cats, "a.png"), wrong)
-    for expected in ((1, {"a.png": 3}), (1, {"a.png": 3, "b.png": 3}), (1, {})):
+    for expected in ((None, {"a.png": 3}), (None, {"a.png": 3, "b.png": 3}), (None, {})):
         undo(cats)
         repeats = read_repeats(cats.path)
         assert (repeats.folder, dict(repeats.pictures)) == expected
-    for damaged in ("", "[]", '{"pictures": 3}', '{"folder": "x"}'):
+    for damaged in ("", "[]", '{"pictures": 3}', '{"folder": "x"}', '{"folder": 1e999}', "[" * 100_000):
         (cats.path / REPEATS_FILE).write_text(damaged, encoding="utf-8")
-        assert read_repeats(cats.path).folder == 1
+        assert read_repeats(cats.path).folder is None
 
 
 @pytest.fixture
