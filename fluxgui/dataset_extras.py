@@ -179,8 +179,8 @@ def read_repeats(folder: Path) -> Repeats:
     try:
         stored = json.loads((folder / REPEATS_FILE).read_text(encoding="utf-8"))
         pictures = {str(name): _checked(times) for name, times in dict(stored.get("pictures", {})).items()}
-        folder = stored.get("folder")
-        return Repeats(_checked(folder) if folder is not None else None, pictures)
+        times = stored.get("folder")
+        return Repeats(_checked(times) if times is not None else None, pictures)
     # Numbers without end and brackets without end are damage too.
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, UserError):
         return Repeats()

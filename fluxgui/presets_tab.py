@@ -124,6 +124,16 @@ def imported(project: ImportedProject) -> str:
     return "".join([*parts, table(project.values)])
 
 
+def fill_from(train: TrainTab, preset: Preset) -> Updates:
+    """Updates that put a preset into the form: what a built-in one does not name stays as it is."""
+    if not preset.is_built_in:
+        return train.load_preset(preset.name)
+    filled = train.fill(preset.values)
+    if "vram_gb" in preset.values:
+        filled[train.parts["vram_gb"]] = gr.update(value=preset.values["vram_gb"])
+    return filled
+
+
 def no_longer_so(source: str, form: str, exported_as: list[str] | None) -> tuple[Any, Any]:
     """Updates of the exported text and what it was made as: cleared once it was made as something else.
 
@@ -271,8 +281,7 @@ def build_presets_tab(train: TrainTab, tabs: gr.Tabs, page: gr.Tab) -> None:
     def load_chosen(chosen_name: str | None) -> Updates:
         preset = _preset(chosen_name)
         gr.Info(say("presets.loaded", name=preset.title))
-        filled = train.apply_preset(preset.name) if preset.is_built_in else train.load_preset(preset.name)
-        return {**filled, tabs: gr.update(selected="train")}
+        return {**fill_from(train, preset), tabs: gr.update(selected="train")}
 
     def as_file(chosen_name: str | None) -> tuple[str, str]:
         preset = _preset(chosen_name)

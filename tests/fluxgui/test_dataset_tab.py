@@ -15,7 +15,6 @@ from fluxgui.dataset_layout import build_dataset_tab
 from fluxgui.dataset_tab import FIRST_PAGE, DatasetTab
 from fluxgui.dataset_wiring import says_masked_loss, values_of_dataset
 from fluxgui.datasets import Dataset, create_dataset
-from fluxgui.presets_tab import no_longer_so
 from fluxgui.train_layout import build_train_tab
 
 
@@ -46,12 +45,6 @@ def test_a_list_of_datasets_that_is_only_left_clears_nothing(tab: DatasetTab, ca
     assert chosen[tab.parts["shown"]] == "cats"
     assert dataset_sets.choose(tab, data(tab, list="cats", shown="cats", selected=["a.png"])) == {}
     assert dataset_sets.choose(tab, data(tab, list="cats", shown="dogs"))[tab.parts["shown"]] == "cats"
-
-
-def test_an_exported_text_is_cleared_only_once_it_was_made_as_something_else() -> None:
-    skip = gr.skip()
-    assert no_longer_so("form", "bash", ["form", "bash"]) == (skip, skip)
-    assert no_longer_so("form", "toml", ["form", "bash"]) == ("", None)
 
 
 @pytest.mark.parametrize(
