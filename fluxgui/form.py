@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, cast
@@ -17,7 +17,7 @@ from typing import Final, cast
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
-from fluxgui.dataset_extras import read_masks, read_repeats
+from fluxgui.dataset_extras import all_masks, read_repeats
 from fluxgui.datasets import MASKS
 from fluxgui.fields import DATASET_NAMES, NOT_IN_PRESETS, Field, make_fields
 from fluxgui.language import say
@@ -40,6 +40,7 @@ DEFAULT_SIDE: Final = 512
 """Shown in the preview of dataset.toml, in pixels, as long as no size is given."""
 _RUN_FOLDER_NAMES: Final = ("dataset_config", "sample_prompts", "output_dir")
 
+NAMES_SHOWN: Final = 5
 _NEEDED: Final = ("pretrained_model_name_or_path", "t5xxl", "clip_l", "ae", "image_dir", "output_name")
 
 
@@ -231,15 +232,24 @@ def _own_problems(typed: FormValues) -> list[Problem]:
 
 
 def _mask_problems(pictures: PictureFolder, *, is_asked_for: bool) -> list[Problem]:
-    """Pictures without a mask in a folder where others have one: the trainer refuses it a little later."""
-    masks = read_masks(pictures.path) if is_asked_for else {}
-    bare = [image.name for image in pictures.images if image.stem not in masks]
-    if not masks or not bare:
+    """Pictures without a mask in a folder where others have one, or with several: the trainer refuses it a little later."""
+    masks = all_masks(pictures.path) if is_asked_for else {}
+    if not masks:
         return []
-    shown = ", ".join(bare[:5]) + (f" and {len(bare) - 5} more" if len(bare) > 5 else "")
-    what = f"these pictures have no mask: {shown}"
-    hint = "Add white masks for them on the Dataset page, or turn off masked_loss."
-    return [Problem(what, str(pictures.path), hint, field="image_dir")]
+    bare = [image.name for image in pictures.images if image.stem not in masks]
+    stems = sorted({image.stem for image in pictures.images})
+    twice = [path.name for stem in stems for path in masks.get(stem, ()) if len(masks[stem]) > 1]
+    return [
+        Problem(say(f"train.{what}", names=_some(names)), str(pictures.path), say(f"train.{what}_hint"), "image_dir")
+        for what, names in (("masks_missing", bare), ("masks_twice", twice))
+        if names
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - NAMES_SHOWN
+    return ", ".join([*names[:NAMES_SHOWN], *([say("train.and_more", number=more)] if more > 0 else [])])
 
 
 def _more_options(text: object, problems: list[Problem]) -> dict[str, object]:
@@ -296,7 +306,7 @@ def dataset_values(typed: FormValues, pictures: PictureFolder, *, has_masks: boo
     repeats = {name: times for name, times in read_repeats(pictures.path).pictures.items() if name in there}
     if repeats:
         subset["picture_repeats"] = repeats
-    if has_masks and read_masks(pictures.path):
+    if has_masks and all_masks(pictures.path):
         subset["conditioning_data_dir"] = str(pictures.path / MASKS)
     dataset = {
         key: typed[name]
