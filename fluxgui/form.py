@@ -58,7 +58,8 @@ class Job:
 class Reading:
     """What the form says. `job` is None while `problems` (to correct) or `missing` (still empty) hold anything.
 
-    `options` is there as soon as the values themselves are right, whatever the files are like.
+    `options` is there as soon as the values themselves are right, whatever the files are like. `num_draws` is how often
+    pictures are drawn in an epoch before `num_repeats`: those with repeats of their own count as often as they have.
     """
 
     options: Options | None
@@ -70,6 +71,7 @@ class Reading:
     command_line: str = ""
     config_toml: str = ""
     dataset_toml: str = ""
+    num_draws: int = 0
 
     @property
     def problem_by_field(self) -> dict[str, str]:
@@ -166,7 +168,7 @@ def read_form(values: FormValues) -> Reading:
             problems += _mask_problems(found, is_asked_for=options is not None and options.masked_loss)
 
     problems = [_in_words_of_the_page(problem, fields) for problem in problems]
-    reading = Reading(options, None, tuple(problems), missing, pictures, notes)
+    reading = Reading(options, None, tuple(problems), missing, pictures, notes, num_draws=_num_draws(pictures))
     if options is None:
         return reading
     config_toml = options_to_toml(options.model_copy(update=dict.fromkeys(_RUN_FOLDER_NAMES)))
@@ -183,6 +185,13 @@ def read_form(values: FormValues) -> Reading:
         sample_prompts=prompts + "\n" if prompts else "",
     )
     return replace(reading, job=job)
+
+
+def _num_draws(pictures: PictureFolder | None) -> int:
+    if pictures is None:
+        return 0
+    repeats = read_repeats(pictures.path)
+    return sum(repeats.of(image.name) for image in pictures.images)
 
 
 def typed_value(field: Field, value: object) -> object:

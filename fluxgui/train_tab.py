@@ -131,7 +131,11 @@ class TrainTab:
         reading = read_form(values)
         num_pictures = len(reading.pictures.images) if reading.pictures is not None else 0
         length, filled, changes = train_length.follow(
-            data[parts["length_choice"]], values, data[parts["length_filled"]], num_pictures=num_pictures
+            data[parts["length_choice"]],
+            values,
+            data[parts["length_filled"]],
+            num_pictures=num_pictures,
+            num_draws=reading.num_draws,
         )
         values |= changes
         updates = self.show(read_form(values) if changes else reading, values, data)
