@@ -120,7 +120,7 @@ def delete(tab: DatasetTab, data: Data, names: Sequence[str]) -> Updates:
 
 def undo(tab: DatasetTab, data: Data) -> Updates:
     dataset = tab.dataset(data)
-    undone = dataset_history.undo(dataset) if dataset is not None else None
+    undone = attempt(lambda: dataset_history.undo(dataset)) if dataset is not None else None
     if undone is None:
         return tab.again(data)
     updates = tab.again(data, say("dataset.undone", what=undone.what, count=undone.num_files))
@@ -134,7 +134,7 @@ def restore(tab: DatasetTab, data: Data) -> Updates:
     wanted = list(tab.read(data, "bin") or [])
     if dataset is None or not wanted:
         return {}
-    kept = dataset_history.restore(dataset, wanted)
+    kept = attempt(lambda: dataset_history.restore(dataset, wanted))
     updates = tab.again(data, say("dataset.restored", count=len(wanted) - len(kept)))
     if kept:
         updates[tab.parts["said"]] += dataset_view.lines("warn", say("dataset.not_restored"), kept)

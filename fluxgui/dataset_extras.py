@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -31,9 +31,10 @@ _MASK_ENDINGS: Final = ("_mask", "-mask", ".mask")
 
 @dataclass(frozen=True)
 class Repeats:
-    """How often the folder is repeated in an epoch, and single pictures beyond that, by file name."""
+    """How often the folder is repeated in an epoch (None while nobody set it), and single pictures beyond that, by file
+    name."""
 
-    folder: int = 1
+    folder: int | None = None
     pictures: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def of(self, name: str) -> int:
@@ -42,13 +43,13 @@ class Repeats:
 
 @dataclass(frozen=True)
 class Extras:
-    """`masks` are mask files by the stem of their pictures."""
+    """`masks` are mask files by the stem of their pictures; one is used, several of a picture are a mistake."""
 
-    masks: Mapping[str, Path]
+    masks: Mapping[str, tuple[Path, ...]]
     repeats: Repeats
 
     def mask_of(self, name: str) -> Path | None:
-        return self.masks.get(Path(name).stem)
+        return next(iter(self.masks.get(Path(name).stem, ())), None)
 
 
 @dataclass(frozen=True)
@@ -66,25 +67,50 @@ def read_extras(dataset: Dataset) -> Extras:
 # ------------------------------------------------------------------------------------------------------------ masks
 
 
-def read_masks(folder: Path) -> dict[str, Path]:
-    """The mask files of a dataset folder by stem; empty where there is no folder of them."""
+def all_masks(folder: Path) -> dict[str, tuple[Path, ...]]:
+    """The mask files of a folder by stem, all of each, as the trainer finds them; empty where there are none."""
+    found: dict[str, tuple[Path, ...]] = {}
+    for path in _mask_files(folder):
+        if path.is_file():
+            found[path.stem] = (*found.get(path.stem, ()), path)
+    return found
+
+
+def read_masks(folder: Path) -> dict[str, tuple[Path, ...]]:
+    """The masks that the page shows: none behind a link that leads out of the allowed folders."""
+    shown = {stem: tuple(path for path in paths if is_allowed(path)) for stem, paths in all_masks(folder).items()}
+    return {stem: paths for stem, paths in shown.items() if paths}
+
+
+def _mask_files(folder: Path) -> list[Path]:
     try:
-        files = sorted((folder / MASKS).iterdir())
+        return sorted(path for path in (folder / MASKS).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     except OSError:
-        return {}
-    return {path.stem: path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()}
+        return []
+
+
+def _going(dataset: Dataset, stems: Collection[str]) -> list[str]:
+    """Everything that stands in the place of these pictures' masks, links too, as seen from the dataset's folder.
+
+    Raises `UserError` when the folder of masks is a link that leads out of the allowed folders.
+    """
+    folder = dataset.path / MASKS
+    if not is_allowed(folder):
+        raise UserError(say("dataset.not_allowed"), str(folder), say("dataset.not_allowed_hint"))
+    files = [path for path in _mask_files(dataset.path) if path.is_file() or path.is_symlink()]
+    return [f"{MASKS}/{path.name}" for path in files if path.stem in stems]
 
 
 def mask_path(dataset: Dataset, name: str) -> Path | None:
     """The mask of the picture of that name, or None; never a file behind a link that leads out of the allowed folders."""
-    path = read_masks(dataset.path).get(Path(name).stem) if picture_path(dataset, name) is not None else None
-    return path if path is not None and is_allowed(path) else None
+    return read_extras(dataset).mask_of(name) if picture_path(dataset, name) is not None else None
 
 
 def add_masks(dataset: Dataset, files: Sequence[Path]) -> AddedMasks:
     """Take in masks, each for the picture of its name, with or without an ending such as "_mask", as one change.
 
-    A mask that is replaced goes to the bin. Raises `OSError` when the folder cannot be written.
+    A mask that is replaced goes to the bin. Raises `OSError` when the folder cannot be written, and `UserError` when it
+    may not be.
     """
     by_stem = {path.stem: path for path in reversed(read_folder(dataset.path).images)}
     chosen: dict[str, Path] = {}
@@ -108,7 +134,7 @@ def add_masks(dataset: Dataset, files: Sequence[Path]) -> AddedMasks:
 def add_white_masks(dataset: Dataset) -> int:
     """A mask that teaches everything for each picture without one, as one change: the trainer wants one for each.
 
-    Returns how many that is. Raises `OSError`; pictures that cannot be read get none.
+    Returns how many that is. Raises `OSError` and `UserError`; pictures that cannot be read get none.
     """
     there = read_masks(dataset.path)
     made: dict[str, Path] = {}
@@ -124,9 +150,8 @@ def add_white_masks(dataset: Dataset) -> int:
 
 
 def delete_masks(dataset: Dataset, items: Sequence[Item]) -> int:
-    """Move the masks of these pictures to the bin, as one change."""
-    masks = read_masks(dataset.path)
-    going = [f"{MASKS}/{masks[stem].name}" for stem in {Path(item.name).stem: None for item in items} if stem in masks]
+    """Move the masks of these pictures to the bin, as one change. Returns how many files that is; raises `UserError`."""
+    going = _going(dataset, {Path(item.name).stem for item in items})
     keep_files(dataset, going, {}, say("dataset.step_delete_masks", count=len(going)))
     return len(going)
 
@@ -134,9 +159,8 @@ def delete_masks(dataset: Dataset, items: Sequence[Item]) -> int:
 def _put(dataset: Dataset, chosen: Mapping[str, Path], what: str) -> None:
     if not chosen:
         return
-    masks = read_masks(dataset.path)
+    going = _going(dataset, chosen)
     (dataset.path / MASKS).mkdir(exist_ok=True)
-    going = [f"{MASKS}/{masks[stem].name}" for stem in chosen if stem in masks]
     coming = {f"{MASKS}/{stem}{file.suffix.lower()}": file for stem, file in chosen.items()}
     keep_files(dataset, going, coming, what)
 
@@ -174,12 +198,14 @@ def _size(path: Path) -> tuple[int, int] | None:
 
 
 def read_repeats(folder: Path) -> Repeats:
-    """What is set for the folder; once for everything where nothing is, or where the file is damaged."""
+    """What is set for the folder; nothing where the file is missing or damaged."""
     try:
         stored = json.loads((folder / REPEATS_FILE).read_text(encoding="utf-8"))
         pictures = {str(name): _checked(times) for name, times in dict(stored.get("pictures", {})).items()}
-        return Repeats(_checked(stored.get("folder", 1)), pictures)
-    except (OSError, ValueError, TypeError, AttributeError, UserError):
+        times = stored.get("folder")
+        return Repeats(_checked(times) if times is not None else None, pictures)
+    # Numbers without end and brackets without end are damage too.
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, UserError):
         return Repeats()
 
 
@@ -209,10 +235,10 @@ def set_folder_repeats(dataset: Dataset, times: object) -> bool:
 
 
 def _checked(times: object) -> int:
-    whole = int(times) if isinstance(times, (int, float)) and times == int(times) else None
-    if whole is None or isinstance(times, bool) or not 1 <= whole <= MAX_REPEATS:
+    number = times if isinstance(times, (int, float)) and not isinstance(times, bool) else 0
+    if not 1 <= number <= MAX_REPEATS or number != int(number):
         raise UserError(say("dataset.bad_repeats", most=MAX_REPEATS))
-    return whole
+    return int(number)
 
 
 def _write(dataset: Dataset, repeats: Repeats, what: str) -> None:

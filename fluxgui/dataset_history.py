@@ -21,6 +21,7 @@ from fluxgui.pictures import MAX_CAPTION_BYTES, read_folder
 from trainer.schema.base import UserError
 from trainer.schema.folders import bin_dir, data_home
 from trainer.schema.run_folder import write_atomic
+from trainer.schema.settings import is_allowed
 
 NUM_KEPT: Final = 100
 
@@ -135,7 +136,8 @@ def delete_pictures(dataset: Dataset, names: Sequence[str], what: str) -> int:
         }
     )
     stems = {path.stem for path in going} - {Path(name).stem for name in needed}
-    files += sorted(f"{MASKS}/{mask.name}" for mask in _files_in(dataset.path / MASKS) if mask.stem in stems)
+    if is_allowed(dataset.path / MASKS):
+        files += [f"{MASKS}/{mask.name}" for mask in _files_in(dataset.path / MASKS) if mask.stem in stems]
     keep_files(dataset, files, {}, what)
     return len(going)
 
@@ -200,6 +202,9 @@ def undo(dataset: Dataset) -> Undone | None:
         target, file = Path(each.target), dataset.path / each.file
         if not file.exists():
             continue
+        if not is_allowed(file.parent):
+            left_alone.append(f"{each.file}: {say('dataset.not_allowed')}")
+            continue
         if hashlib.sha256(file.read_bytes()).hexdigest() != each.sha256:
             left_alone.append(f"{each.file}: {say('dataset.changed_since')}")
             continue
@@ -208,7 +213,9 @@ def undo(dataset: Dataset) -> Undone | None:
         num_files += 1
     for each in step.moved:
         target, file = Path(each.target), dataset.path / each.file
-        if file.exists():
+        if not is_allowed(file.parent):
+            left_alone.append(f"{each.file}: {say('dataset.not_allowed')}")
+        elif file.exists():
             if target.exists():
                 left_alone.append(f"{each.file}: {say('dataset.name_in_use')}")
         elif target.exists():
@@ -229,30 +236,43 @@ def next_undo(dataset: Dataset) -> str | None:
 
 
 def binned(dataset: Dataset) -> list[str]:
-    """The dataset's files in the bin as "time/name", the newest first."""
-    files = [path for path in _bin(dataset).glob("*/*") if path.is_file()]
-    return sorted((f"{path.parent.name}/{path.name}" for path in files), reverse=True)
+    """The dataset's files in the bin as "time/name", masks as "time/masks/name", the newest first."""
+    bin_ = _bin(dataset)
+    files = [path for pattern in ("*/*", f"*/{MASKS}/*") for path in bin_.glob(pattern) if path.is_file()]
+    return sorted((path.relative_to(bin_).as_posix() for path in files), reverse=True)
 
 
 def restore(dataset: Dataset, entries: Sequence[str]) -> list[str]:
-    """Put files from the bin back. Returns the names of those that stay there because their name is in use."""
+    """Put files from the bin back. Returns the names of those that stay there, mostly because their name is in use."""
     there = set(binned(dataset))
     kept: list[str] = []
     for entry in entries:
         source = _bin(dataset) / entry
-        target = dataset.path / source.name
-        if entry not in there:
+        if entry not in there or not source.exists():
+            continue  # a mask may have come back with its picture
+        time_folder, _, name = entry.partition("/")
+        if not _put_back(dataset, source, name):
+            kept.append(name)
             continue
-        if target.exists():
-            kept.append(source.name)
-            continue
-        shutil.move(source, target)
-        for mask in _files_in(source.parent / MASKS):
+        for mask in _files_in(_bin(dataset) / time_folder / MASKS):
             # It went with its picture, and comes back with it.
-            if mask.stem == source.stem and not (dataset.path / MASKS / mask.name).exists():
-                (dataset.path / MASKS).mkdir(exist_ok=True)
-                shutil.move(mask, dataset.path / MASKS / mask.name)
+            if mask.stem == source.stem:
+                _put_back(dataset, mask, f"{MASKS}/{mask.name}")
     return kept
+
+
+def _put_back(dataset: Dataset, source: Path, name: str) -> bool:
+    """Move a file from the bin to where it was; False, and it stays, when its place is taken or may not be written to.
+
+    The place of a mask is taken by any mask of its picture.
+    """
+    target = dataset.path / name
+    others = {path.stem for path in _files_in(target.parent)} if target.parent.name == MASKS else set[str]()
+    if target.exists() or source.stem in others or not is_allowed(target.parent):
+        return False
+    target.parent.mkdir(exist_ok=True)
+    shutil.move(source, target)
+    return True
 
 
 def _files_in(folder: Path) -> list[Path]:

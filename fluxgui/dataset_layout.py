@@ -139,6 +139,7 @@ def build_dataset_tab(train: TrainTab) -> DatasetTab:
     parts["selected"] = gr.State([])
     parts["opened"] = gr.Textbox(visible=False)
     parts["arrived"] = gr.State(False)
+    parts["shown"] = gr.State(None)
     tab = DatasetTab(
         parts,
         {

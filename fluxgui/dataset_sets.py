@@ -13,6 +13,14 @@ from fluxgui.datasets import add_folder, create_dataset, list_datasets, remove_f
 from fluxgui.language import say
 
 
+def choose(tab: DatasetTab, data: Data) -> Updates:
+    """Show the dataset chosen in the list. A list that is only left says so too: then everything stays as it is."""
+    dataset = tab.dataset(data)
+    if dataset is not None and dataset.name == tab.read(data, "shown"):
+        return {}
+    return tab.choose(dataset)
+
+
 def create(tab: DatasetTab, data: Data) -> Updates:
     made = attempt(lambda: create_dataset(str(tab.read(data, "new_name") or "")))
     return {

@@ -104,6 +104,7 @@ class DatasetTab:
         parts = self.parts
         cleared: Updates = {
             parts["list"]: gr.update(choices=names, value=dataset.name if dataset is not None else None),
+            parts["shown"]: dataset.name if dataset is not None else None,
             parts["search"]: "",
             parts["said"]: "",
             parts["preview"]: "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -10,7 +11,7 @@ import gradio as gr
 from fluxgui import dataset_check, dataset_edits, dataset_sets
 from fluxgui.dataset_extras import read_extras
 from fluxgui.dataset_tab import Data, DatasetTab, Updates, View
-from fluxgui.datasets import find_dataset, read_items
+from fluxgui.datasets import Dataset, find_dataset, read_items
 from fluxgui.language import say
 from fluxgui.train_tab import IN_ORDER as CHECK_IN_ORDER
 
@@ -56,9 +57,6 @@ def connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
     def by(work: Callable[[DatasetTab, Data], Updates]) -> Callable[[Data], Updates]:
         return lambda data: work(tab, data)
 
-    def choose(data: Data) -> Updates:
-        return tab.choose(tab.dataset(data))
-
     def check(data: Data) -> Iterator[Updates]:
         yield from dataset_check.check(tab, data)
 
@@ -98,7 +96,7 @@ def connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
 
         return turned
 
-    when(parts["list"].input, choose).then(None, [parts["list"]], None, js=DATASET_IN_ADDRESS)
+    when(parts["list"].input, by(dataset_sets.choose)).then(None, [parts["list"]], None, js=DATASET_IN_ADDRESS)
     for event in (buttons["create"].click, parts["new_name"].submit):
         when(event, by(dataset_sets.create)).then(None, [parts["list"]], None, js=DATASET_IN_ADDRESS)
     for event in (buttons["add"].click, parts["new_path"].submit):
@@ -150,6 +148,23 @@ def connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
     when(buttons["put_back"].click, by(dataset_edits.restore))
 
 
+def says_masked_loss(lines: str | None) -> bool:
+    """Whether the lines of more options set masked_loss, to whatever value."""
+    return re.search(r"(?m)^\s*masked_loss\s*=", lines or "") is not None
+
+
+def values_of_dataset(dataset: Dataset, lines: str | None) -> dict[str, object]:
+    """What a dataset sets in the form, by field: its folder, its repeats where they are set, and the loss by masks where
+    every picture has one and the lines of more options say nothing about it."""
+    extras, items = read_extras(dataset), read_items(dataset)
+    values: dict[str, object] = {"image_dir": str(dataset.path)}
+    if extras.repeats.folder is not None:
+        values["num_repeats"] = extras.repeats.folder
+    if items and all(extras.mask_of(item.name) for item in items) and not says_masked_loss(lines):
+        values["more_options"] = f"{lines.rstrip()}\n{MASKED}" if lines and lines.strip() else MASKED
+    return values
+
+
 def connect_dataset_page(tab: DatasetTab, whole: gr.Blocks, page: gr.Tab, tabs: gr.Tabs) -> None:
     """The ways between this page and the Train page."""
     train = tab.train
@@ -167,21 +182,14 @@ def connect_dataset_page(tab: DatasetTab, whole: gr.Blocks, page: gr.Tab, tabs: 
     page.select(tab.come_back, tab.inputs, tab.outputs, **IN_ORDER).then(None, [list_], None, js=DATASET_IN_ADDRESS)
 
     def use_it(name: str | None, lines: str | None) -> Updates:
-        """Its folder, its repeats, and the loss by masks where every picture has one and nothing is said about it."""
         dataset = find_dataset(name)
         if dataset is None:
             return {}
-        extras = read_extras(dataset)
-        updates: Updates = {
-            image_dir: str(dataset.path),
-            num_repeats: extras.repeats.folder,
-            tabs: gr.update(selected=TRAIN_PAGE),
-        }
-        items = read_items(dataset)
-        if items and all(extras.mask_of(item.name) for item in items) and "masked_loss" not in (lines or ""):
-            updates[more] = f"{lines.rstrip()}\n{MASKED}" if lines and lines.strip() else MASKED
+        values = values_of_dataset(dataset, lines)
+        if "more_options" in values:
             gr.Info(say("dataset.masks_used"))
-        return updates
+        filled: Updates = {train.form[name]: value for name, value in values.items()}
+        return {**filled, tabs: gr.update(selected=TRAIN_PAGE)}
 
     # The folder may be the one that is named there already, with other pictures in it by now.
     use.click(use_it, [list_, more], [image_dir, num_repeats, more, tabs], show_progress="hidden").then(

@@ -63,6 +63,16 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Upload:
+    """What became of uploaded files: where they are now, and one line for each that was left out."""
+
+    folder: Path
+    num_images: int
+    num_captions: int
+    refused: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Added:
     """What became of files that were handed over: the new pictures, and one line for each file that was left out."""
 
@@ -243,6 +253,18 @@ def add_pictures(dataset: Dataset, files: Sequence[Path]) -> Added:
     if len(files) > MAX_FILES:
         refused.append(say("dataset.too_many", more=len(files) - MAX_FILES, most=MAX_FILES))
     return Added(tuple(images), num_captions, tuple(refused))
+
+
+def take_in(files: Sequence[Path], folder_name: str) -> Upload:
+    """Copy uploaded pictures and captions into the datasets folder under `folder_name`, as `add_pictures` does.
+
+    Raises `OSError` when the folder cannot be written.
+    """
+    name = safe_name(folder_name)
+    folder = datasets_dir() / name
+    folder.mkdir(parents=True, exist_ok=True)
+    added = add_pictures(Dataset(name, folder), files)
+    return Upload(folder, len(added.images), added.num_captions, added.refused)
 
 
 def copy_whole(source: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, cast
@@ -17,7 +17,7 @@ from typing import Final, cast
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
-from fluxgui.dataset_extras import read_masks, read_repeats
+from fluxgui.dataset_extras import all_masks, read_repeats
 from fluxgui.datasets import MASKS
 from fluxgui.fields import DATASET_NAMES, NOT_IN_PRESETS, Field, make_fields
 from fluxgui.language import say
@@ -40,6 +40,7 @@ DEFAULT_SIDE: Final = 512
 """Shown in the preview of dataset.toml, in pixels, as long as no size is given."""
 _RUN_FOLDER_NAMES: Final = ("dataset_config", "sample_prompts", "output_dir")
 
+NAMES_SHOWN: Final = 5
 _NEEDED: Final = ("pretrained_model_name_or_path", "t5xxl", "clip_l", "ae", "image_dir", "output_name")
 
 
@@ -57,7 +58,8 @@ class Job:
 class Reading:
     """What the form says. `job` is None while `problems` (to correct) or `missing` (still empty) hold anything.
 
-    `options` is there as soon as the values themselves are right, whatever the files are like.
+    `options` is there as soon as the values themselves are right, whatever the files are like. `num_draws` is how often
+    pictures are drawn in an epoch before `num_repeats`: those with repeats of their own count as often as they have.
     """
 
     options: Options | None
@@ -69,6 +71,7 @@ class Reading:
     command_line: str = ""
     config_toml: str = ""
     dataset_toml: str = ""
+    num_draws: int = 0
 
     @property
     def problem_by_field(self) -> dict[str, str]:
@@ -165,7 +168,7 @@ def read_form(values: FormValues) -> Reading:
             problems += _mask_problems(found, is_asked_for=options is not None and options.masked_loss)
 
     problems = [_in_words_of_the_page(problem, fields) for problem in problems]
-    reading = Reading(options, None, tuple(problems), missing, pictures, notes)
+    reading = Reading(options, None, tuple(problems), missing, pictures, notes, num_draws=_num_draws(pictures))
     if options is None:
         return reading
     config_toml = options_to_toml(options.model_copy(update=dict.fromkeys(_RUN_FOLDER_NAMES)))
@@ -182,6 +185,13 @@ def read_form(values: FormValues) -> Reading:
         sample_prompts=prompts + "\n" if prompts else "",
     )
     return replace(reading, job=job)
+
+
+def _num_draws(pictures: PictureFolder | None) -> int:
+    if pictures is None:
+        return 0
+    repeats = read_repeats(pictures.path)
+    return sum(repeats.of(image.name) for image in pictures.images)
 
 
 def typed_value(field: Field, value: object) -> object:
@@ -231,15 +241,24 @@ def _own_problems(typed: FormValues) -> list[Problem]:
 
 
 def _mask_problems(pictures: PictureFolder, *, is_asked_for: bool) -> list[Problem]:
-    """Pictures without a mask in a folder where others have one: the trainer refuses it a little later."""
-    masks = read_masks(pictures.path) if is_asked_for else {}
-    bare = [image.name for image in pictures.images if image.stem not in masks]
-    if not masks or not bare:
+    """Pictures without a mask in a folder where others have one, or with several: the trainer refuses it a little later."""
+    masks = all_masks(pictures.path) if is_asked_for else {}
+    if not masks:
         return []
-    shown = ", ".join(bare[:5]) + (f" and {len(bare) - 5} more" if len(bare) > 5 else "")
-    what = f"these pictures have no mask: {shown}"
-    hint = "Add white masks for them on the Dataset page, or turn off masked_loss."
-    return [Problem(what, str(pictures.path), hint, field="image_dir")]
+    bare = [image.name for image in pictures.images if image.stem not in masks]
+    stems = sorted({image.stem for image in pictures.images})
+    twice = [path.name for stem in stems for path in masks.get(stem, ()) if len(masks[stem]) > 1]
+    return [
+        Problem(say(f"train.{what}", names=_some(names)), str(pictures.path), say(f"train.{what}_hint"), "image_dir")
+        for what, names in (("masks_missing", bare), ("masks_twice", twice))
+        if names
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - NAMES_SHOWN
+    return ", ".join([*names[:NAMES_SHOWN], *([say("train.and_more", number=more)] if more > 0 else [])])
 
 
 def _more_options(text: object, problems: list[Problem]) -> dict[str, object]:
@@ -296,7 +315,7 @@ def dataset_values(typed: FormValues, pictures: PictureFolder, *, has_masks: boo
     repeats = {name: times for name, times in read_repeats(pictures.path).pictures.items() if name in there}
     if repeats:
         subset["picture_repeats"] = repeats
-    if has_masks and read_masks(pictures.path):
+    if has_masks and all_masks(pictures.path):
         subset["conditioning_data_dir"] = str(pictures.path / MASKS)
     dataset = {
         key: typed[name]

@@ -1,11 +1,10 @@
-"""Folders of pictures with captions: what is in one, and taking in uploaded files. No gradio."""
+"""Folders of pictures with captions: what is in one, and what keeps a file from being taken in. No gradio."""
 
 from __future__ import annotations
 
 import io
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainer.schema.base import Problem
 from trainer.schema.folders import datasets_dir
+from trainer.schema.settings import is_allowed
 
 IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTION_SUFFIX: Final = ".txt"
@@ -35,16 +35,6 @@ class PictureFolder:
     path: Path
     images: tuple[Path, ...]
     without_caption: tuple[Path, ...]
-
-
-@dataclass(frozen=True)
-class Upload:
-    """What became of uploaded files: where they are now, and one line for each that was left out."""
-
-    folder: Path
-    num_images: int
-    num_captions: int
-    refused: tuple[str, ...]
 
 
 def read_folder(path: Path) -> PictureFolder:
@@ -122,7 +112,7 @@ def _thumbnail(path: Path, _modified: int) -> bytes | None:
 
 def upload_folder_name(current: Path | None, wanted: str) -> str:
     """Where an upload goes: into the chosen folder when it is one of ours, else into a new one named after the run."""
-    if current is not None and current.parent == datasets_dir():
+    if current is not None and current.parent == datasets_dir() and is_allowed(current):
         return current.name
     base = safe_name(wanted)
     taken = (datasets_dir() / base).exists()
@@ -131,39 +121,6 @@ def upload_folder_name(current: Path | None, wanted: str) -> str:
         if taken
         else base
     )
-
-
-def take_in(files: Sequence[Path], folder_name: str) -> Upload:
-    """Copy uploaded pictures and captions into the datasets folder under `folder_name`, checking each.
-
-    A picture must decode; a caption must be UTF-8 text. Files keep their names, made safe; one of the same name in the
-    folder is replaced. Raises `OSError` when the folder cannot be written.
-    """
-    folder = datasets_dir() / safe_name(folder_name)
-    folder.mkdir(parents=True, exist_ok=True)
-    refused: list[str] = []
-    taken: set[str] = set()
-    num_images = num_captions = 0
-    for file in files[:MAX_FILES]:
-        name = safe_name(file.stem) + file.suffix.lower()
-        if name in taken:
-            reason = f"another file of this upload gets the same name here, {name}; rename one of them"
-        elif file.suffix.lower() in IMAGE_SUFFIXES:
-            reason = why_unreadable(file)
-            num_images += reason is None
-        elif file.suffix.lower() == CAPTION_SUFFIX:
-            reason = why_no_caption(file)
-            num_captions += reason is None
-        else:
-            reason = "is neither a picture nor a caption"
-        if reason is None:
-            shutil.copyfile(file, folder / name)
-            taken.add(name)
-        else:
-            refused.append(f"{file.name}: {reason}")
-    if len(files) > MAX_FILES:
-        refused.append(f"{len(files) - MAX_FILES} more files: at most {MAX_FILES} are taken at once")
-    return Upload(folder, num_images, num_captions, tuple(refused))
 
 
 def why_no_caption(path: Path) -> str | None:

@@ -124,6 +124,24 @@ def imported(project: ImportedProject) -> str:
     return "".join([*parts, table(project.values)])
 
 
+def fill_from(train: TrainTab, preset: Preset) -> Updates:
+    """Updates that put a preset into the form: what a built-in one does not name stays as it is."""
+    if not preset.is_built_in:
+        return train.load_preset(preset.name)
+    filled = train.fill(preset.values)
+    if "vram_gb" in preset.values:
+        filled[train.parts["vram_gb"]] = gr.update(value=preset.values["vram_gb"])
+    return filled
+
+
+def no_longer_so(source: str, form: str, exported_as: list[str] | None) -> tuple[Any, Any]:
+    """Updates of the exported text and what it was made as: cleared once it was made as something else.
+
+    A list that is only left, with nothing chosen, calls this too.
+    """
+    return (gr.skip(), gr.skip()) if exported_as == [source, form] else ("", None)
+
+
 def build_presets_tab(train: TrainTab, tabs: gr.Tabs, page: gr.Tab) -> None:
     """Lay the page out and connect it to the form. Call inside its `gr.Tab`, `page`, at whose visits the list is read anew."""
     with gr.Column(elem_classes="card"):
@@ -202,6 +220,7 @@ def build_presets_tab(train: TrainTab, tabs: gr.Tabs, page: gr.Tab) -> None:
             elem_id="export-text",
             elem_classes="code-box",
         )
+    exported_as = gr.State(None)
     gone = gr.State(None)
     to_save = gr.Textbox(visible=False)
     file_name = gr.Textbox(visible=False)
@@ -262,8 +281,7 @@ def build_presets_tab(train: TrainTab, tabs: gr.Tabs, page: gr.Tab) -> None:
     def load_chosen(chosen_name: str | None) -> Updates:
         preset = _preset(chosen_name)
         gr.Info(say("presets.loaded", name=preset.title))
-        filled = train.apply_preset(preset.name) if preset.is_built_in else train.load_preset(preset.name)
-        return {**filled, tabs: gr.update(selected="train")}
+        return {**fill_from(train, preset), tabs: gr.update(selected="train")}
 
     def as_file(chosen_name: str | None) -> tuple[str, str]:
         preset = _preset(chosen_name)
@@ -309,7 +327,8 @@ def build_presets_tab(train: TrainTab, tabs: gr.Tabs, page: gr.Tab) -> None:
         return run.path.name
 
     def export_text(data: Data) -> Updates:
-        return {exported: _exported(train, data, data[source], data[form], data[pasted], data[files])}
+        text = _exported(train, data, data[source], data[form], data[pasted], data[files])
+        return {exported: text, exported_as: [data[source], data[form]]}
 
     read.click(look, [pasted, files], [result, fill, exactly, left_out, source], **QUIETLY)
     filled = [
@@ -319,9 +338,9 @@ def build_presets_tab(train: TrainTab, tabs: gr.Tabs, page: gr.Tab) -> None:
     for event in filled:
         event.success(train.check, train.inputs, train.outputs, **IN_ORDER)
     exactly.click(start, [pasted, files], [train.parts["started"]], show_progress="minimal", concurrency_limit=1)
-    write.click(export_text, {*train.inputs, source, form, pasted, files}, [exported], **QUIETLY)
-    form.input(lambda: "", None, [exported], **QUIETLY)
-    source.input(lambda: "", None, [exported], **QUIETLY)
+    write.click(export_text, {*train.inputs, source, form, pasted, files}, [exported, exported_as], **QUIETLY)
+    for choice in (form, source):
+        choice.input(no_longer_so, [source, form, exported_as], [exported, exported_as], **QUIETLY)
     download.click(lambda each: _FILE_NAMES[each], [form], [file_name], **QUIETLY).then(
         None, [file_name, exported], None, js=SAVE_AS_FILE
     )

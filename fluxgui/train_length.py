@@ -19,13 +19,16 @@ NAMES: Final = (*TOTALS, *_INTERVALS)
 """The fields that a length fills in."""
 
 
-def length_values(length: str, *, num_pictures: int, num_repeats: int, batch_size: int) -> dict[str, str]:
+def length_values(
+    length: str, *, num_pictures: int, num_draws: int, num_repeats: int, batch_size: int
+) -> dict[str, str]:
     """What a run of this length has in the form: whole epochs, or steps where the run is shorter than one epoch.
 
-    Both totals are given where steps count; `max_train_steps` is left alone where epochs do, as they win.
+    `num_draws` counts each picture as often as its own repeats say. Both totals are given where steps count;
+    `max_train_steps` is left alone where epochs do, as they win.
     """
     views = FACTORS[length] * min(max(VIEWS_PER_PICTURE * num_pictures, MIN_VIEWS), MAX_VIEWS)
-    epochs = round(views / (num_pictures * num_repeats))
+    epochs = round(views / (num_draws * num_repeats))
     if epochs:
         by_epochs = {
             "max_train_epochs": epochs,
@@ -43,7 +46,12 @@ def length_values(length: str, *, num_pictures: int, num_repeats: int, batch_siz
 
 
 def follow(
-    length: object, values: Mapping[str, object], filled: Mapping[str, object] | None, *, num_pictures: int
+    length: object,
+    values: Mapping[str, object],
+    filled: Mapping[str, object] | None,
+    *,
+    num_pictures: int,
+    num_draws: int,
 ) -> tuple[str | None, dict[str, object], dict[str, object]]:
     """What the form's length becomes: the answer, what it has filled in, and what it fills in now.
 
@@ -60,6 +68,7 @@ def follow(
     wanted = length_values(
         str(length),
         num_pictures=num_pictures,
+        num_draws=num_draws,
         num_repeats=_count(values["num_repeats"]),
         batch_size=_count(values["train_batch_size"]) * _count(values["gradient_accumulation_steps"]),
     )

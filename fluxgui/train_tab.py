@@ -16,6 +16,7 @@ from gradio.blocks import Block, BlockContext
 from gradio.components import Component
 
 from fluxgui import memory_view, train_length, train_view
+from fluxgui.datasets import take_in
 from fluxgui.demo import demo_form_values, make_demo
 from fluxgui.fields import MODELS, NOT_IN_PRESETS, Field, option_field
 from fluxgui.form import Reading, preset_values, read_form, typed_value
@@ -23,7 +24,7 @@ from fluxgui.form_parts import NOTHING, component_value, mark
 from fluxgui.language import say
 from fluxgui.memory_plan import plan_memory
 from fluxgui.models import found_models, recognised, remember_models
-from fluxgui.pictures import broken_pictures, check_folder, take_in, thumbnails, upload_folder_name
+from fluxgui.pictures import broken_pictures, check_folder, thumbnails, upload_folder_name
 from fluxgui.presets import USUAL_START, delete_own, preset_form_values, presets_of_kind, save_own, start_values
 from fluxgui.presets_bar import PresetsBar, card_preset, choices
 from fluxgui.runs import create_and_start
@@ -145,7 +146,11 @@ class TrainTab:
         reading = read_form(values)
         num_pictures = len(reading.pictures.images) if reading.pictures is not None else 0
         length, filled, changes = train_length.follow(
-            data[parts["length_choice"]], values, data[parts["length_filled"]], num_pictures=num_pictures
+            data[parts["length_choice"]],
+            values,
+            data[parts["length_filled"]],
+            num_pictures=num_pictures,
+            num_draws=reading.num_draws,
         )
         values |= changes
         updates = self.show(read_form(values) if changes else reading, values, data)

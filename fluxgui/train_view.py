@@ -61,8 +61,8 @@ def num_steps(reading: Reading, *, num_repeats: int) -> tuple[int, int] | None:
     """Steps of an epoch and of the run, as far as the form tells: buckets may add a few. None while pictures are missing."""
     if reading.options is None or reading.pictures is None:
         return None
-    options, num_images = reading.options, len(reading.pictures.images)
-    per_epoch = -(-num_images * num_repeats // max(options.train_batch_size * options.gradient_accumulation_steps, 1))
+    options, num_draws = reading.options, reading.num_draws
+    per_epoch = -(-num_draws * num_repeats // max(options.train_batch_size * options.gradient_accumulation_steps, 1))
     return per_epoch, options.max_train_epochs * per_epoch if options.max_train_epochs else options.max_train_steps
 
 
@@ -74,7 +74,10 @@ def length(reading: Reading, *, num_repeats: int) -> str:
     assert reading.options is not None
     assert reading.pictures is not None
     (per_epoch, total), epochs = counted, reading.options.max_train_epochs
-    parts = [say("train.steps_of_epoch", images=len(reading.pictures.images), repeats=num_repeats, steps=per_epoch)]
+    images = len(reading.pictures.images)
+    drawn = say("train.drawn_pictures", images=images, draws=reading.num_draws)
+    counted_images = say("train.num_pictures", number=images) if reading.num_draws == images else drawn
+    parts = [say("train.steps_of_epoch", images=counted_images, repeats=num_repeats, steps=per_epoch)]
     if epochs:
         parts.append(say("train.steps_of_epochs", epochs=epochs, steps=total))
     else:

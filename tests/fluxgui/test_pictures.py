@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fluxgui.datasets import take_in
 from fluxgui.pictures import (
     PictureFolder,
     broken_pictures,
     check_folder,
     safe_name,
-    take_in,
     thumbnails,
     upload_folder_name,
 )
@@ -78,7 +78,7 @@ def test_uploads_are_checked_one_by_one_and_kept_under_safe_names(tmp_path: Path
     assert result.folder.parent == datasets_dir()
     assert sorted(path.name for path in result.folder.iterdir()) == ["my_cat_1.png", "my_cat_1.txt"]
     assert (result.num_images, result.num_captions) == (1, 1)
-    assert [line.partition(":")[0] for line in result.refused] == ["broken.png", "latin.txt", "run.exe"]
+    assert [line.partition(":")[0] for line in result.refused] == ["broken.png", "run.exe", "latin.txt"]
 
 
 def test_an_upload_goes_to_our_folder_or_a_new_one_and_never_into_the_users() -> None:
@@ -93,13 +93,20 @@ def test_names_are_made_safe(text: str, name: str) -> None:
     assert safe_name(text) == name
 
 
-def test_files_whose_names_become_the_same_are_not_lost_unnoticed(tmp_path: Path) -> None:
-    files = [picture(tmp_path / folder / name) for folder, name in (("a", "cat&.png"), ("b", "cat'.png"))]
-    result = take_in(files, "cats")
-    assert result.num_images == len(list(result.folder.iterdir())) == 1
-    assert len(result.refused) == 1
-    assert "cat'.png" in result.refused[0]
-    assert "same name" in result.refused[0]
+def test_an_upload_replaces_nothing(tmp_path: Path) -> None:
+    """Neither what was there before nor what comes with it under the same safe name."""
+    old = picture(datasets_dir() / "cats" / "cat.png", (64, 64)).read_bytes()
+    (datasets_dir() / "cats" / "cat.txt").write_text("my words", encoding="utf-8")
+    files = [picture(tmp_path / folder / name) for folder, name in (("a", "cat.png"), ("b", "cat&.png"))]
+    caption = tmp_path / "a" / "cat.txt"
+    caption.write_text("other words", encoding="utf-8")
+    result = take_in([*files, caption], "cats")
+    assert (result.num_images, result.num_captions, result.refused) == (2, 1, ())
+    kept = {path.name: path.read_bytes() for path in result.folder.iterdir()}
+    assert set(kept) == {"cat.png", "cat.txt", "cat-2.png", "cat-2.txt", "cat-3.png"}
+    assert (kept["cat.png"], kept["cat.txt"], kept["cat-2.txt"]) == (old, b"my words", b"other words")
+    again = take_in([caption], "cats")
+    assert [line.partition(":")[0] for line in again.refused] == ["cat.txt"], "it has a caption already"
 
 
 def test_the_reason_why_a_picture_is_broken_names_no_path(tmp_path: Path) -> None:

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
+from PIL import Image
 
+from fluxgui import train_view
+from fluxgui.dataset_extras import REPEATS_FILE
+from fluxgui.fields import make_fields
+from fluxgui.form import read_form
 from fluxgui.presets_bar import card_preset
 from fluxgui.train_layout import build_train_tab
 from fluxgui.train_length import LENGTHS, NAMES, follow, length_values
@@ -22,7 +27,11 @@ def values(**changes: str) -> dict[str, object]:
 @pytest.mark.parametrize(("pictures", "repeats"), [(1, 1), (10, 10), (30, 10), (100, 4), (3, 7)])
 def test_a_longer_answer_has_more_epochs(pictures: int, repeats: int) -> None:
     epochs = [
-        int(length_values(length, num_pictures=pictures, num_repeats=repeats, batch_size=1)["max_train_epochs"])
+        int(
+            length_values(length, num_pictures=pictures, num_draws=pictures, num_repeats=repeats, batch_size=1)[
+                "max_train_epochs"
+            ]
+        )
         for length in LENGTHS
     ]
     assert epochs == sorted(set(epochs))
@@ -30,28 +39,43 @@ def test_a_longer_answer_has_more_epochs(pictures: int, repeats: int) -> None:
 
 
 def test_what_is_shorter_than_an_epoch_is_counted_in_steps() -> None:
-    found = length_values("short", num_pictures=1000, num_repeats=10, batch_size=4)
+    found = length_values("short", num_pictures=1000, num_draws=1000, num_repeats=10, batch_size=4)
     assert (found["max_train_epochs"], found["max_train_steps"]) == ("", "375")
     assert found["save_every_n_steps"] == "75"
 
 
 def test_the_answer_follows_the_pictures() -> None:
-    _, filled, changes = follow("normal", values(), None, num_pictures=0)
+    _, filled, changes = follow("normal", values(), None, num_pictures=0, num_draws=0)
     assert changes == {}
-    length, filled, changes = follow("normal", values(), filled, num_pictures=5)
+    length, filled, changes = follow("normal", values(), filled, num_pictures=5, num_draws=5)
     assert (length, changes["max_train_epochs"]) == ("normal", "20")
     now = values(**{name: str(text) for name, text in changes.items()})
-    assert follow("normal", now, filled, num_pictures=5) == ("normal", filled, {})
-    assert follow("normal", now, filled, num_pictures=10)[2]["max_train_epochs"] == "10"
+    assert follow("normal", now, filled, num_pictures=5, num_draws=5) == ("normal", filled, {})
+    assert follow("normal", now, filled, num_pictures=10, num_draws=10)[2]["max_train_epochs"] == "10"
+
+
+def test_repeats_of_single_pictures_count(tmp_path: Path) -> None:
+    """Three pictures of which one is drawn six times: eight draws."""
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{name}.png")
+    form = {**{name: field.default for name, field in make_fields().items()}, "image_dir": str(tmp_path)}
+    form |= {"num_repeats": 2, "max_train_epochs": 5, "train_batch_size": 1}
+    assert train_view.num_steps(read_form(form), num_repeats=2) == (6, 30)
+    (tmp_path / REPEATS_FILE).write_text('{"pictures": {"a.png": 6, "gone.png": 9}}', encoding="utf-8")
+    reading = read_form(form)
+    assert train_view.num_steps(reading, num_repeats=2) == (16, 80)
+    assert "3 pictures, drawn 8 times" in train_view.length(reading, num_repeats=2)
+    found = length_values("normal", num_pictures=3, num_draws=8, num_repeats=2, batch_size=1)
+    assert found["max_train_epochs"] == str(round(1000 / 16))
 
 
 def test_a_total_set_by_hand_wins_and_an_interval_set_by_hand_stays() -> None:
-    _, filled, _ = follow("normal", values(), None, num_pictures=0)
-    assert follow("normal", values(max_train_epochs="500"), filled, num_pictures=5) == (None, {}, {})
-    length, _, changes = follow("normal", values(save_every_n_epochs="3"), filled, num_pictures=5)
+    _, filled, _ = follow("normal", values(), None, num_pictures=0, num_draws=0)
+    assert follow("normal", values(max_train_epochs="500"), filled, num_pictures=5, num_draws=5) == (None, {}, {})
+    length, _, changes = follow("normal", values(save_every_n_epochs="3"), filled, num_pictures=5, num_draws=5)
     assert length == "normal"
     assert "save_every_n_epochs" not in changes
-    assert follow(None, values(), None, num_pictures=5) == (None, {}, {})
+    assert follow(None, values(), None, num_pictures=5, num_draws=5) == (None, {}, {})
 
 
 @pytest.mark.parametrize(("gigabytes", "name"), [(24.0, "vram-24"), (11.7, "vram-12"), (22.5, "vram-16"), (2.0, None)])

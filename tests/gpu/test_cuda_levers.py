@@ -41,6 +41,7 @@ def train(
     *,
     offloads: bool = False,
     modulation: str | None = None,
+    dropout: float = 0.0,
     change: Callable[[Flux], None] = lambda _: None,
 ) -> tuple[list[Tensor], Flux]:
     """The gradients after some accumulated steps."""
@@ -49,13 +50,16 @@ def train(
     assert off is None or isinstance(off.bring, CudaCourier)
     model = load_flux(flux_file, torch.bfloat16, device, modulation=off)
     model.enable_gradient_checkpointing(run=OffloadedCheckpoint(device) if offloads else run_again_in_backward)
-    network = LoraNetwork.attach(model, None, LoraSpec(rank=4, alpha=4), torch.Generator().manual_seed(1))
+    network = LoraNetwork.attach(
+        model, None, LoraSpec(rank=4, alpha=4, dropout=dropout), torch.Generator().manual_seed(1)
+    )
     network.to(device).train()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     change(model)
+    torch.manual_seed(3)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
@@ -76,8 +80,9 @@ def train(
     return [parameter.grad for parameter in network.parameters() if parameter.grad is not None], model
 
 
-def test_block_inputs_on_streams_give_the_gradients_of_plain_checkpointing(flux_file: Path) -> None:
-    (plain, _), (offloaded, _) = train(flux_file), train(flux_file, offloads=True)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_block_inputs_on_streams_give_the_gradients_of_plain_checkpointing(flux_file: Path, dropout: float) -> None:
+    (plain, _), (offloaded, _) = (train(flux_file, offloads=offloads, dropout=dropout) for offloads in (False, True))
     for expected, found in zip(plain, offloaded, strict=True):
         assert torch.equal(expected, found)
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.model.storage_cache import StorageCache
 from trainer.model.stored_linear import PackedStorage, StoredLinear
 from trainer.model.weights import load_flux
+from trainer.schema.safetensors_header import read_header
 from trainer.tools.tiny_models import make_flux
 
 
@@ -67,6 +69,19 @@ def test_the_second_start_reads_what_the_first_has_made(
     read, told = loads(storage)
     assert "is read from" in told
     assert "kept" not in told.replace(str(loads.folder), "")
+    assert same(made, read)
+
+
+def test_a_model_in_the_other_fp8_type_is_kept_as_it_is(loads: Loads) -> None:
+    header = read_header(loads.flux_file)
+    weights = {name: tensor.to(torch.float8_e5m2) for name, tensor in load_file(loads.flux_file).items()}
+    save_file(weights, loads.flux_file, metadata=dict(header.metadata))
+    made, told = loads()
+    assert "is kept in" in told
+    assert any(tensor.dtype is torch.float8_e5m2 for tensor in made)
+    read, told = loads()
+    assert "is read from" in told
+    assert "damaged" not in told
     assert same(made, read)
 
 

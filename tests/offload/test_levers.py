@@ -3,6 +3,7 @@ weights off the device, compiled blocks; each with the block swap, and counted."
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from tests.offload.poison_mover import PoisonMover
 from tests.offload.test_block_swap import Training
@@ -62,6 +64,30 @@ def test_block_inputs_that_wait_in_main_memory_give_the_same_gradients_and_trave
     num_tokens = training.img.shape[1] + training.txt.shape[1]
     assert offloaded.num_bytes_out == NUM_BLOCKS * num_tokens * training.model.params.hidden_size * 4
     assert offloaded.num_bytes_in == offloaded.num_bytes_out
+
+
+def test_the_second_run_of_an_offloaded_block_draws_the_dropout_of_the_first(
+    flux_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[object, ...]] = []
+
+    def spy(run: Callable[..., object], *arguments: object, use_reentrant: bool) -> object:
+        given.append(arguments)
+        return checkpoint(run, *arguments, use_reentrant=use_reentrant)
+
+    monkeypatch.setattr("trainer.offload.activations.checkpoint", spy)
+    results: list[list[Tensor]] = []
+    for offloads in (False, True):
+        training = Training(flux_file, LoraSpec(rank=4, alpha=4, dropout=0.3))
+        if offloads:
+            training.model.enable_gradient_checkpointing(run=OffloadedCheckpoint(CPU))
+        torch.manual_seed(3)
+        training.micro_step()
+        results.append(training.gradients())
+    assert same(*results)
+    assert len(given) == NUM_BLOCKS
+    # Of a GPU torch keeps the random state only where it is given one of its tensors.
+    assert all(any(isinstance(one, Tensor) for one in arguments) for arguments in given)
 
 
 def test_no_input_of_an_offloaded_block_stays_where_it_was(flux_file: Path) -> None:
@@ -237,6 +263,7 @@ def compiled(training: Training, dynamo_backend: str = "aot_eager") -> Training:
     torch._dynamo.reset()  # pyright: ignore[reportPrivateUsage]
     torch._dynamo.utils.counters.clear()  # pyright: ignore[reportPrivateUsage]
     compile_blocks(training.model, backend=dynamo_backend)
+    assert torch._dynamo.config.recompile_limit >= 64  # pyright: ignore[reportPrivateUsage]
     return training
 
 

@@ -235,7 +235,7 @@ def test_main_memory_that_runs_out_is_no_bug(
 
 @pytest.mark.parametrize("at", [1, 2])
 def test_memory_that_runs_out_in_the_optimizer_is_recovered_where_its_state_is_made_and_else_told(
-    run: Callable[..., tuple[Answer, str]], own_patches: pytest.MonkeyPatch, at: int
+    run: Callable[..., tuple[Answer, str]], own_patches: pytest.MonkeyPatch, tmp_path: Path, at: int
 ) -> None:
     calls = 0
     step = torch.optim.AdamW.step
@@ -259,3 +259,4 @@ def test_memory_that_runs_out_in_the_optimizer_is_recovered_where_its_state_is_m
     else:
         assert found.code == 3
         assert "some weights have taken this step" in found.problems[0]
+        assert not list(tmp_path.glob("short/*.safetensors")), "no half-taken step is saved"

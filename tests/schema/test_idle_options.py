@@ -70,3 +70,8 @@ def test_a_switch_of_network_args_that_sd_scripts_would_leave_off_is_named() -> 
     notes = parse_command_line(["--network_args", "train_t5xxl=true", "split_qkv=True"]).notes
     (line,) = [note for note in notes if "sd-scripts takes True alone" in note]
     assert line.startswith("train_t5xxl=true of network_args switches it on")
+
+
+def test_a_compiler_that_is_none_is_named() -> None:
+    assert idle("--torch_compile --dynamo_backend=no") == ["torch_compile"]
+    assert "torch_compile" not in idle("--torch_compile --dynamo_backend=eager")

@@ -31,6 +31,9 @@ def notes(**values: object) -> list[str]:
     return list(reading.notes)
 
 
+FP16 = {"full_fp16": True, "mixed_precision": "fp16"}
+
+
 def test_the_options_name_every_known_optimizer_and_schedule() -> None:
     fields = typing.get_type_hints(Options, include_extras=True)
     assert set(literals(fields["optimizer_type"])) == set(OPTIMIZERS)
@@ -66,6 +69,10 @@ def test_known_names_are_spelt_in_any_case(name: str) -> None:
             "loraplus_lr_ratio=4",
         ),
         ({"optimizer_type": "AdamWScheduleFree", "scale_weight_norms": 1}, "scale_weight_norms", "averages"),
+        ({**FP16, "optimizer_type": "AdamWScheduleFree"}, "optimizer_type", "with full_fp16 AdamWScheduleFree divides"),
+        ({**FP16, "optimizer_type": "adam", "optimizer_args": ["eps=1e-6"]}, "optimizer_type", "eps=0.0001"),
+        ({**FP16, "optimizer_args": ["foreach=True"]}, "optimizer_type", "its eps is 0 in fp16"),
+        ({**FP16, "optimizer_type": "torch.optim.AdamW"}, "optimizer_type", "its eps is 0 in fp16"),
         ({"lr_warmup_steps": 5}, "lr_warmup_steps", "constant has no warm-up"),
         ({"lr_scheduler": "reduce_lr_on_plateau", "lr_warmup_steps": 5}, "lr_warmup_steps", "has no warm-up"),
         ({"lr_scheduler_type": "StepLR", "lr_warmup_steps": 5}, "lr_warmup_steps", "no warm-up of its own"),
@@ -147,6 +154,21 @@ def test_usual_settings_need_no_line() -> None:
     assert notes(optimizer_type="Prodigy", learning_rate=1, network_train_unet_only=True) == []
     assert notes(lr_scheduler="cosine_with_restarts", lr_scheduler_num_cycles=3, lr_warmup_steps=10) == []
     assert notes(lr_scheduler="polynomial", lr_scheduler_power=2) == []
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments"),
+    [
+        ("AdamW", []),
+        ("AdamW8bit", []),
+        ("Lion", []),
+        ("Adam", ["fused=True"]),
+        ("AdamWScheduleFree", ["eps=1e-4"]),
+        ("AdamW", ["foreach=True", "eps=1e-4"]),
+    ],
+)
+def test_optimizers_that_full_fp16_leaves_finite(optimizer: str, arguments: list[str]) -> None:
+    assert read(**FP16, optimizer_type=optimizer, optimizer_args=arguments).problems == ()
 
 
 def test_adafactors_own_schedule_is_written_as_such_and_can_be_read_again() -> None:

@@ -33,6 +33,7 @@ _VERSION: Final = 1
 """To be raised when the same model would be stored as other numbers."""
 _NAMES: Final = {
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.float32: "F32",
@@ -92,6 +93,10 @@ class CachedWeights:
     def take(self, name: str, linear: StoredLinear) -> tuple[Tensor, Tensor] | None:
         """The stored numbers and scales of the Linear at `name` in main memory, or None."""
         weight, scale = linear.empty("cpu")
+        info = None if self._header is None else self._header.tensors.get(f"{name}.weight")
+        if info is not None and linear.storage == "fp8" and info.dtype == _NAMES[torch.float8_e5m2]:
+            # Of a file that has its weights in this type, and they stay as they are.
+            weight = torch.empty(weight.shape, dtype=torch.float8_e5m2)
         if self._read(f"{name}.weight", weight) and self._read(f"{name}.weight_scale", scale):
             return weight, scale
         return None

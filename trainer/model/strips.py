@@ -90,7 +90,7 @@ def _scale_and_shift(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
             part = x[:, :, first:last].float().reshape(batch, groups, -1)
             if center is not None:
                 part = (part - center[:, :, None]).square_()
-            total += part.sum(dim=2).double().cpu()
+            total += part.sum(dim=2).cpu().double()
         return (total / count).to(x.device, torch.float32)
 
     mean = summed(None)

@@ -40,10 +40,11 @@ class OffloadedCheckpoint:
         kept = _Kept(self, streams, before)
         self._last = weakref.ref(kept)
 
-        def run() -> object:
-            return block(*kept.take(), *others)
+        def run(*given: object) -> object:
+            return block(*kept.take(), *given)
 
-        output = checkpoint(run, use_reentrant=False)
+        # torch keeps the random state of the devices of the tensors it is given: the second run draws the same dropout.
+        output = checkpoint(run, *others, use_reentrant=False)
         kept.given = None
         return output
 

@@ -7,7 +7,15 @@ from typing import Final
 
 from trainer.schema.base import Problem, UserError
 from trainer.schema.optimizer_args import parse_arguments, parse_optimizer_args
-from trainer.schema.optimizers import OPTIMIZER_FLAGS, finds_rate, is_schedule_free, sets_own_rate, wanted_optimizer
+from trainer.schema.optimizers import (
+    EPS_IN_FP16,
+    OPTIMIZER_FLAGS,
+    finds_rate,
+    is_schedule_free,
+    loses_fp16,
+    sets_own_rate,
+    wanted_optimizer,
+)
 from trainer.schema.options import Options
 from trainer.schema.schedules import SCHEDULES, USERS, WITHOUT_WARMUP
 
@@ -74,6 +82,13 @@ def _contradictions(
             ("scale_weight_norms", "optimizer_type"),
             f"scale_weight_norms changes weights that {optimizer} averages in a form of its own",
             "Leave one of them out.",
+        )
+    if options.full_fp16 and loses_fp16(optimizer, arguments):
+        yield (
+            ("optimizer_type", "full_fp16", "optimizer_args"),
+            f"with full_fp16 {optimizer} divides by zero in the first steps: its eps is 0 in fp16",
+            f"Give --optimizer_args eps={EPS_IN_FP16:g}, use another optimizer such as AdamW without foreach, or leave "
+            "full_fp16 out.",
         )
     if is_schedule_free(optimizer) or own_rate:
         return

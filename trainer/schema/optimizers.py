@@ -204,6 +204,20 @@ TORCH_OPTIMIZERS: Final = (
 )
 """Other classes of `torch.optim` that train dense weights without a closure; spelt as there."""
 
+EPS_IN_FP16: Final = 1e-4
+"""An `eps` from here on keeps the quotients of Adam's kind within fp16; its usual 1e-8 is 0 there."""
+_DIVIDES_IN_ITS_TYPE: Final = (
+    "Adagrad",
+    "Adam",
+    "Adamax",
+    "AdamW",
+    "AdamWScheduleFree",
+    "NAdam",
+    "RAdamScheduleFree",
+    "RMSprop",
+)
+"""They compute in the type of the weights unless torch's fused kernel, which computes in float32, is used."""
+
 _DOTTED: Final = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -261,3 +275,14 @@ def sets_own_rate(optimizer_type: str, arguments: Mapping[str, object]) -> bool:
     return optimizer_type == "Adafactor" and (
         arguments.get("relative_step", True) is True or arguments.get("warmup_init") is True
     )
+
+
+def loses_fp16(optimizer_type: str, arguments: Mapping[str, object]) -> bool:
+    """Whether weights in fp16 become infinite or no numbers in its first steps: it divides by `eps` in their own type."""
+    if optimizer_type.rpartition(".")[2] not in _DIVIDES_IN_ITS_TYPE:
+        return False
+    eps = arguments.get("eps")
+    if arguments.get("fused") is True or (_is_number(eps) and cast("float", eps) >= EPS_IN_FP16):
+        return False
+    # AdamW is fused unless something else is asked for.
+    return optimizer_type != "AdamW" or "foreach" in arguments or "fused" in arguments

@@ -110,6 +110,8 @@ def option_advice(options: Options, explicit: frozenset[str]) -> Iterable[str]:
         yield "offload_modulation has no effect: Chroma's blocks have no modulation weights"
     if "dynamo_backend" in explicit and not options.torch_compile and options.dynamo_backend != "no":
         yield "dynamo_backend has no effect: torch_compile is not given"
+    if options.torch_compile and options.dynamo_backend == "no":
+        yield "torch_compile has no effect: dynamo_backend is no"
     if options.model_type == "chroma" and options.guidance_scale != 0:
         yield f"guidance_scale is {options.guidance_scale:g}; Chroma was made with 0"
     if options.huggingface_repo_id is None:

@@ -28,7 +28,12 @@ _ATTEMPTS: Final = 8
 
 
 class NoRoom(UserError):
-    """The device is too small for a step, whatever is swapped. The weights are still those of the last whole step."""
+    """The device is too small for a step, whatever is swapped. The weights are those of the last whole step, but for
+    `HalfTakenStep`."""
+
+
+class HalfTakenStep(NoRoom):
+    """Memory ran out in the midst of the optimizer's step: some weights have taken it and others not."""
 
 
 class SwapRoom:

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.train.memory_room import NoRoom
+from trainer.train.memory_room import HalfTakenStep
+from trainer.train.state_saver import set_optimizer
 
 
 class OptimizerStep:
     """Takes the step through the scaler. `make_room(what, reason)` frees memory, or raises; None only lets errors pass.
 
-    Before the first step the weights and what state there is are kept in main memory: an optimizer that runs out of
-    memory has changed some of both already, and the step is taken anew from there. Later steps allocate nothing that the
+    Before the first step the weights, their gradients and what state there is are kept in main memory: an optimizer that runs out of
+    memory has changed some of them already, and the step is taken anew from there. Later steps allocate nothing that the
     first did not; where memory runs out all the same, some weights have taken the step and others not.
     """
 
@@ -33,7 +34,7 @@ class OptimizerStep:
         self._is_first = True
 
     def __call__(self) -> None:
-        """Raises `NoRoom` (exit code 3) where memory runs out and none can be made."""
+        """Raises `NoRoom` (exit code 3) where memory runs out and none can be made, `HalfTakenStep` after the first step."""
         before = _Copy(self._optimizer, self._parameters) if self._is_first and self._make_room is not None else None
         while True:
             try:
@@ -45,7 +46,7 @@ class OptimizerStep:
                 reason = str(error)
             if before is None:
                 first = (reason.strip().splitlines() or [""])[0]
-                raise NoRoom(
+                raise HalfTakenStep(
                     f"the device ran out of memory in the optimizer's step ({first}); some weights have taken this step and "
                     "others not",
                     hint="Close other programs on this device, or raise blocks_to_swap; then resume from the last state.",
@@ -56,19 +57,26 @@ class OptimizerStep:
 
 
 class _Copy:
-    """Weights and optimizer state in main memory."""
+    """Weights, gradients and optimizer state in main memory."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
         self._optimizer, self._parameters = optimizer, parameters
         self._weights = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+        # Some optimizers change them in place too.
+        self._gradients = [
+            None if parameter.grad is None else parameter.grad.detach().to("cpu", copy=True) for parameter in parameters
+        ]
         self._state: dict[str, Any] = copy.deepcopy(_on_host(optimizer.state_dict()))
 
     def restore(self) -> None:
         """Also frees what state the failed step has made."""
         with torch.no_grad():
-            for parameter, weight in zip(self._parameters, self._weights, strict=True):
+            for parameter, weight, gradient in zip(self._parameters, self._weights, self._gradients, strict=True):
                 parameter.copy_(weight)
-        self._optimizer.load_state_dict(self._state)
+                if parameter.grad is not None and gradient is not None:
+                    parameter.grad.copy_(gradient)
+        # A copy: the optimizer's own state would else be what was kept, where it lives in main memory.
+        set_optimizer(self._optimizer, copy.deepcopy(self._state), {})
 
 
 def _on_host(value: Any) -> Any:

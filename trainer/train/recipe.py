@@ -35,7 +35,7 @@ from trainer.train.level_losses import LevelLosses
 from trainer.train.loop import TrainingLoop
 from trainer.train.lost_numbers import after_lost_numbers
 from trainer.train.measured_peak import MeasuredPeak
-from trainer.train.memory_room import NoRoom, SwapRoom
+from trainer.train.memory_room import HalfTakenStep, NoRoom, SwapRoom
 from trainer.train.micro_batch import NumbersLost
 from trainer.train.network_setup import (
     attach_network,
@@ -216,6 +216,9 @@ def _train_checked(checked: CheckedRun, engine: Engine, reporter: Reporter) -> N
                 position, was_stopped = loop.run()
             except NumbersLost as lost:
                 raise after_lost_numbers(lost, network, options, save, engine) from lost
+            except HalfTakenStep:
+                # Such weights would take the place of the last whole step's.
+                raise
             except NoRoom:
                 if loop.progress.step > 0 and engine.is_main:
                     with final_weights(optimizer):
