@@ -9,6 +9,7 @@ import gradio as gr
 from fluxgui import caption_rules, dataset_history, dataset_view
 from fluxgui.dataset_tab import NUM_ON_PAGE, Data, DatasetTab, Updates, View, attempt
 from fluxgui.datasets import matching, read_items
+from fluxgui.form_parts import NOTHING
 from fluxgui.language import say
 from trainer.schema.base import UserError
 
@@ -25,7 +26,7 @@ def edit_found(tab: DatasetTab, data: Data, event: gr.EventData) -> Updates:
 def save_large(tab: DatasetTab, data: Data) -> Updates:
     name = str(tab.read(data, "opened") or "")
     if not name:
-        return {}
+        return NOTHING
     return _save(tab, data, name, str(tab.read(data, "caption") or ""), grid=True)
 
 
@@ -133,7 +134,7 @@ def restore(tab: DatasetTab, data: Data) -> Updates:
     dataset = tab.dataset(data)
     wanted = list(tab.read(data, "bin") or [])
     if dataset is None or not wanted:
-        return {}
+        return NOTHING
     kept = attempt(lambda: dataset_history.restore(dataset, wanted))
     updates = tab.again(data, say("dataset.restored", count=len(wanted) - len(kept)))
     if kept:

@@ -18,7 +18,7 @@ from fluxgui.dataset_extras import (
     set_repeats,
 )
 from fluxgui.dataset_tab import Data, DatasetTab, Updates, attempt
-from fluxgui.form_parts import html_part
+from fluxgui.form_parts import NOTHING, html_part
 from fluxgui.language import say
 from fluxgui.pictures import IMAGE_SUFFIXES, MAX_FILES
 
@@ -79,7 +79,7 @@ def take_masks(tab: DatasetTab, data: Data) -> Updates:
     files = [Path(path) for path in tab.read(data, "mask_drop") or []]
     dataset = tab.dataset(data)
     if dataset is None or not files:
-        return {}
+        return NOTHING
     added = attempt(lambda: add_masks(dataset, files))
     updates = tab.again(data, say("dataset.masks_taken", count=len(added.pictures)))
     if added.refused:

@@ -10,6 +10,7 @@ from fluxgui import dataset_view
 from fluxgui.dataset_tab import Data, DatasetTab, Updates, attempt
 from fluxgui.dataset_zip import add_files
 from fluxgui.datasets import add_folder, create_dataset, list_datasets, remove_folder
+from fluxgui.form_parts import NOTHING
 from fluxgui.language import say
 
 
@@ -17,7 +18,7 @@ def choose(tab: DatasetTab, data: Data) -> Updates:
     """Show the dataset chosen in the list. A list that is only left says so too: then everything stays as it is."""
     dataset = tab.dataset(data)
     if dataset is not None and dataset.name == tab.read(data, "shown"):
-        return {}
+        return NOTHING
     return tab.choose(dataset)
 
 
@@ -59,7 +60,7 @@ def forget(tab: DatasetTab, data: Data) -> Updates:
 def upload(tab: DatasetTab, data: Data) -> Updates:
     files = [Path(path) for path in tab.read(data, "drop") or []]
     if not files:
-        return {}
+        return NOTHING
     dataset = tab.dataset(data) or attempt(lambda: create_dataset(_free_dataset_name()))
     added = attempt(lambda: add_files(dataset, files))
     heading = say("dataset.taken_in", pictures=len(added.images), captions=added.num_captions)

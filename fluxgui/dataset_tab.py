@@ -29,6 +29,7 @@ from fluxgui.datasets import (
 )
 from fluxgui.fields import TOKENIZERS
 from fluxgui.form import typed_value
+from fluxgui.form_parts import NOTHING
 from fluxgui.language import say
 from fluxgui.train_tab import TrainTab
 from trainer.schema.base import UserError
@@ -91,7 +92,7 @@ class DatasetTab:
     def come_back(self, data: Data) -> Updates:
         """The page as it was left, with the folder as it is now. Before the address was read there is nothing to show."""
         if not self.read(data, "arrived"):
-            return {}
+            return NOTHING
         dataset = self.dataset(data)
         if dataset is None:
             return self.arrive(None)

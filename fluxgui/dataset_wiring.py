@@ -12,6 +12,7 @@ from fluxgui import dataset_check, dataset_edits, dataset_sets
 from fluxgui.dataset_extras import read_extras
 from fluxgui.dataset_tab import Data, DatasetTab, Updates, View
 from fluxgui.datasets import Dataset, find_dataset, read_items
+from fluxgui.form_parts import NOTHING
 from fluxgui.language import say
 from fluxgui.train_tab import IN_ORDER as CHECK_IN_ORDER
 
@@ -76,7 +77,7 @@ def connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
     def select_all(data: Data) -> Updates:
         dataset = tab.dataset(data)
         if dataset is None:
-            return {}
+            return NOTHING
         items = tab.targets({**data, parts["selected"]: []}, dataset)
         return tab.again(data, selected=[item.name for item in items])
 
@@ -184,7 +185,7 @@ def connect_dataset_page(tab: DatasetTab, whole: gr.Blocks, page: gr.Tab, tabs: 
     def use_it(name: str | None, lines: str | None) -> Updates:
         dataset = find_dataset(name)
         if dataset is None:
-            return {}
+            return NOTHING
         values = values_of_dataset(dataset, lines)
         if "more_options" in values:
             gr.Info(say("dataset.masks_used"))

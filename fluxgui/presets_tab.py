@@ -126,12 +126,7 @@ def imported(project: ImportedProject) -> str:
 
 def fill_from(train: TrainTab, preset: Preset) -> Updates:
     """Updates that put a preset into the form: what a built-in one does not name stays as it is."""
-    if not preset.is_built_in:
-        return train.load_preset(preset.name)
-    filled = train.fill(preset.values)
-    if "vram_gb" in preset.values:
-        filled[train.parts["vram_gb"]] = gr.update(value=preset.values["vram_gb"])
-    return filled
+    return train.apply_preset(preset.name) if preset.is_built_in else train.load_preset(preset.name)
 
 
 def no_longer_so(source: str, form: str, exported_as: list[str] | None) -> tuple[Any, Any]:

@@ -381,7 +381,12 @@ class TrainTab:
         vram_gb = values.get("vram_gb")
         if vram_gb is None:
             return self.take_over(values)
-        return {**self.fill(values), bar.card: name, parts["card_applied"]: name, parts["vram_gb"]: vram_gb}
+        return {
+            **self.fill(values),
+            bar.card: name,
+            parts["card_applied"]: name,
+            parts["vram_gb"]: gr.update(value=vram_gb),
+        }
 
     def ask_to_save(self, data: Data) -> Updates:
         """Save under a new name at once; ask before a preset of that name is replaced."""

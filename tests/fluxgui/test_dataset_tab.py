@@ -15,6 +15,7 @@ from fluxgui.dataset_layout import build_dataset_tab
 from fluxgui.dataset_tab import FIRST_PAGE, DatasetTab
 from fluxgui.dataset_wiring import says_masked_loss, values_of_dataset
 from fluxgui.datasets import Dataset, create_dataset
+from fluxgui.form_parts import NOTHING
 from fluxgui.train_layout import build_train_tab
 
 
@@ -43,7 +44,7 @@ def test_a_list_of_datasets_that_is_only_left_clears_nothing(tab: DatasetTab, ca
     chosen = dataset_sets.choose(tab, data(tab, list="cats"))
     assert chosen[tab.parts["selected"]] == []
     assert chosen[tab.parts["shown"]] == "cats"
-    assert dataset_sets.choose(tab, data(tab, list="cats", shown="cats", selected=["a.png"])) == {}
+    assert dataset_sets.choose(tab, data(tab, list="cats", shown="cats", selected=["a.png"])) == NOTHING
     assert dataset_sets.choose(tab, data(tab, list="cats", shown="dogs"))[tab.parts["shown"]] == "cats"
 
 
