@@ -161,6 +161,7 @@ def test_from_the_model_to_a_started_run_by_keyboard_alone(app: App, page: Page,
     unseen += tab_to(page, "#field-output_name")
     page.keyboard.press("Control+a")
     page.keyboard.type("by keyboard")
+    expect(box(page, "output_name")).to_have_value("by keyboard")
     expect(page.locator("#problems .good")).to_be_visible()
     unseen += tab_to(page, "#start")
     page.keyboard.press("Enter")
