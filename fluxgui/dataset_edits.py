@@ -40,6 +40,13 @@ def _save(tab: DatasetTab, data: Data, name: str, text: str, *, grid: bool) -> U
     return {part: value for part, value in updates.items() if part is not tab.parts["caption"]}
 
 
+def close(tab: DatasetTab, data: Data) -> Updates:
+    """Save the caption of the large picture, if there still is one, and show the grid."""
+    saved = save_large(tab, data)
+    shown = tab.again(data, opened=None)
+    return shown if saved is NOTHING else {**saved, **shown}
+
+
 def turn(tab: DatasetTab, data: Data, by: int) -> Updates:
     """The next or previous picture of those shown; the caption is saved first."""
     saved = save_large(tab, data)

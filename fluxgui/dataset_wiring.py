@@ -135,7 +135,7 @@ def connect(tab: DatasetTab, buttons: dict[str, gr.Button]) -> None:
     when(buttons["save"].click, by(dataset_edits.save_large))
     when(parts["previous"].click, lambda data: dataset_edits.turn(tab, data, -1))
     when(parts["next"].click, lambda data: dataset_edits.turn(tab, data, 1))
-    when(buttons["close"].click, lambda data: {**dataset_edits.save_large(tab, data), **tab.again(data, opened=None)})
+    when(buttons["close"].click, by(dataset_edits.close))
     when(buttons["delete_one"].click, lambda data: dataset_edits.delete(tab, data, [tab.read(data, "opened")]))
     when(buttons["select_all"].click, select_all)
     when(buttons["select_none"].click, lambda data: tab.again(data, selected=[]))

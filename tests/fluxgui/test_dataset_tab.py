@@ -84,3 +84,10 @@ def test_training_gets_what_is_set_and_nothing_else(cats: Dataset) -> None:
         "num_repeats": 4,
         "more_options": "seed = 1\nmasked_loss = true",
     }
+
+
+def test_closing_twice_gives_updates_of_components_only(tab: DatasetTab, cats: Dataset) -> None:
+    for opened in ("a.png", ""):
+        updates = dataset_edits.close(tab, data(tab, list=cats.name, opened=opened, caption="a cat"))
+        assert set(updates) <= set(tab.outputs)
+    assert (cats.path / "a.txt").read_text(encoding="utf-8") == "a cat"
