@@ -97,9 +97,7 @@ def test_a_small_card_swaps_blocks_and_a_smaller_one_says_what_is_impossible(
     expect(old).to_contain_text("Settings have changed")
     page.locator("#preset-vram input").focus()
     page.keyboard.press("Tab")
-    for repeats in ("11", "10"):
-        box(page, "num_repeats").fill(repeats)
-        expect(page.locator("#length")).to_contain_text(f"12 pictures x {repeats} = ")
+    page.wait_for_timeout(1500)  # nothing is to happen: there is no answer to wait for
     expect(box(page, "blocks_to_swap")).to_have_value("36")
     expect(old).to_contain_text("Settings have changed")
 
