@@ -158,8 +158,12 @@ class TrainTab:
             updates[self.form[name]] = {**updates.get(self.form[name], {}), **gr.update(value=value)}
         return {
             **updates,
-            parts["length_choice"]: length,
-            parts["length_filled"]: filled,
+            # Only what changed: the user may have answered otherwise before this answer arrives.
+            **{
+                parts[name]: value
+                for name, value in (("length_choice", length), ("length_filled", filled))
+                if value != data[parts[name]]
+            },
             parts["purpose_about"]: train_view.purpose(data[self.presets.purpose]),
             parts["remembered"]: {
                 **values,
