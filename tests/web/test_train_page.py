@@ -15,6 +15,8 @@ from trainer.tools.tiny_pictures import make_images
 
 pytestmark = [pytest.mark.web, pytest.mark.timeout(600)]
 MAX_TABS = 60
+HUMAN_MS = 1500
+"""Between two actions of which the first is answered by several steps on the server."""
 
 # Whether the eye sees where the keyboard is: the element, or what is around it, looks different without the focus.
 FOCUS_IS_SEEN = """() => {
@@ -97,7 +99,7 @@ def test_a_small_card_swaps_blocks_and_a_smaller_one_says_what_is_impossible(
     expect(old).to_contain_text("Settings have changed")
     page.locator("#preset-vram input").focus()
     page.keyboard.press("Tab")
-    page.wait_for_timeout(1500)  # nothing is to happen: there is no answer to wait for
+    page.wait_for_timeout(HUMAN_MS)  # nothing is to happen: there is no answer to wait for
     expect(box(page, "blocks_to_swap")).to_have_value("36")
     expect(old).to_contain_text("Settings have changed")
 
@@ -113,6 +115,7 @@ def test_a_small_card_swaps_blocks_and_a_smaller_one_says_what_is_impossible(
     expect(result.locator(".box.good")).to_contain_text("of 4.0 GiB")
 
     # Shorter and longer, and by hand.
+    page.wait_for_timeout(HUMAN_MS)
     page.locator("#train-length label", has_text="Long").click()
     expect(box(page, "max_train_epochs")).to_have_value("20")
     box(page, "max_train_epochs").fill("7")
@@ -157,6 +160,7 @@ def test_from_the_model_to_a_started_run_by_keyboard_alone(app: App, page: Page,
     page.keyboard.press("Space")
     expect(page.locator("#train-length input:checked")).to_have_count(1)
     unseen += tab_to(page, "#field-output_name")
+    page.wait_for_timeout(HUMAN_MS)
     page.keyboard.press("Control+a")
     page.keyboard.type("by keyboard")
     expect(box(page, "output_name")).to_have_value("by keyboard")
